@@ -1,0 +1,398 @@
+"""The dual-modality diffusion transformer (paper, section 3.3): Wan's, with a second expert beside it.
+
+Video and motion are two streams of tokens. Each has an expert of its own: embeddings, and in every
+block norms, modulation, query/key/value and output projections, cross-attention to the text and a
+feed-forward network, all exactly Wan's. The streams meet in one place only: self-attention runs once
+over both, concatenated.
+
+        video tokens                      motion tokens
+    norm, modulate, q k v, rope       norm, modulate, q k v, rope
+                \\_________ joint attention _________/
+    o-projection, gate                o-projection, gate
+    cross-attention to text           cross-attention to text
+    modulate, feed-forward, gate      modulate, feed-forward, gate
+
+Either stream may be absent. Without motion, what runs is Wan, number for number.
+
+Axes: b batch, c channels, t h w latent grid, f motion frames, n tokens, d width, heads x k = d.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder
+from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
+
+TASKS = 5  # rows of the task embedding, one for each flow.Task
+
+
+@dataclass(frozen=True)
+class DualDiTConfig:
+    """Everything that shapes the network. Both experts have the same width and depth."""
+
+    layers: int
+    width: int  # d
+    heads: int
+    ffn: int  # hidden width of the feed-forward networks
+    channels: int  # c, of the video latents
+    text_dim: int  # width of the text encoder's features
+    patch: tuple[int, int, int] = (1, 2, 2)  # (t h w) latents that make one video token
+    freq_dim: int = 256  # width of the sinusoidal timestep embedding
+    eps: float = 1e-6
+    synced: bool = True  # MVS-RoPE; False is the ablation
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch", tuple(self.patch))  # JSON has lists only
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even size")
+        if self.patch[0] != 1:
+            raise ValueError(f"patches span one latent frame, as in Wan; got patch {self.patch}")
+
+
+PRESETS = {
+    "puppet": DualDiTConfig(
+        layers=4, width=128, heads=2, ffn=512, channels=48, text_dim=64, patch=(1, 1, 1), freq_dim=128
+    ),
+    "wan2.1-1.3b": DualDiTConfig(layers=30, width=1536, heads=12, ffn=8960, channels=16, text_dim=4096),
+    "wan2.2-5b": DualDiTConfig(layers=30, width=3072, heads=24, ffn=14336, channels=48, text_dim=4096),
+}
+
+
+# ---------------------------------------------------------------- pieces that both experts use
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to one sub-layer: x + gate * sublayer(norm(x) * (1 + scale) + shift)."""
+
+    shift: Tensor  # each (b 1 d), float32
+    scale: Tensor
+    gate: Tensor
+
+
+class Stream(NamedTuple):
+    """One modality on its way through the blocks."""
+
+    x: Tensor  # (b n d) tokens
+    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
+    text: Tensor  # (b l d) projected text features
+    cos: Tensor  # (n k/2) the tokens' rotary table
+    sin: Tensor
+
+
+def layer_norm(x: Tensor, eps: float, affine: nn.LayerNorm | None = None) -> Tensor:
+    """Over the width, in fp32 whatever the dtype of x."""
+    weight, bias = (affine.weight.float(), affine.bias.float()) if affine else (None, None)
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).type_as(x)
+
+
+def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Over the width, in fp32 whatever the dtype of x."""
+    return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps).type_as(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Normalise, scale and shift in fp32; the result has the dtype of x."""
+    return (layer_norm(x.float(), eps) * (1 + scale) + shift).type_as(x)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """(b,) times in [0, 1] -> (b dim) float32: cosines, then sines, of 1000·t at geometric frequencies."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Attention(nn.Module):
+    """Projections of one attention; q and k are RMS-normalised over the full width, as in Wan."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
+
+    def split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (heads k) -> b heads n k", heads=self.heads)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.split(rms_norm(self.q(x), self.norm_q))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(rms_norm(self.k(x), self.norm_k)), self.split(self.v(x))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n k -> b n (heads k)")
+
+
+# ---------------------------------------------------------------- one block
+
+
+class ExpertBlock(nn.Module):
+    """One expert's share of a block: everything but the joint attention itself. Names are Wan's."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__()
+        d = config.width
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, d))
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(d, eps=config.eps)  # before cross-attention: affine, not modulated
+        self.cross_attn = Attention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(d, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, d)
+        )
+
+    def modulations(self, time: Tensor) -> tuple[Modulation, Modulation]:
+        """(b 6 d) -> shift, scale, gate of self-attention and of the feed-forward network."""
+        parts = (self.modulation.float() + time).chunk(6, dim=1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def before_attention(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: each (b heads n k)."""
+        mod, _ = self.modulations(stream.time)
+        x = modulate(stream.x, mod.shift, mod.scale, self.eps)
+        q = self.self_attn.queries(x)
+        k, v = self.self_attn.keys_values(x)
+        return apply_rope(q, stream.cos, stream.sin), apply_rope(k, stream.cos, stream.sin), v
+
+    def after_attention(self, stream: Stream, attended: Tensor) -> Tensor:
+        """This expert's rows of the joint attention (b n d) -> its tokens after the block (b n d)."""
+        attention_mod, ffn_mod = self.modulations(stream.time)
+        x = stream.x
+        x = x + (attention_mod.gate * self.self_attn.o(attended)).type_as(x)
+        queries = self.cross_attn.queries(layer_norm(x, self.eps, self.norm3))
+        x = x + self.cross_attn.o(attend(queries, *self.cross_attn.keys_values(stream.text))).type_as(x)
+        hidden = self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps))
+        return x + (ffn_mod.gate * hidden).type_as(x)
+
+
+class DualBlock(nn.Module):
+    """Two experts that meet in one self-attention."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__()
+        self.video = ExpertBlock(config)
+        self.motion = ExpertBlock(config)
+
+    def forward(self, video: Stream | None, motion: Stream | None) -> tuple[Tensor | None, Tensor | None]:
+        present = [(e, s) for e, s in ((self.video, video), (self.motion, motion)) if s is not None]
+        qkv = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
+        attended = attend(*(torch.cat(parts, dim=2) for parts in qkv))  # (b n_video+n_motion d)
+        rows = attended.split([stream.x.shape[1] for _, stream in present], dim=1)
+        out = [
+            expert.after_attention(stream, row) for (expert, stream), row in zip(present, rows, strict=True)
+        ]
+        return (out.pop(0) if video is not None else None), (out.pop(0) if motion is not None else None)
+
+
+# ---------------------------------------------------------------- into the blocks and out of them
+
+
+class Head(nn.Module):
+    """Last norm and modulation of an expert, then its projection back to the modality."""
+
+    def __init__(self, config: DualDiTConfig, head: nn.Module):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.width))
+        self.head = head
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (b n d), time (b d) float32."""
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class Conditioning(nn.Module):
+    """What an expert is told besides its tokens: the time and the text. Names are Wan's."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__()
+        d = config.width
+        self.freq_dim = config.freq_dim
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(b,) -> (b d) for the head and (b 6 d) for the blocks, float32 even under autocast."""
+        with torch.autocast(t.device.type, enabled=False):
+            dtype = self.time_embedding[0].weight.dtype
+            time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype))
+            return time.float(), rearrange(self.time_projection(time), "b (six d) -> b six d", six=6).float()
+
+
+class VideoExpert(Conditioning):
+    """Latents (b c t h w) <-> video tokens (b, t*H*W, d)."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__(config)
+        self.patch = config.patch
+        self.patch_embedding = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
+        self.head = Head(config, nn.Linear(config.width, math.prod(config.patch) * config.channels))
+
+    def grid(self, video: Tensor) -> tuple[int, int, int]:
+        """Token grid (t, H, W) of latents (b c t h w)."""
+        return tuple(size // patch for size, patch in zip(video.shape[2:], self.patch, strict=True))
+
+    def embed(self, video: Tensor) -> Tensor:
+        return rearrange(self.patch_embedding(video), "b d t h w -> b (t h w) d")
+
+    def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (t, h, w), (pt, ph, pw) = grid, self.patch
+        pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+        return rearrange(self.head(x, time), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+
+class MotionExpert(Conditioning):
+    """Normalised motion (b f 235) <-> motion tokens (b, f*51, d)."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__(config)
+        self.encoder = MotionEncoder(config.width)
+        self.head = Head(config, MotionDecoder(config.width))
+
+    def embed(self, motion: Tensor) -> Tensor:
+        return self.encoder(motion)
+
+    def predict(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.head(x, time)
+
+
+# ---------------------------------------------------------------- the network
+
+
+class DualDiT(nn.Module):
+    """u(video, motion | text): the velocities of both modalities, or of the one that is there."""
+
+    def __init__(self, config: DualDiTConfig):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute each block in the backward pass instead of storing it
+        self.video = VideoExpert(config)
+        self.motion = MotionExpert(config)
+        self.task_hint = nn.Sequential(
+            nn.Embedding(TASKS, config.width),
+            nn.Linear(config.width, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.width),
+        )
+        self.blocks = nn.ModuleList(DualBlock(config) for _ in range(config.layers))
+        # statistics of the motion data travel with the weights (motion_tokens.motion_statistics)
+        self.register_buffer("motion_mean", torch.zeros(MOTION_DIM))
+        self.register_buffer("motion_std", torch.ones(MOTION_DIM))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Wan's initialisation. Zero: both heads and the task hint, so that training starts from Wan."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=1.0)
+            elif isinstance(module, (ExpertBlock, Head)):
+                nn.init.normal_(module.modulation, std=module.modulation.shape[-1] ** -0.5)
+            elif isinstance(module, MotionEncoder):
+                nn.init.normal_(module.token, std=0.5)
+        for expert in (self.video, self.motion):
+            for layer in (*expert.text_embedding[::2], *expert.time_embedding[::2]):
+                nn.init.normal_(layer.weight, std=0.02)
+        last_layers = [self.video.head.head, self.task_hint[-1]]
+        last_layers += [mlp[-1] for mlp in self.motion.head.head.mlps.values()]
+        for layer in last_layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def video_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are Wan's, frozen in stage 1."""
+        return [p for name, p in self.named_parameters() if "video" in name.split(".")]
+
+    def check(self, video: Tensor | None, motion: Tensor | None) -> None:
+        """Raise ValueError where shapes do not fit the configuration or each other."""
+        if video is None and motion is None:
+            raise ValueError("give video latents, motion, or both: there is nothing to denoise")
+        if video is not None:
+            _, ph, pw = self.config.patch
+            if video.ndim != 5 or video.shape[1] != self.config.channels:
+                raise ValueError(
+                    f"video latents: expected (b, {self.config.channels}, t, h, w), got {tuple(video.shape)}"
+                )
+            if video.shape[3] % ph or video.shape[4] % pw:
+                raise ValueError(
+                    f"latent size {tuple(video.shape[3:])} must be a multiple of the patch {(ph, pw)}"
+                )
+        if motion is not None and (motion.ndim != 3 or motion.shape[-1] != MOTION_DIM):
+            raise ValueError(f"motion: expected (b, f, {MOTION_DIM}), got {tuple(motion.shape)}")
+        if video is not None and motion is not None:
+            frames = FRAMES_PER_LATENT * (video.shape[2] - 1) + 1
+            if motion.shape[1] != frames:
+                raise ValueError(
+                    f"{video.shape[2]} video latents span {frames} frames, but motion has {motion.shape[1]}"
+                )
+
+    def forward(
+        self,
+        video: Tensor | None,
+        motion: Tensor | None,
+        t_video: Tensor | None,
+        t_motion: Tensor | None,
+        text: Tensor,
+        task: Tensor | int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Velocities (d x_t / d t) of video and motion.
+
+        video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,)
+        in [0, 1], text (b l text_dim), task a flow.Task or (b,) of them. An absent input gives None back.
+        """
+        self.check(video, motion)
+        first = video if video is not None else motion
+        # (b 1 d) in fp32, as small as the timestep's own embedding
+        hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
+        head_dim = self.config.width // self.config.heads
+
+        video_stream = motion_stream = None
+        # without video, motion begins at (0, 0): attention sees differences of positions only
+        t, h, w = self.video.grid(video) if video is not None else (0, 0, 0)
+        if video is not None:
+            time_video, blocks_time = self.video.embed_time(t_video)
+            table = rope_table(video_positions(t, h, w).to(first.device), head_dim)
+            x = self.video.embed(video)
+            video_stream = Stream(x + hint.type_as(x), blocks_time, self.video.text_embedding(text), *table)
+        if motion is not None:
+            time_motion, blocks_time = self.motion.embed_time(t_motion)
+            positions = motion_positions(motion.shape[1], h, w, synced=self.config.synced)
+            table = rope_table(positions.to(first.device), head_dim)
+            x = self.motion.embed(motion)
+            motion_stream = Stream(x + hint.type_as(x), blocks_time, self.motion.text_embedding(text), *table)
+
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x_video, x_motion = checkpoint(block, video_stream, motion_stream, use_reentrant=False)
+            else:
+                x_video, x_motion = block(video_stream, motion_stream)
+            video_stream = video_stream and video_stream._replace(x=x_video)
+            motion_stream = motion_stream and motion_stream._replace(x=x_motion)
+
+        u_video = video_stream and self.video.predict(video_stream.x, time_video, (t, h, w))
+        u_motion = motion_stream and self.motion.predict(motion_stream.x, time_motion)
+        return u_video, u_motion

@@ -1,0 +1,257 @@
+"""Flow matching over two modalities: noising, tasks, the objective, guidance, the solvers.
+
+A straight path runs from data x0 at t = 0 to noise ε at t = 1; the network learns its velocity:
+
+    x_t = (1 - t)·x0 + t·ε          u = d x_t / d t = ε - x0
+
+A task says what each modality is: noise to be denoised, a clean condition, or absent. One network
+trained on all of them is a model of p(video, motion | text) and of each given the other.
+"""
+
+from enum import Enum, IntEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dual_dit import DualDiT
+
+
+class Role(Enum):
+    NOISY = "generated"
+    CLEAN = "condition: enters without noise, at t = 0; its output is discarded"
+    ABSENT = "has no tokens in the sequence"
+
+
+class Task(IntEnum):
+    """What is made from what; the value is the row of the network's task embedding."""
+
+    JOINT = 0
+    MOTION_TO_VIDEO = 1
+    VIDEO_TO_MOTION = 2
+    MOTION_ONLY = 3
+    VIDEO_ONLY = 4
+
+    @property
+    def video(self) -> Role:
+        return ROLES[self][0]
+
+    @property
+    def motion(self) -> Role:
+        return ROLES[self][1]
+
+    @property
+    def unconditional(self) -> "Task":
+        """The same outputs with the condition absent: the base that guidance starts from."""
+        without = {Task.MOTION_TO_VIDEO: Task.VIDEO_ONLY, Task.VIDEO_TO_MOTION: Task.MOTION_ONLY}
+        return without.get(self, self)
+
+
+ROLES = {  # task: (video, motion)
+    Task.JOINT: (Role.NOISY, Role.NOISY),
+    Task.MOTION_TO_VIDEO: (Role.NOISY, Role.CLEAN),
+    Task.VIDEO_TO_MOTION: (Role.CLEAN, Role.NOISY),
+    Task.MOTION_ONLY: (Role.ABSENT, Role.NOISY),
+    Task.VIDEO_ONLY: (Role.NOISY, Role.ABSENT),
+}
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t <- s·t / (1 + (s-1)·t): more of [0, 1] is spent near noise, where large signals are decided."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def per_sample(t: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b 1 1 ...), to be multiplied with `like`."""
+    return t.view(-1, *[1] * (like.ndim - 1))
+
+
+def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t of every sample; t (b,)."""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+class Draw(NamedTuple):
+    """The randomness of one training step, drawn by the caller so that a step can be repeated."""
+
+    noise_video: Tensor  # like the latents
+    noise_motion: Tensor  # like the motion
+    t_video: Tensor  # (b,), already shifted
+    t_motion: Tensor  # (b,)
+
+
+class Loss(NamedTuple):
+    """Squared velocity error per sample (b,), None for a modality that was not generated."""
+
+    video: Tensor | None
+    motion: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        # paper is silent: both modalities count the same
+        return sum(part.mean() for part in self if part is not None)
+
+
+def enter(x0: Tensor, noise: Tensor, t: Tensor, role: Role) -> tuple[Tensor | None, Tensor | None]:
+    """A modality as the network sees it in this role: (x_t, t)."""
+    if role is Role.ABSENT:
+        return None, None
+    if role is Role.CLEAN:
+        return x0, torch.zeros_like(t)
+    return noised(x0, noise, t), t
+
+
+def velocity_error(u: Tensor | None, x0: Tensor, noise: Tensor, role: Role) -> Tensor | None:
+    if role is not Role.NOISY:
+        return None
+    return (u.float() - (noise - x0)).square().flatten(1).mean(dim=1)
+
+
+def loss(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, draw: Draw) -> Loss:
+    """The training objective of one task on clean latents (b c t h w) and motion (b f 235), normalised.
+
+    Absent modalities may be None. Dropped text is simply the empty caption's features in `text`.
+    """
+    x_video, t_video = enter(video, draw.noise_video, draw.t_video, task.video)
+    x_motion, t_motion = enter(motion, draw.noise_motion, draw.t_motion, task.motion)
+    u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, task)
+    return Loss(
+        velocity_error(u_video, video, draw.noise_video, task.video),
+        velocity_error(u_motion, motion, draw.noise_motion, task.motion),
+    )
+
+
+# ---------------------------------------------------------------- in-context classifier-free guidance
+
+
+class Velocity(NamedTuple):
+    """d x / d t of both modalities; None for what does not move (a condition, or absent)."""
+
+    video: Tensor | None
+    motion: Tensor | None
+
+    def plus(self, weight: float, a: "Velocity", b: "Velocity") -> "Velocity":
+        """self + weight·(a - b)"""
+        parts = zip(self, a, b, strict=True)
+        return Velocity(*(None if base is None else base + weight * (x - y) for base, x, y in parts))
+
+
+def guided(
+    model: DualDiT,
+    video: Tensor | None,
+    motion: Tensor | None,
+    t: float,
+    text: Tensor,
+    null_text: Tensor,
+    task: Task,
+    guidance_text: float = 1.0,
+    guidance_condition: float = 1.0,
+) -> Velocity:
+    """Guided velocity at time t (paper, section 3.4). With y the text, m the condition, ∅ "absent":
+
+        given a condition:  u(x,∅,∅) + ω1·(u(x,m,y) - u(x,m,∅)) + ω2·(u(x,m,∅) - u(x,∅,∅))
+        otherwise:          u(x,∅)   + ω1·(u(x,y) - u(x,∅))
+
+    ω1 = ω2 = 1 is the plain conditional call. text and null_text (b l text_dim); guidance_text is ω1,
+    guidance_condition is ω2.
+    """
+
+    def u(task: Task, text: Tensor) -> Velocity:
+        """One call of the network: what is absent in `task` is left out, a condition stays at t = 0."""
+        inputs, times = [], []
+        for x, role in ((video, task.video), (motion, task.motion)):
+            inputs.append(None if role is Role.ABSENT else x)
+            times.append(
+                None if role is Role.ABSENT else x.new_full(x.shape[:1], t if role is Role.NOISY else 0.0)
+            )
+        u_video, u_motion = model(*inputs, *times, text, task)
+        return Velocity(
+            u_video.float() if task.video is Role.NOISY else None,
+            u_motion.float() if task.motion is Role.NOISY else None,
+        )
+
+    full = u(task, text)
+    if guidance_text == guidance_condition == 1.0:
+        return full
+    textless = u(task, null_text)
+    if task.unconditional is task:
+        return textless.plus(guidance_text, full, textless)
+    bare = u(task.unconditional, null_text)
+    return bare.plus(guidance_text, full, textless).plus(guidance_condition, textless, bare)
+
+
+# ---------------------------------------------------------------- solvers and sampling
+
+
+def euler(u: Tensor, previous_u: Tensor | None, step: float, previous_step: float) -> Tensor:
+    """First order: the displacement of one step with the velocity at its beginning."""
+    return step * u
+
+
+def adams_bashforth(u: Tensor, previous_u: Tensor | None, step: float, previous_step: float) -> Tensor:
+    """Second order, multistep: extrapolate the velocity to the middle of the step, at no extra call."""
+    if previous_u is None:
+        return step * u
+    return step * (u + (u - previous_u) * (step / (2 * previous_step)))
+
+
+SOLVERS = {"euler": euler, "ab2": adams_bashforth}
+
+
+class Sample(NamedTuple):
+    video: Tensor | None
+    motion: Tensor | None
+    trajectory: list[tuple[Tensor | None, Tensor | None]]  # states from noise to sample, if asked for
+
+
+@torch.no_grad()
+def sample(
+    model: DualDiT,
+    video: Tensor | None,
+    motion: Tensor | None,
+    text: Tensor,
+    null_text: Tensor,
+    task: Task,
+    steps: int = 30,
+    guidance_text: float = 1.0,
+    guidance_condition: float = 1.0,
+    shift: float = 1.0,
+    solver: str = "ab2",
+    keep_trajectory: bool = False,
+    progress: bool = False,
+) -> Sample:
+    """Follow the guided velocity from t = 1 to t = 0.
+
+    `video` and `motion` are noise where the task generates, clean where it conditions, None where
+    absent; a condition comes back as it went in. The solvers see one modality at a time, both on the
+    same clock.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
+        if (x is None) != (role is Role.ABSENT):
+            raise ValueError(
+                f"{task.name}: {name} is {role.value}, got {'nothing' if x is None else 'a tensor'}"
+            )
+    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    state, previous, previous_step = (video, motion), (None, None), 0.0
+    trajectory = [state] if keep_trajectory else []
+    for t, t_next in tqdm(list(pairwise(times)), desc="denoising", disable=not progress):
+        velocity = guided(model, *state, t, text, null_text, task, guidance_text, guidance_condition)
+        step = t_next - t
+        state = tuple(
+            x if u is None else x + SOLVERS[solver](u, last, step, previous_step)
+            for x, u, last in zip(state, velocity, previous, strict=True)
+        )
+        previous, previous_step = velocity, step
+        if keep_trajectory:
+            trajectory.append(state)
+    return Sample(*state, trajectory)
