@@ -1,0 +1,252 @@
+"""The SMPL body: model files -> joints and mesh, through smplx's own SMPL class.
+
+Rotations are axis-angle in radians, lengths metres. SMPL rotates about the pelvis' rest position, not
+about the origin: the pelvis stands at `rest_joints(betas)[0] + transl` whatever `global_orient` is.
+"""
+
+import codecs
+import contextlib
+import copyreg
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import smplx
+import torch
+from einops import einsum, rearrange
+from smplx.lbs import batch_rigid_transform
+from torch import Tensor
+
+from motion_tokens import axis_angle_to_matrix
+
+JOINT_NAMES = (
+    "pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2", "left_ankle",
+    "right_ankle", "spine3", "left_foot", "right_foot", "neck", "left_collar", "right_collar", "head",
+    "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
+    "left_hand", "right_hand",
+)  # fmt: skip
+FIELDS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
+NUM_BETAS = 10
+FILE_NAMES = (
+    "SMPL_NEUTRAL.npz", "SMPL_NEUTRAL.pkl", "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl",
+    "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", "smpl/SMPL_NEUTRAL.npz", "smpl/SMPL_NEUTRAL.pkl",
+)  # fmt: skip
+
+
+class Body(torch.nn.Module):
+    """A body with SMPL's 24 joints, its linear shape space and its skinned mesh of V vertices.
+
+    `data` maps SMPL's field names to arrays: v_template (V 3), shapedirs (V 3 >=10), posedirs (V 3 207),
+    J_regressor (24 V), weights (V 24), kintree_table (2 24), f (F 3). All methods take any leading axes.
+    """
+
+    def __init__(self, data: dict[str, np.ndarray]):
+        super().__init__()
+        _check(data)
+        # smplx also reports landmarks at named vertices; nothing here reads them, so any vertex will do
+        landmarks = dict.fromkeys(("nose", "reye", "leye", "rear", "lear"), 0)
+        with contextlib.redirect_stdout(io.StringIO()):  # smplx prints a warning for ten-number shape spaces
+            self.smpl = smplx.SMPL(
+                "", data_struct=smplx.utils.Struct(**data), vertex_ids=landmarks, num_betas=NUM_BETAS,
+                use_hands=False, use_feet_keypoints=False, create_betas=False, create_global_orient=False,
+                create_body_pose=False, create_transl=False,
+            )  # fmt: skip
+        regressor = self.smpl.J_regressor
+        # joints are linear in the shape, so the mesh is not needed to place them
+        self.register_buffer("joint_template", regressor @ self.smpl.v_template)
+        shapes = einsum(regressor, self.smpl.shapedirs, "j v, v xyz k -> j xyz k")
+        self.register_buffer("joint_shapes", shapes)
+
+    @property
+    def parents(self) -> Tensor:
+        """(24,) long: each joint's parent, -1 for the pelvis."""
+        return self.smpl.parents
+
+    @property
+    def faces(self) -> Tensor:
+        """(F 3) long: vertex indices of the mesh's triangles."""
+        return self.smpl.faces_tensor
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        return JOINT_NAMES
+
+    def rest_joints(self, betas: Tensor) -> Tensor:
+        """Shape (... 10) -> joint positions in the rest pose (... 24 3), metres."""
+        return self.joint_template + einsum(betas, self.joint_shapes, "... k, j xyz k -> ... j xyz")
+
+    def joints(self, global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor) -> Tensor:
+        """Forward kinematics without the mesh: (... 3), (... 23 3), (... 10), (... 3) -> (... 24 3), metres.
+
+        Differentiable; leading axes broadcast, e.g. betas (b 1 10) against poses (b f ...).
+        """
+        pose, betas, transl, lead = _flatten(global_orient, body_pose, betas, transl)
+        posed, _ = batch_rigid_transform(axis_angle_to_matrix(pose), self.rest_joints(betas), self.parents)
+        return (posed + rearrange(transl, "n xyz -> n 1 xyz")).reshape(*lead, 24, 3)
+
+    def mesh(
+        self, global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `joints`, through smplx's skinning: -> vertices (... V 3) and joints (... 24 3), metres."""
+        pose, betas, transl, lead = _flatten(global_orient, body_pose, betas, transl)
+        out = self.smpl(
+            global_orient=pose[:, 0],
+            body_pose=rearrange(pose[:, 1:], "n j xyz -> n (j xyz)"),
+            betas=betas,
+            transl=transl,
+        )
+        return out.vertices.reshape(*lead, -1, 3), out.joints[:, :24].reshape(*lead, 24, 3)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Body":
+        """Read an SMPL model: `.npz`, official or converted `.pkl`, or a folder that holds one.
+
+        Raises FileNotFoundError with the paths tried, ValueError for a file that is no SMPL model.
+        """
+        path = Path(path)
+        tried = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
+        file = next((candidate for candidate in tried if candidate.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(
+                "no SMPL model found; download one from https://smpl.is.tue.mpg.de and place it at one of: "
+                + ", ".join(map(str, tried))
+            )
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as archive:
+                return cls({name: archive[name] for name in FIELDS if name in archive})
+        if file.suffix == ".pkl":
+            data = load_pickle(file)
+            return cls({name: _to_array(value) for name, value in data.items() if name in FIELDS})
+        raise ValueError(f"{file}: expected an SMPL model file ending in .npz or .pkl")
+
+
+def _flatten(
+    global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor
+) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """Broadcast the leading axes and fold them into one: pose (n 24 3), betas (n 10), transl (n 3), lead."""
+    if body_pose.shape[-2:] != (23, 3):
+        raise ValueError(f"body_pose must be (... 23 3), axis-angle; got {tuple(body_pose.shape)}")
+    if betas.shape[-1] != NUM_BETAS:
+        raise ValueError(f"betas must be (... {NUM_BETAS}); got {tuple(betas.shape)}")
+    lead = torch.broadcast_shapes(
+        global_orient.shape[:-1], body_pose.shape[:-2], betas.shape[:-1], transl.shape[:-1]
+    )
+    root = rearrange(global_orient, "... xyz -> ... 1 xyz").expand(*lead, 1, 3)
+    pose = torch.cat((root, body_pose.expand(*lead, 23, 3)), dim=-2)
+    flat_pose = rearrange(pose, "... j xyz -> (...) j xyz")
+    flat_betas = rearrange(betas.expand(*lead, NUM_BETAS), "... k -> (...) k")
+    flat_transl = rearrange(transl.expand(*lead, 3), "... xyz -> (...) xyz")
+    return flat_pose, flat_betas, flat_transl, lead
+
+
+def _check(data: dict[str, np.ndarray]) -> None:
+    missing = [name for name in FIELDS if name not in data]
+    if missing:
+        raise ValueError(f"not an SMPL model: it lacks {missing}; expected the fields {list(FIELDS)}")
+    vertices, joints = data["weights"].shape
+    if joints != len(JOINT_NAMES):
+        raise ValueError(
+            f"expected SMPL's {len(JOINT_NAMES)} joints, got {joints}; SMPL-H (52) and SMPL-X (55) do not fit"
+        )
+    if data["shapedirs"].shape[:2] != (vertices, 3) or data["shapedirs"].shape[2] < NUM_BETAS:
+        raise ValueError(f"shapedirs must be ({vertices} 3 >={NUM_BETAS}), got {data['shapedirs'].shape}")
+
+
+# ---- official .pkl files: pickles of Python 2 that hold chumpy and scipy objects ----
+
+
+class _Record:
+    """Stands in for a chumpy or scipy.sparse object: pickle fills its attributes, no code of theirs runs."""
+
+
+class _Dtype:
+    """Stands in for numpy.dtype, whose own unpickling trusts the file with memory layout."""
+
+    def __init__(self, code: str, *_: object):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1] + self.code  # byte order
+
+    def read(self, data: bytes | str, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+        raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had no bytes
+        return np.frombuffer(raw, self.code).reshape(shape, order=order)
+
+
+class _Array:
+    """Stands in for numpy.ndarray; `x` is the array."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, column_major, data = state
+        self.x = dtype.read(data, shape, "F" if column_major else "C")
+
+
+_NUMPY_MODULES = {"numpy"} | {
+    f"numpy.{core}.{module}" for core in ("core", "_core") for module in ("multiarray", "numeric")
+}
+_NUMPY = {
+    "ndarray": _Array,
+    "dtype": _Dtype,
+    "_reconstruct": lambda *_: _Array(),
+    "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
+    "scalar": lambda dtype, data: dtype.read(data, ()),
+}
+_PYTHON = {
+    ("_codecs", "encode"): codecs.encode,
+    ("copyreg", "_reconstructor"): copyreg._reconstructor,
+    ("builtins", "object"): object,
+}
+_RECORDS = {("chumpy", "Ch"), ("chumpy.ch", "Ch"), ("chumpy.reordering", "Select")} | {
+    (f"scipy.sparse{module}", f"{kind}_matrix")
+    for kind in ("csc", "csr")
+    for module in ("", f".{kind}", f"._{kind}")
+}
+
+
+class _AllowList(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in _RECORDS:
+            return _Record
+        if (module, name) in _PYTHON:
+            return _PYTHON[module, name]
+        if module in _NUMPY_MODULES and name in _NUMPY:
+            return _NUMPY[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no SMPL model needs")
+
+
+def load_pickle(file: Path) -> dict:
+    """A pickled dictionary of numpy, chumpy and scipy.sparse arrays; it is refused if it names anything else.
+
+    Arrays come as stand-ins, which `_to_array` reads.
+    """
+    with open(file, "rb") as stream:
+        try:
+            data = _AllowList(stream, encoding="latin1").load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{file} is no SMPL model: {error}") from error
+    return data
+
+
+def _to_array(value: object) -> np.ndarray:
+    """numpy array of a pickled field; chumpy's Ch holds `x`, its Select a flat selection of `a`."""
+    if not isinstance(value, (_Record, _Array)):
+        return np.asarray(value)
+    if hasattr(value, "indptr"):
+        return _dense(value)
+    if hasattr(value, "x"):
+        return _to_array(value.x)
+    if hasattr(value, "a") and hasattr(value, "idxs"):
+        selected = _to_array(value.a).ravel()[_to_array(value.idxs)]
+        return selected.reshape(getattr(value, "preferred_shape", selected.shape))
+    raise ValueError(f"expected a chumpy or scipy.sparse array, got an object of {sorted(vars(value))}")
+
+
+def _dense(matrix: _Record) -> np.ndarray:
+    """Dense array of a compressed sparse matrix: `indptr` counts along columns (csc) or rows (csr)."""
+    rows, columns = matrix._shape
+    indptr, indices, data = (_to_array(x) for x in (matrix.indptr, matrix.indices, matrix.data))
+    major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    dense = np.zeros((rows, columns))
+    dense[(indices, major) if len(indptr) == columns + 1 else (major, indices)] = data
+    return dense

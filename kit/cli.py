@@ -1,0 +1,15 @@
+"""How the verbs speak to a person: errors of use are one line and exit code 2, as argparse's own."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main(); a ValueError or OSError becomes one line on stderr."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        sys.exit(2)

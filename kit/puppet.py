@@ -1,0 +1,390 @@
+"""The embedded world: a small body that moves, its videos and captions, a tiny video codec and text encoder.
+
+Everything is a pure function of a seed and needs no download: the body is procedural but runs through
+smplx, so that a real SMPL file is a drop-in. 16 frames a second, 64x64 pixels, metres, y up; the camera
+stands in front of the body and looks along -z.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce, repeat
+from torch import Tensor
+
+from kit.body import JOINT_NAMES
+from kit.puppet_actions import STANCE, TABLE
+from kit.puppet_body import GIRTH, PARENTS, body  # noqa: F401 (PARENTS is for callers)
+from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
+
+FPS = 16
+FRAMES = 17
+SIZE = 64
+LATENT_CHANNELS = 48
+TEXT_DIM = 64
+TEXT_LEN = 16
+
+ACTIONS = tuple(TABLE)
+SHIRTS = {
+    "red": (0.85, 0.22, 0.22),
+    "green": (0.25, 0.65, 0.30),
+    "yellow": (0.95, 0.85, 0.25),
+    "purple": (0.55, 0.28, 0.70),
+    "black": (0.27, 0.27, 0.30),
+    "pink": (0.93, 0.40, 0.65),
+}
+COLOURS = tuple(SHIRTS)
+JOINT = {name: index for index, name in enumerate(JOINT_NAMES)}
+
+# ---------------------------------------------------------------- motion
+
+
+class Clips(NamedTuple):
+    """b clips of f frames: SMPL parameters (radians, metres), their joints, and what they show."""
+
+    caption: list[str]
+    action: Tensor  # (b,) index into ACTIONS
+    shirt: Tensor  # (b,) index into COLOURS
+    global_orient: Tensor  # (b f 3)
+    body_pose: Tensor  # (b f 23 3)
+    betas: Tensor  # (b 10)
+    transl: Tensor  # (b f 3)
+    joints: Tensor  # (b f 24 3)
+
+
+# height of a joint above the sole of a standing foot
+CLEARANCE = {
+    "left_knee": 0.06, "right_knee": 0.06, "left_ankle": 0.07, "right_ankle": 0.07, "left_foot": 0.02,
+    "right_foot": 0.02,
+}  # fmt: skip
+ROOT = 24  # the motion table's row of the root's translation
+HEADING = math.radians(65)
+
+
+@functools.cache
+def _motion_table(device: str | torch.device) -> Tensor:
+    """(actions, 25, 3, 5): per joint and axis (bias, amp1, phase1, amp2, phase2), radians; row 24 metres."""
+    table = torch.zeros(len(ACTIONS), 25, 3, 5)
+    for row, track in zip(table, TABLE.values(), strict=True):
+        for channel, numbers in (STANCE | track).items():
+            joint, axis = channel.split(".")
+            unit = 1.0 if joint == "root" else math.pi / 180
+            scale = torch.tensor((unit, unit, 1.0, unit, 1.0))
+            padded = torch.tensor(numbers + (0,) * (5 - len(numbers)))
+            row[ROOT if joint == "root" else JOINT[joint], "xyz".index(axis)] = padded * scale
+    return table.to(device)
+
+
+def _euler_to_matrix(angles: Tensor) -> Tensor:
+    """(... 3) radians -> Rx·Ry·Rz (... 3 3)."""
+    # row k of the diagonal matrix is the axis-angle of the turn about axis k
+    x, y, z = axis_angle_to_matrix(torch.diag_embed(angles)).unbind(-3)
+    return x @ y @ z
+
+
+def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device = "cpu") -> Clips:
+    """One clip per seed, each a pure function of its own seed; fewer than 17 frames are a window of it."""
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames must be 4n+1, got {frames}; the nearest is {_nearest(frames)}")
+    draws = [torch.rand(19, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    pick, colour, phase, speed, strength, turn, x, z, window, *shape = torch.stack(draws, dim=1).to(device)
+    action, shirt = (pick * len(ACTIONS)).long(), (colour * len(COLOURS)).long()
+    betas = (math.sqrt(2) * torch.erfinv(2 * torch.stack(shape, dim=1) - 1)).clamp(-2, 2)
+
+    start = (window * (max(FRAMES - frames, 0) + 1)).floor()
+    frame = rearrange(start, "b -> b 1") + torch.arange(frames, device=device)
+    cycles = rearrange(phase, "b -> b 1") + rearrange(0.75 + 0.3 * speed, "b -> b 1") * frame / FRAMES
+    pose, path = _move(action, cycles, amplitude=0.9 + 0.3 * strength)
+
+    zero = torch.zeros_like(turn)
+    facing = axis_angle_to_matrix(torch.stack((zero, HEADING * (2 * turn - 1), zero), dim=-1))
+    global_orient = matrix_to_axis_angle(rearrange(facing, "b i k -> b 1 i k") @ pose[:, :, 0])
+    body_pose = matrix_to_axis_angle(pose[:, :, 1:])
+    lift = path[..., 1]
+    place = torch.stack((0.35 * (2 * x - 1), zero, 0.15 * (2 * z - 1)), dim=-1)
+    level = path * path.new_tensor((1.0, 0.0, 1.0))
+    transl = rearrange(place, "b i -> b 1 i") + einsum(facing, level, "b i k, b f k -> b f i")
+    joints = body(device).joints(global_orient, body_pose, rearrange(betas, "b k -> b 1 k"), transl)
+    # the lowest of knees, ankles and feet stands on the floor, unless the action lifts it
+    clearance = joints.new_tensor(tuple(CLEARANCE.values()))
+    sole = (joints[:, :, [JOINT[name] for name in CLEARANCE], 1] - clearance).amin(-1)
+    up = F.pad(rearrange(lift - sole, "b f -> b f 1"), (1, 1))
+    return Clips(
+        caption=[
+            f"a person in a {COLOURS[s]} shirt {ACTIONS[a]}" for a, s in zip(action, shirt, strict=True)
+        ],
+        action=action,
+        shirt=shirt,
+        global_orient=global_orient,
+        body_pose=body_pose,
+        betas=betas,
+        transl=transl + up,
+        joints=joints + rearrange(up, "b f i -> b f 1 i"),
+    )
+
+
+def _move(action: Tensor, cycles: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions (b,) at these cycles (b f) -> rotations (b f 24 3 3) and the root's path (b f 3), metres."""
+    table = _motion_table(cycles.device)[action]
+    bias, amp1, phase1, amp2, phase2 = rearrange(table, "b j xyz n -> n b 1 j xyz")
+    cycles = rearrange(cycles, "b f -> b f 1 1")
+    once, twice = (torch.sin(2 * math.pi * c) for c in (cycles + phase1, 2 * cycles + phase2))
+    tracks = bias + rearrange(amplitude, "b -> b 1 1 1") * (amp1 * once + amp2 * twice)
+    return _euler_to_matrix(tracks[:, :, :ROOT]), tracks[:, :, ROOT]
+
+
+def _nearest(frames: int) -> int:
+    """The nearest frame count of the form 4n+1."""
+    return max(1, 4 * round((frames - 1) / 4) + 1)
+
+
+# ---------------------------------------------------------------- pixels
+
+CAMERA_HEIGHT = 1.0
+CAMERA_DISTANCE = 4.5
+FOCAL = 132.0  # pixels: 1.7 m at the origin spans 50
+BACKGROUND = (0.85, 0.87, 0.91)
+SKIN = (0.85, 0.60, 0.42)
+SOFT = 1.5  # width of an edge, pixels
+# (from, to, radius in metres, colour); "shirt" is the clip's; left limbs are blue, right limbs orange
+CAPSULES = (
+    ("spine1", "spine3", 0.135, "shirt"),
+    ("left_collar", "right_collar", 0.115, "shirt"),
+    ("left_hip", "right_hip", 0.110, (0.46, 0.46, 0.52)),
+    ("head", "crown", 0.120, SKIN),
+    ("nape", "scalp", 0.108, (0.42, 0.30, 0.24)),
+    ("nose", "nose", 0.050, (0.75, 0.15, 0.15)),
+    ("left_shoulder", "left_elbow", 0.084, (0.22, 0.36, 0.78)),
+    ("left_elbow", "left_hand", 0.080, (0.30, 0.62, 0.95)),
+    ("right_shoulder", "right_elbow", 0.084, (0.72, 0.36, 0.15)),
+    ("right_elbow", "right_hand", 0.080, (0.98, 0.62, 0.25)),
+    ("left_hip", "left_knee", 0.100, (0.22, 0.36, 0.78)),
+    ("left_knee", "left_ankle", 0.082, (0.30, 0.62, 0.95)),
+    ("right_hip", "right_knee", 0.100, (0.72, 0.36, 0.15)),
+    ("right_knee", "right_ankle", 0.082, (0.98, 0.62, 0.25)),
+    ("left_ankle", "left_toe", 0.065, (0.26, 0.32, 0.60)),
+    ("right_ankle", "right_toe", 0.065, (0.54, 0.30, 0.17)),
+)
+EXTRA_POINTS = ("crown", "nape", "scalp", "nose", "left_toe", "right_toe")
+POINT = {name: index for index, name in enumerate(JOINT_NAMES + EXTRA_POINTS)}
+
+
+def project(points: Tensor) -> tuple[Tensor, Tensor]:
+    """World points (... 3), metres -> pixels (... 2) as (column, row), and depth from the camera (...)."""
+    depth = CAMERA_DISTANCE - points[..., 2]
+    centre = points.new_tensor((0.0, CAMERA_HEIGHT))
+    offset = (points[..., :2] - centre) * FOCAL / rearrange(depth, "... -> ... 1")
+    return SIZE / 2 + offset * offset.new_tensor((1.0, -1.0)), depth
+
+
+def _points(joints: Tensor) -> Tensor:
+    """Joints (n 24 3) -> joints and EXTRA_POINTS (n 30 3); the head faces where the shoulders face."""
+    neck, head = joints[:, JOINT["neck"]], joints[:, JOINT["head"]]
+    lateral = joints[:, JOINT["left_shoulder"]] - joints[:, JOINT["right_shoulder"]]
+    up = F.normalize(neck - joints[:, JOINT["spine2"]], dim=-1)
+    forward = F.normalize(torch.linalg.cross(lateral, up), dim=-1)
+    toes = [joints[:, JOINT[f]] + 0.5 * (joints[:, JOINT[f]] - joints[:, JOINT[a]])
+            for f, a in (("left_foot", "left_ankle"), ("right_foot", "right_ankle"))]  # fmt: skip
+    crown, nape = head + 0.08 * up, head + 0.05 * up - 0.05 * forward
+    extra = (crown, nape, crown + 0.04 * up - 0.05 * forward, head + 0.05 * up + 0.13 * forward, *toes)
+    return torch.cat((joints, torch.stack(extra, dim=1)), dim=1)
+
+
+def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw the body: joints (b f 24 3), metres, betas (b 10), shirt (b,) index into COLOURS
+    -> video (b 3 f 64 64) in [-1, 1] and silhouette (b f 64 64) in [0, 1].
+
+    A limb is a capsule with a soft edge; capsules are composed front to back by the depth of their middle.
+    """
+    batch, frames = joints.shape[:2]
+    device = joints.device
+    pixels, depth = project(_points(rearrange(joints, "b f j xyz -> (b f) j xyz")))
+    tails, tips = (torch.tensor([POINT[c[end]] for c in CAPSULES], device=device) for end in (0, 1))
+    middle = (depth[:, tails] + depth[:, tips]) / 2
+    girth = 1 + betas @ betas.new_tensor(GIRTH)
+    metres = rearrange(girth, "b -> b 1") * betas.new_tensor([c[2] for c in CAPSULES])
+    radius = FOCAL * repeat(metres, "b k -> (b f) k", f=frames) / middle
+    worn = torch.tensor([c[3] == "shirt" for c in CAPSULES], device=device)
+    fixed = betas.new_tensor([(0, 0, 0) if c[3] == "shirt" else c[3] for c in CAPSULES])
+    shirts = rearrange(betas.new_tensor(tuple(SHIRTS.values()))[shirt], "b rgb -> b 1 rgb")
+    colour = torch.where(rearrange(worn, "k -> k 1"), shirts, fixed)
+    # red, green, blue, coverage; the background closes the row
+    colour = F.pad(F.pad(colour, (0, 1), value=1.0), (0, 0, 0, 1))
+    colour[:, -1, :3] = colour.new_tensor(BACKGROUND)
+
+    order = middle.argsort(dim=-1)
+    tail, tip = (pixels[:, ends].gather(1, repeat(order, "n k -> n k xy", xy=2)) for ends in (tails, tips))
+    radius = radius.gather(1, order)
+    last = F.pad(order, (0, 1), value=len(CAPSULES))
+    colour = repeat(colour, "b k c -> (b f) k c", f=frames).gather(1, repeat(last, "n k -> n k c", c=4))
+
+    reach = rearrange(radius + SOFT, "n k -> n k 1")
+    low = (torch.minimum(tail, tip) - reach).amin(1).floor().clamp(0, SIZE - 1).long()
+    high = (torch.maximum(tail, tip) + reach).amax(1).ceil().clamp(1, SIZE).long()
+    image = repeat(colour[:, -1], "n c -> n c h w", h=SIZE, w=SIZE).contiguous()
+    step = 4 if device.type == "cpu" else 1024  # frames drawn at once; on a CPU they should fit its cache
+    for start in range(0, batch * frames, step):
+        part = slice(start, start + step)
+        (left, top), (right, bottom) = low[part].amin(0).tolist(), high[part].amax(0).tolist()
+        rows, columns = slice(top, bottom), slice(left, right)
+        capsules = (tail[part], tip[part], radius[part], colour[part])
+        image[part, :, rows, columns] = _draw(*capsules, rows, columns)
+    image = rearrange(image, "(b f) c h w -> b c f h w", b=batch)
+    return image[:, :3] * 2 - 1, image[:, 3]
+
+
+def _draw(tail: Tensor, tip: Tensor, radius: Tensor, colour: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Capsules from front to back, (n k 2), (n k) pixels, and colours (n k+1 c), the background last
+    -> the image of these rows and columns (n c h w)."""
+    centres = torch.arange(SIZE, device=tail.device, dtype=tail.dtype) + 0.5
+    bone = tip - tail
+    length2 = bone.square().sum(-1).clamp(min=1e-6)
+    sharpness = 1 / (2 * radius * SOFT)
+    # the place along the bone, 0 at its tail and 1 at its tip, is a column's share plus a row's share; so is
+    # the squared distance to its tail
+    shares, squares = [], []
+    for axis, span in enumerate((columns, rows)):
+        offset = centres[span] - tail[..., axis, None]
+        shares.append(offset * (bone[..., axis] / length2)[..., None])
+        squares.append(offset.square() * sharpness[..., None])
+    place = rearrange(shares[0], "n k w -> n k 1 w") + rearrange(shares[1], "n k h -> n k h 1")
+    # distance² to the bone = distance² to its tail - length²·u·(2·place - u), u = place held to the bone
+    inside = place.clamp(0, 1)
+    gain = torch.sub(inside, place, alpha=2).mul_(inside)
+    # (distance² - radius²) / (2·radius) is, near the edge, the distance from it, without a square root
+    level = rearrange(radius / (2 * SOFT) - 0.5, "n k -> n k 1")
+    clear = rearrange(squares[0] - level, "n k w -> n k 1 w") + rearrange(squares[1], "n k h -> n k h 1")
+    clear.addcmul_(gain, rearrange(length2 * sharpness, "n k -> n k 1 1")).clamp_(0, 1)
+    through = rearrange(clear.cumprod(dim=1), "n k h w -> n k (h w)")
+    # what passes the first k capsules shows the colour of the next one instead of the k-th
+    change = rearrange(colour[:, 1:] - colour[:, :-1], "n k c -> n c k")
+    image = rearrange(colour[:, 0], "n c -> n c 1") + change @ through
+    return rearrange(image, "n c (h w) -> n c h w", h=place.shape[2])
+
+
+def silhouette(video: Tensor) -> Tensor:
+    """Video (b 3 f h w) in [-1, 1] -> (b f h w) bool: where it differs clearly from the background."""
+    background = rearrange(video.new_tensor(BACKGROUND) * 2 - 1, "c -> c 1 1 1")
+    return (video - background).square().sum(dim=1) > 0.6
+
+
+# ---------------------------------------------------------------- codec
+
+
+FIT_SEEDS = range(1 << 20, (1 << 20) + 512)
+RIDGE = 1e-5  # of a latent's variance
+
+
+class Codec:
+    """A linear video codec with the geometry of Wan's VAE: 4x in time, 8x in space, first frame alone.
+
+    A latent frame is the principal components of 4 frames of 8x8 pixels; decoding reads a latent and its
+    eight neighbours, which removes the blocks' edges. The components are not whitened: one number scales
+    them all to a mean variance of 1, so that weak ones stay weak.
+    """
+
+    def __init__(self, encode: Tensor, decode: Tensor, mean: Tensor, scale: Tensor):
+        self.weight = encode  # (c, 768)
+        self.kernel = decode  # (768, c, 3, 3)
+        self.mean = mean  # (768,): the mean block
+        self.scale = scale  # (): the root of the components' mean variance
+
+    @classmethod
+    def fit(cls, seeds: Sequence[int] = FIT_SEEDS, channels: int = LATENT_CHANNELS) -> "Codec":
+        """Closed form, from the clips of these seeds: PCA, then ridge regression from latents to blocks."""
+        shown = map(clips, torch.tensor(seeds).split(64))
+        videos = [render(clip.joints, clip.betas, clip.shirt)[0] for clip in shown]
+        total = sum(_blocks(video).shape[:-1].numel() for video in videos)
+        mean = sum(reduce(_blocks(video), "b t h w p -> p", "sum") for video in videos) / total
+        covariance = 0.0
+        for video in videos:
+            block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")
+            covariance = covariance + block.T @ block / total
+        variances, components = torch.linalg.eigh(covariance.double())  # ascending
+        encode = rearrange(components[:, -channels:].flip(1), "p c -> c p").float().contiguous()
+        scale = variances[-channels:].mean().sqrt().float()
+
+        codec = cls(encode, torch.zeros(len(mean), channels, 3, 3), mean, scale)
+        gram, cross = 0.0, 0.0
+        for video in videos:
+            block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")
+            latents = rearrange(codec.encode(video), "b c t h w -> (b t) c h w")
+            around = rearrange(F.unfold(latents, 3, padding=1), "n c hw -> (n hw) c")
+            gram, cross = gram + around.T @ around / total, cross + around.T @ block / total
+        solution = torch.linalg.solve((gram + RIDGE * torch.eye(len(gram))).double(), cross.double())
+        codec.kernel = rearrange(solution.float(), "(c i j) p -> p c i j", i=3, j=3).contiguous()
+        return codec
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Video (b 3 f H W) in [-1, 1], f = 4n+1, H and W multiples of 8 -> latents (b c n+1 H/8 W/8)."""
+        frames, height, width = video.shape[-3:]
+        if frames % 4 != 1:
+            raise ValueError(
+                f"a video must have 4n+1 frames, got {frames}; the nearest is {_nearest(frames)}"
+            )
+        if height % 8 or width % 8:
+            fits = f"{max(8, 8 * round(height / 8))}x{max(8, 8 * round(width / 8))}"
+            raise ValueError(f"height and width must be multiples of 8, got {height}x{width}; nearest {fits}")
+        self._follow(video)
+        latents = (_blocks(video) - self.mean) @ self.weight.T / self.scale
+        return rearrange(latents, "b t h w c -> b c t h w")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b c t h w) -> video (b 3 4(t-1)+1 8h 8w), clamped to [-1, 1]."""
+        if latents.shape[1] != len(self.weight):
+            raise ValueError(f"this codec's latents have {len(self.weight)} channels, got {latents.shape[1]}")
+        self._follow(latents)
+        flat = rearrange(latents, "b c t h w -> (b t) c h w")
+        blocks = F.conv2d(flat, self.kernel, self.mean, padding=1).unflatten(0, (len(latents), -1))
+        video = rearrange(blocks, "b t (c k p q) h w -> b c t k (h p) (w q)", k=4, p=8, q=8)
+        first = reduce(video[:, :, 0], "b c k h w -> b c 1 h w", "mean")
+        rest = rearrange(video[:, :, 1:], "b c t k h w -> b c (t k) h w")
+        return torch.cat((first, rest), dim=2).clamp(-1, 1)
+
+    def _follow(self, like: Tensor) -> None:
+        """Move to where the data is."""
+        for name in ("weight", "kernel", "mean", "scale"):
+            setattr(self, name, getattr(self, name).to(like.device, like.dtype))
+
+    def state(self) -> dict[str, Tensor]:
+        """The codec as tensors, to travel with the weights."""
+        return {"encode": self.weight, "decode": self.kernel, "mean": self.mean, "scale": self.scale}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> "Codec":
+        return cls(**{name: state[name] for name in ("encode", "decode", "mean", "scale")})
+
+
+def _blocks(video: Tensor) -> Tensor:
+    """(b 3 f H W) -> (b t h w 768): blocks of 4 frames of 8x8 pixels; the first frame is held for four."""
+    held = torch.cat((repeat(video[:, :, 0], "b c h w -> b c 4 h w"), video[:, :, 1:]), dim=2)
+    return rearrange(held, "b c (t k) (h p) (w q) -> b t h w (c k p q)", k=4, p=8, q=8)
+
+
+# ---------------------------------------------------------------- text
+
+
+@functools.cache
+def _code(key: str) -> Tensor:
+    """A fixed random vector (64,) of unit variance for a word or a position."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def encode_text(captions: Sequence[str]) -> Tensor:
+    """Captions -> (b 16 64): a fixed vector per word plus one per position, zeros after the last word.
+
+    The empty caption is all zeros, the null text of guidance.
+    """
+    text = torch.zeros(len(captions), TEXT_LEN, TEXT_DIM)
+    for row, caption in zip(text, captions, strict=True):
+        words = caption.lower().replace(".", " ").replace(",", " ").split()
+        if len(words) > TEXT_LEN:
+            raise ValueError(f"a caption may have {TEXT_LEN} words, got {len(words)}: {caption!r}")
+        for position, word in enumerate(words):
+            row[position] = _code(word) + 0.5 * _code(f"position {position}")
+    return text

@@ -1,0 +1,322 @@
+"""What people look at: videos, skeletons, attention maps and loss curves -> MP4, GIF, PNG.
+
+Frames are (f h w 3) uint8 tensors; the network's video is (3 f h w) in [-1, 1]. Every picture has an opaque
+light ground, so that it reads the same on light and dark pages; the same input gives the same bytes.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.codec.context import Flags
+from einops import rearrange
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from kit.body import JOINT_NAMES
+from kit.motion_files import whole_file
+
+PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
+SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
+SUPERSAMPLING = 4
+TILE_HEIGHT = 160  # pixels of one frame on a contact sheet
+ENCODERS = {"libx264": {"crf": "12"}, "mpeg4": {"qmin": "1", "qmax": "3"}}  # in order of preference
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (... 3) -> pixels (... 2), depth (...)
+
+# ---------------------------------------------------------------- frames and files
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Video (3 f h w), clipped to [-1, 1] -> frames (f h w 3) uint8. ValueError for another shape or NaN."""
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"video is {tuple(video.shape)}, expected (3, f, h, w)")
+    if not video.isfinite().all():
+        raise ValueError("video holds NaN or infinity; the weights or the sampler diverged")
+    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(levels, "c f h w -> f h w c").cpu()
+
+
+def from_frames(frames: Tensor) -> Tensor:
+    """Frames (f h w 3) uint8 -> video (3 f h w) float32 in [-1, 1]; the inverse of `to_frames`."""
+    _check_frames(frames, "frames")
+    return rearrange(frames, "f h w c -> c f h w").float() / 127.5 - 1
+
+
+def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
+    """Write frames (f h w 3) uint8 as .mp4 (h264, or mpeg4 where that is missing) or as a looping .gif.
+
+    A GIF counts time in hundredths of a second and joins equal neighbouring frames into one longer one.
+    Raises ValueError for another suffix, and for .mp4 with an odd height or width, which h264 cannot hold.
+    """
+    _check_frames(frames, "frames")
+    if not 1 <= fps <= 1000:
+        raise ValueError(f"cannot write {fps} frames a second, expected 1 to 1000")
+    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise ValueError(f"cannot write {path}: the suffix is {suffix!r}, expected .mp4 or .gif")
+    with whole_file(path) as temporary:
+        writers[suffix](temporary, frames.cpu().numpy(), fps)
+
+
+def read_video(path: str | Path) -> tuple[Tensor, float]:
+    """Read the first video stream of a file: frames (f h w 3) uint8 and frames a second.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, is no video or has no frames.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a video")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video stream; it is only sound, or cut short")
+            stream = container.streams.video[0]
+            fps = stream.average_rate
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is damaged or no video that FFmpeg reads: {error.strerror}") from error
+    if not frames or not fps:
+        raise ValueError(f"{path} has {len(frames)} frames and rate {fps}, expected at least one and a rate")
+    return torch.from_numpy(np.stack(frames)), float(fps)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"cannot write {width}x{height} as .mp4, expected even sizes; crop, or write a .gif")
+    rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
+    encoder = next(name for name in ENCODERS if name in av.codecs_available)
+    options = {"movflags": "faststart", "fflags": "bitexact"}  # bitexact: no dates and versions in the file
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream(encoder, rate=rate, options=ENCODERS[encoder])
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # the split into threads changes the bytes
+        stream.codec_context.flags |= Flags.bitexact
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    count, height, width = frames.shape[:3]
+    # all frames take their colours from one palette, or the picture flickers
+    stack = Image.fromarray(rearrange(frames, "f h w c -> (f h) w c")).quantize(256)
+    images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(count)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+def _check_frames(frames: Tensor, name: str) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
+        raise ValueError(f"{name}: {frames.dtype} {tuple(frames.shape)}, expected uint8 (f, h, w, 3), none 0")
+
+
+# ---------------------------------------------------------------- motion
+
+
+def draw_skeleton(
+    joints: Tensor, parents: Sequence[int], project: Project, size: int, image_size: int = 64,
+    background: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Joints (f 24 3) in metres -> frames (f size size 3) uint8: bones and joints, the nearest drawn last.
+
+    `project` is the camera; its pixels are those of an image of `image_size` and are scaled to `size`. Left
+    is blue, right orange, spine and head grey. `background` (f size size 3) uint8 takes the place of plain
+    paper. Raises ValueError for another shape or NaN.
+    """
+    if joints.ndim != 3 or joints.shape[1:] != (24, 3) or not joints.isfinite().all():
+        raise ValueError(f"joints is {tuple(joints.shape)}, expected finite (f, 24, 3)")
+    if background is None:
+        background = torch.tensor(PAPER, dtype=torch.uint8).expand(len(joints), size, size, 3)
+    if tuple(background.shape) != (len(joints), size, size, 3):
+        raise ValueError(f"background is {tuple(background.shape)}, expected {(len(joints), size, size, 3)}")
+    pixels, depth = project(joints)
+    pixels = (pixels * (size * SUPERSAMPLING / image_size)).tolist()
+    parents = [int(parent) for parent in parents]
+    poses = zip(pixels, depth.tolist(), background.cpu().numpy(), strict=True)
+    return torch.from_numpy(np.stack([_draw_pose(xy, far, parents, ground) for xy, far, ground in poses]))
+
+
+def _draw_pose(pixels: list, depth: list[float], parents: list[int], background: np.ndarray) -> np.ndarray:
+    """One frame of `draw_skeleton`, drawn large and shrunk: pillow's own lines have hard edges."""
+    size = len(background)
+    picture = Image.fromarray(background).resize((size * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    bone = max(1, picture.width // 60)
+    strokes = []  # (depth, joint, parent), a joint alone is a dot
+    for joint, parent in enumerate(parents):
+        strokes.append((depth[joint] - 1e-3, joint, None))  # at equal depth a joint lies on its bones
+        if parent >= 0:
+            strokes.append(((depth[joint] + depth[parent]) / 2, joint, parent))
+    for _, joint, parent in sorted(strokes, key=lambda stroke: -stroke[0]):
+        if depth[joint] <= 0 or (parent is not None and depth[parent] <= 0):  # behind the camera
+            continue
+        colour = SIDE_COLOURS.get(JOINT_NAMES[joint].split("_")[0], SIDE_COLOURS["middle"])
+        x, y = pixels[joint]
+        if parent is None:
+            draw.circle((x, y), 0.75 * bone, fill=colour)
+        else:
+            draw.line((*pixels[parent], x, y), fill=PAPER, width=bone + 2 * SUPERSAMPLING)  # a light edge
+            draw.line((*pixels[parent], x, y), fill=colour, width=bone)
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def side_by_side(video: Tensor, skeleton: Tensor, upscale: int = 4) -> Tensor:
+    """Video (f h w 3), `upscale` times as large, left of skeleton (f h·upscale any 3); all frames uint8."""
+    _check_frames(video, "video")
+    _check_frames(skeleton, "skeleton")
+    height = video.shape[1] * upscale
+    if skeleton.shape[:2] != (len(video), height):
+        raise ValueError(f"skeleton is {tuple(skeleton.shape)}, expected ({len(video)}, {height}, any, 3)")
+    left = rearrange(video, "f h w c -> f c h w").float()
+    left = F.interpolate(left, scale_factor=upscale, mode="bicubic").round().clamp(0, 255).to(torch.uint8)
+    gap = torch.tensor(FAINT, dtype=torch.uint8).expand(len(video), height, 4, 3)
+    return torch.cat([rearrange(left, "f c h w -> f h w c"), gap, skeleton], dim=2)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str], columns: int = 6) -> None:
+    """Write a .png of evenly spaced frames: for each row (f h w 3) its title, then `columns` numbered frames.
+
+    Titles are one per row, such as the prompt; a title too long for the sheet is broken into lines.
+    """
+    if not rows or len(rows) != len(titles) or columns < 1:
+        raise ValueError(f"{len(rows)} rows, {len(titles)} titles, {columns} columns; expected a title a row")
+    for row in rows:
+        _check_frames(row, "row")
+    face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    large, small = ImageFont.truetype(face, 16), ImageFont.truetype(face, 12)
+    margin, strip, line = 8, 18, 22  # pixels: between tiles, under a tile, of one line of title
+    tile = max(round(TILE_HEIGHT * row.shape[2] / row.shape[1]) for row in rows)
+    width = margin + columns * (tile + margin)
+    blocks = [_break_lines(title, large, width - 2 * margin) for title in titles]
+    height = margin + sum(line * len(block) + TILE_HEIGHT + strip + margin for block in blocks)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = margin
+    for row, block in zip(rows, blocks, strict=True):
+        for text in block:
+            draw.text((margin, y), text, fill=INK, font=large)
+            y += line
+        for column, frame in enumerate(torch.linspace(0, len(row) - 1, columns).round().long().tolist()):
+            x = margin + column * (tile + margin)
+            image = Image.fromarray(row[frame].cpu().numpy())
+            size = (round(TILE_HEIGHT * image.width / image.height), TILE_HEIGHT)
+            sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (x, y))
+            draw.text((x, y + TILE_HEIGHT + 2), f"frame {frame}", fill=SIDE_COLOURS["middle"], font=small)
+        y += TILE_HEIGHT + strip + margin
+    with whole_file(path) as temporary:
+        sheet.save(temporary)
+
+
+def _break_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Words in lines of at most `width` pixels; a single longer word stays whole."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title: str) -> None:
+    """Write a .png of motion -> video attention (layers f t), one panel per layer, on one colour scale.
+
+    Entry (l, f, t) is the mass that motion frame f puts on latent frame t. The line is t = f/4, where
+    MVS-RoPE puts frame f. `shares` (layers,) in [0, 1], the measured mass on the frame's own latent, is
+    printed above each panel. Raises ValueError for other shapes.
+    """
+    if attention.ndim != 3 or not attention.numel() or tuple(shares.shape) != attention.shape[:1]:
+        found = f"attention {tuple(attention.shape)} and shares {tuple(shares.shape)}"
+        raise ValueError(f"got {found}, expected (layers, f, t), none of them 0, and (layers,)")
+    layers, frames, latents = attention.shape
+    columns = min(layers, 6)
+    rows = math.ceil(layers / columns)
+    figure = _figure(2.3 * columns + 1.2, 2.0 * rows + 0.7)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    maps = rearrange(attention.float().cpu().numpy(), "l f t -> l t f")
+    for layer, panel in enumerate(panels.flat):
+        if layer >= layers:
+            panel.set_visible(False)
+            continue
+        heat = panel.imshow(maps[layer], cmap="magma", vmin=0, vmax=maps.max(), origin="lower", aspect="auto")
+        panel.plot([0, frames - 1], [0, (frames - 1) / 4], color="white", linewidth=1, linestyle=(0, (2, 3)))
+        panel.set(xlim=(-0.5, frames - 0.5), ylim=(-0.5, latents - 0.5))
+        stride = math.ceil(latents / 6)  # latent frames between ticks
+        panel.set(yticks=range(0, latents, stride), xticks=range(0, frames, 4 * stride))
+        panel.set_title(f"layer {layer}: {100 * shares[layer]:.0f}% on own latent", fontsize=8)
+        panel.tick_params(labelsize=7)
+    figure.suptitle(f"{title} (chance {100 / latents:.0f}%)", fontsize=10)
+    figure.supxlabel("motion frame f", fontsize=8)
+    figure.supylabel("latent frame t", fontsize=8)
+    figure.colorbar(heat, ax=panels, fraction=0.06 / columns, pad=0.02).ax.tick_params(labelsize=7)
+    _save_figure(figure, path)
+
+
+def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
+    """Draw the loss of each task over steps from metrics.jsonl, a panel per stage: dots raw, lines smoothed.
+
+    One JSON object a line with step, stage, task and loss; lines without a loss are passed over, and where a
+    resumed run repeats a step its last line counts. Raises FileNotFoundError, or ValueError with the number
+    of a bad line.
+    """
+    if not Path(metrics_path).is_file():
+        raise FileNotFoundError(f"{metrics_path}: no such file; train.py writes it as metrics.jsonl")
+    stages: dict = defaultdict(lambda: defaultdict(dict))  # stage -> task -> step -> loss
+    for number, line in enumerate(Path(metrics_path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if "loss" in record:
+                stages[record["stage"]][record["task"]][int(record["step"])] = float(record["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{metrics_path} line {number}: expected step, stage, task and loss") from error
+    if not stages:
+        raise ValueError(f"{metrics_path} holds no loss yet; expected at least one training step")
+    figure = _figure(5.5 * len(stages), 3.6)
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for panel, (stage, tasks) in zip(panels, sorted(stages.items()), strict=True):
+        for index, (task, losses) in enumerate(sorted(tasks.items())):
+            steps = sorted(losses)
+            values = [losses[step] for step in steps]
+            panel.plot(steps, values, ".", color=f"C{index}", markersize=3, alpha=0.35, markeredgewidth=0)
+            panel.plot(steps, _smooth(values), color=f"C{index}", linewidth=1.5, label=task)
+        panel.set(title=f"stage {stage}", xlabel="step", ylabel="loss", yscale="log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        panel.grid(color="0.92")
+        panel.legend(frameon=False)
+    _save_figure(figure, png_path)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running average over about a twentieth of the run, without the usual bias towards the first value."""
+    keep = 1 - 1 / max(1, len(values) / 20)
+    total = weight = 0.0
+    averages = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        averages.append(total / weight)
+    return averages
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, inches, that belongs to no pyplot state."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+
+
+def _save_figure(figure: Figure, path: str | Path) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it

@@ -1,0 +1,72 @@
+"""Weights on disk: one safetensors file that carries all it takes to use them.
+
+Tensors: the network's under their own names, and what belongs to it (the puppet's codec) under a
+prefix. Metadata: the network's configuration as JSON.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dual_dit import DualDiT, DualDiTConfig
+
+EXTRA = "extra."  # prefix of tensors that are not the network's
+
+
+def save_weights(
+    path: Path,
+    config: DualDiTConfig,
+    tensors: dict[str, Tensor],
+    extra: dict[str, Tensor],
+    dtype=torch.float32,
+) -> None:
+    """Write a state dict, its configuration and extra tensors; statistics and extras stay fp32."""
+    keep = ("motion_mean", "motion_std")
+    file = {k: v.to("cpu", torch.float32 if k in keep else dtype).contiguous() for k, v in tensors.items()}
+    file |= {EXTRA + k: v.cpu().float().contiguous() for k, v in extra.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(file, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
+    os.replace(temporary, path)
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[DualDiT, dict[str, Tensor]]:
+    """Read what save_weights wrote -> the network in fp32, in evaluation mode, and the extra tensors.
+
+    FileNotFoundError or ValueError if the file is missing, damaged, or of another configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}: train some with `python train.py`, or name a file with --weights"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file or is truncated ({error}): copy it again"
+        ) from error
+    if "config" not in metadata:
+        raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
+    try:
+        config = DualDiTConfig(**json.loads(metadata["config"]))
+    except TypeError as error:
+        raise ValueError(f"{path} has a configuration of another version ({error})") from error
+    with torch.device("meta"):
+        model = DualDiT(config)
+    extra = {k.removeprefix(EXTRA): v.to(device) for k, v in tensors.items() if k.startswith(EXTRA)}
+    state = {k: v.to(device, torch.float32) for k, v in tensors.items() if not k.startswith(EXTRA)}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own configuration: {error}") from error
+    return model.eval().requires_grad_(False), extra

@@ -1,0 +1,237 @@
+"""Train EchoMotion's two stages: `python train.py`, or `torchrun --nproc-per-node N train.py`.
+
+Stage 1 trains the motion expert alone on motion; there are no video tokens and Wan's part is frozen.
+Stage 2 trains everything on paired clips; each step draws one task. Without arguments the puppet
+preset is trained from scratch.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import flow
+from dual_dit import PRESETS, DualDiT
+from kit import cli, data, parallel, puppet, render, weights
+from motion_tokens import motion_statistics
+
+STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
+# Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
+CLIP_LENGTHS = ((0.0, 5), (0.65, 9), (0.85, 17))  # (from this share of a stage on, frames)
+WARMUP = 50  # steps
+LEARNING_RATE = 5e-3
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+EMA_DECAY = 0.998
+STATISTICS_CLIPS = 2048
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
+    parser.add_argument("--steps", type=int, default=5000, help="in all (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="clips a step, over all ranks (default %(default)s)"
+    )
+    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument("--out", type=Path, default=Path("runs/puppet"), help="default %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's"
+    )
+    parser.add_argument("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    return parser.parse_args()
+
+
+def plan(stage: str, steps: int) -> list[tuple[int, int, int, int]]:
+    """(stage, step within the stage, steps of the stage, clip frames) of every step of the run."""
+    first = {"1": steps, "2": 0, "both": round(steps * STAGE_1_SHARE)}[stage]
+    lengths = {1: first, 2: steps - first}
+
+    def frames(share: float) -> int:
+        return [length for start, length in CLIP_LENGTHS if share >= start][-1]
+
+    return [(s, i, n, frames(i / n)) for s, n in lengths.items() for i in range(n)]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth."""
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps))).item()
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
+
+
+def optimizers(model: DualDiT) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
+    others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
+    return [
+        # with this adjustment Muon's steps have AdamW's size, so that one learning rate serves both
+        torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY),
+    ]
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether this machine multiplies bf16 matrices faster than fp32."""
+    if device.type == "cuda":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):  # first round warms up
+        x = torch.ones(1024, 1024, dtype=dtype)
+        start = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))  # early on, forget the initialisation fast
+    for name, value in model.state_dict().items():
+        ema[name].lerp_(value, 1 - decay)
+
+
+def prepare(seed: int, device: torch.device) -> tuple[puppet.Codec, Tensor, Tensor]:
+    """What is fitted once, in closed form, before training: the codec, and the motion statistics."""
+    codec = puppet.Codec.fit()
+    clips = puppet.clips(
+        [int(s) for s in torch.randint(2**62, (STATISTICS_CLIPS,), generator=data.rng("stats", seed))]
+    )
+    return codec, *(x.to(device) for x in motion_statistics(data.puppet_motion(clips)))
+
+
+def main() -> None:
+    args = options()
+    if args.steps < 1 or args.save_every < 1:
+        raise ValueError(
+            f"--steps and --save-every must be at least 1, got {args.steps} and {args.save_every}"
+        )
+    device, rank, ranks = parallel.start(args.device)
+    if args.batch % ranks:
+        nearest = max(1, round(args.batch / ranks)) * ranks
+        raise ValueError(
+            f"--batch {args.batch} must be a multiple of the {ranks} ranks; the nearest is {nearest}"
+        )
+    samples = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))
+    checkpoint = args.out / "checkpoint.pt"
+    if not args.resume and checkpoint.exists():
+        raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
+    torch.manual_seed(args.seed)
+
+    # ---- model, optimizers, EMA
+    if args.init:
+        model, extra = weights.load_weights(args.init, device)
+        model.train().requires_grad_(True)
+        codec = puppet.Codec.from_state(extra)
+    else:
+        model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced)).to(device)
+        codec, mean, std = prepare(args.seed, device)
+        model.motion_mean.copy_(mean)
+        model.motion_std.copy_(std)
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = plan(args.stage, args.steps)
+    first_step, opts, state = 0, [], None
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and faster_in_bf16(device))
+    if args.resume:
+        state = parallel.load_state(checkpoint)
+        if state["steps"] != args.steps or state["stage"] != args.stage:
+            raise ValueError(
+                f"{checkpoint} is of --stage {state['stage']} --steps {state['steps']}: resume with the same"
+            )
+        model.load_state_dict(state["model"])
+        ema = {name: value.to(device) for name, value in state["ema"].items()}
+        codec = puppet.Codec.from_state({name: value.to(device) for name, value in state["codec"].items()})
+        first_step, bf16 = state["step"], state["bf16"]
+    wrapped = None
+
+    # ---- the loop
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+    log = open(args.out / "metrics.jsonl", "a") if rank == 0 else None
+    smooth: dict[str, float] = {}
+    bar = tqdm(range(first_step, len(steps)), initial=first_step, total=len(steps), disable=rank > 0)
+    for step in bar:
+        stage, stage_step, stage_steps, frames = steps[step]
+        if wrapped is None or stage_step == 0:
+            # a new stage trains other parameters, with a new optimizer
+            for p in model.video_parameters():
+                p.requires_grad_(stage == 2)
+            wrapped = parallel.wrap(model, ranks)
+            opts = optimizers(model)
+            if state is not None:
+                for optimizer, saved in zip(opts, state.pop("optimizers"), strict=True):
+                    optimizer.load_state_dict(saved)
+                state = None
+        start = time.perf_counter()
+        batch = data.puppet_batch(
+            codec,
+            model.motion_mean,
+            model.motion_std,
+            seed=args.seed,
+            step=step,
+            stage=stage,
+            frames=frames,
+            samples=samples,
+            device=device,
+        )
+        waited = time.perf_counter() - start
+        # ------------------------------------------------------------------ one step
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = flow.loss(wrapped, *batch)
+        loss.total.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage_step, stage_steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step)
+        # ---------------------------------------------------------------------------
+        total = parallel.mean_over_ranks(loss.total.detach(), ranks).item()
+        if log:
+            name = batch.task.name.lower()
+            smooth[name] = total if name not in smooth else 0.95 * smooth[name] + 0.05 * total
+            bar.set_postfix({k: f"{v:.3f}" for k, v in sorted(smooth.items())}, refresh=False)
+            record = {"step": step, "stage": stage, "frames": frames, "task": name, "loss": total}
+            record |= {k: v.mean().item() for k, v in loss._asdict().items() if v is not None}
+            record |= {
+                "grad_norm": norm.item(),
+                "seconds": time.perf_counter() - start,
+                "data_seconds": waited,
+            }
+            print(json.dumps(record), file=log, flush=True)
+        done = step + 1
+        if rank == 0 and (done % args.save_every == 0 or done == len(steps)):
+            parallel.save_state(
+                checkpoint,
+                {
+                    "step": done,
+                    "steps": args.steps,
+                    "stage": args.stage,
+                    "bf16": bf16,
+                    "model": model.state_dict(),
+                    "ema": ema,
+                    "optimizers": [o.state_dict() for o in opts],
+                    "codec": codec.state(),
+                },
+            )
+            weights.save_weights(args.out / "weights.safetensors", model.config, ema, codec.state())
+    if log:
+        log.close()
+        render.loss_picture(args.out / "metrics.jsonl", args.out / "loss.png")
+        print(f"wrote {args.out}/weights.safetensors, metrics.jsonl and loss.png")
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)
