@@ -102,14 +102,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return (layer_norm(x.float(), eps) * (1 + scale) + shift).type_as(x)
 
 
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch in fp32; the result has the dtype of x."""
+    return (x.float() + gate * branch.float()).type_as(x)
+
+
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """(b,) times in [0, 1] -> (b dim) float32: cosines, then sines, of 1000·t at geometric frequencies."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
-    angles = 1000 * t.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
+    angles = torch.outer(1000 * t.double(), 10_000**-exponent)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 class Attention(nn.Module):
@@ -171,12 +174,10 @@ class ExpertBlock(nn.Module):
     def after_attention(self, stream: Stream, attended: Tensor) -> Tensor:
         """This expert's rows of the joint attention (b n d) -> its tokens after the block (b n d)."""
         attention_mod, ffn_mod = self.modulations(stream.time)
-        x = stream.x
-        x = x + (attention_mod.gate * self.self_attn.o(attended)).type_as(x)
+        x = gated(stream.x, attention_mod.gate, self.self_attn.o(attended))
         queries = self.cross_attn.queries(layer_norm(x, self.eps, self.norm3))
         x = x + self.cross_attn.o(attend(queries, *self.cross_attn.keys_values(stream.text))).type_as(x)
-        hidden = self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps))
-        return x + (ffn_mod.gate * hidden).type_as(x)
+        return gated(x, ffn_mod.gate, self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps)))
 
 
 class DualBlock(nn.Module):
@@ -191,11 +192,10 @@ class DualBlock(nn.Module):
         present = [(e, s) for e, s in ((self.video, video), (self.motion, motion)) if s is not None]
         qkv = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
         attended = attend(*(torch.cat(parts, dim=2) for parts in qkv))  # (b n_video+n_motion d)
-        rows = attended.split([stream.x.shape[1] for _, stream in present], dim=1)
-        out = [
-            expert.after_attention(stream, row) for (expert, stream), row in zip(present, rows, strict=True)
-        ]
-        return (out.pop(0) if video is not None else None), (out.pop(0) if motion is not None else None)
+        rows = iter(attended.split([stream.x.shape[1] for _, stream in present], dim=1))
+        x_video = self.video.after_attention(video, next(rows)) if video is not None else None
+        x_motion = self.motion.after_attention(motion, next(rows)) if motion is not None else None
+        return x_video, x_motion
 
 
 # ---------------------------------------------------------------- into the blocks and out of them
@@ -366,8 +366,8 @@ class DualDiT(nn.Module):
         """
         self.check(video, motion)
         first = video if video is not None else motion
-        # (b 1 d) in fp32, as small as the timestep's own embedding
-        hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
+        with torch.autocast(first.device.type, enabled=False):
+            hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads
 
         video_stream = motion_stream = None

@@ -248,51 +248,25 @@ def measure(model: DualDiT, codec: puppet.Codec, count: int, **sampling) -> tupl
     codec_peak = peak_rate(iou_by_offset(coded_shape, real_shape))
     real_accuracy = share(nearest_action(clips.joints, bank) == clips.action)
     real_bones = bone_variation(clips.joints, body.parents)
-    pairs, chance = "shuffled pairs", r["attention_chance"]
+    mean, pairs, real, chance = "mean motion", "shuffled pairs", "real motion", r["attention_chance"]
+    # fmt: off
     rows = [  # measure, ours, baseline and what it is, ceiling and what it is
-        (
-            "video→motion MPJPE, mm ↓",
-            r["v2m_mpjpe_mm"],
-            r["v2m_mean_baseline_mm"],
-            "mean motion",
-            0,
-            "real motion",
-        ),
-        ("video→motion PA-MPJPE, mm ↓", r["v2m_pa_mpjpe_mm"], mean_pa, "mean motion", 0, "real motion"),
+        ("video→motion MPJPE, mm ↓", r["v2m_mpjpe_mm"], r["v2m_mean_baseline_mm"], mean, 0, real),
+        ("video→motion PA-MPJPE, mm ↓", r["v2m_pa_mpjpe_mm"], mean_pa, mean, 0, real),
         ("motion→video IoU ↑", r["m2v_iou"], r["m2v_iou_shuffled"], pairs, r["codec_iou"], "codec"),
         ("motion→video PSNR, dB ↑", r["m2v_psnr"], psnr_shuffled, pairs, r["codec_psnr"], "codec"),
         ("joint IoU ↑", r["joint_iou"], shuffled[:, joint0].mean().item(), pairs, r["codec_iou"], "codec"),
-        (
-            "joint sync peaks at 0 ↑",
-            r["joint_sync_peak_rate"],
-            peak_rate(shuffled),
-            pairs,
-            codec_peak,
-            "codec",
-        ),
-        (
-            "text: right action ↑",
-            r["text_action_accuracy"],
-            r["text_chance"],
-            "chance",
-            real_accuracy,
-            "real motion",
-        ),
-        ("bone-length variation ↓", r["bone_cv"], None, "", real_bones, "real motion"),
-        ("joints against FK, mm ↓", r["fk_error_mm"], None, "", 0, "real motion"),
-        ("jerk / real jerk", r["jerk_ratio"], None, "", 1, "real motion"),
+        ("joint sync at 0 ↑", r["joint_sync_peak_rate"], peak_rate(shuffled), pairs, codec_peak, "codec"),
+        ("text: right action ↑", r["text_action_accuracy"], r["text_chance"], "chance", real_accuracy, real),
+        ("bone-length variation ↓", r["bone_cv"], None, "", real_bones, real),
+        ("joints against FK, mm ↓", r["fk_error_mm"], None, "", 0, real),
+        ("jerk / real jerk", r["jerk_ratio"], None, "", 1, real),
     ]
-    rows += [
-        (
-            f"4:1 attention share, layer {i} ↑",
-            value,
-            r["attention_chance"],
-            "chance",
-            1.0,
-            "all on its latent",
+    # fmt: on
+    for layer, value in enumerate(r["attention_41_share"]):
+        rows.append(
+            (f"4:1 attention share, layer {layer} ↑", value, chance, "chance", 1, "all on its latent")
         )
-        for i, value in enumerate(r["attention_41_share"])
-    ]
     return result, rows, attention
 
 

@@ -22,7 +22,7 @@ from dual_dit import DualDiT
 class Role(Enum):
     NOISY = "generated"
     CLEAN = "condition: enters without noise, at t = 0; its output is discarded"
-    ABSENT = "has no tokens in the sequence"
+    ABSENT = "absent: has no tokens in the sequence"
 
 
 class Task(IntEnum):
@@ -136,11 +136,6 @@ class Velocity(NamedTuple):
     video: Tensor | None
     motion: Tensor | None
 
-    def plus(self, weight: float, a: "Velocity", b: "Velocity") -> "Velocity":
-        """self + weight·(a - b)"""
-        parts = zip(self, a, b, strict=True)
-        return Velocity(*(None if base is None else base + weight * (x - y) for base, x, y in parts))
-
 
 def guided(
     model: DualDiT,
@@ -158,8 +153,8 @@ def guided(
         given a condition:  u(x,∅,∅) + ω1·(u(x,m,y) - u(x,m,∅)) + ω2·(u(x,m,∅) - u(x,∅,∅))
         otherwise:          u(x,∅)   + ω1·(u(x,y) - u(x,∅))
 
-    ω1 = ω2 = 1 is the plain conditional call. text and null_text (b l text_dim); guidance_text is ω1,
-    guidance_condition is ω2.
+    text and null_text (b l text_dim); guidance_text is ω1, guidance_condition is ω2. The formula is summed
+    by its terms, and a term that cancels costs no call: ω1 = ω2 = 1 is the plain conditional call.
     """
 
     def u(task: Task, text: Tensor) -> Velocity:
@@ -176,14 +171,17 @@ def guided(
             u_motion.float() if task.motion is Role.NOISY else None,
         )
 
-    full = u(task, text)
-    if guidance_text == guidance_condition == 1.0:
-        return full
-    textless = u(task, null_text)
+    w1, w2 = guidance_text, guidance_condition
     if task.unconditional is task:
-        return textless.plus(guidance_text, full, textless)
-    bare = u(task.unconditional, null_text)
-    return bare.plus(guidance_text, full, textless).plus(guidance_condition, textless, bare)
+        w2 = 1.0  # there is no condition to guide by
+    terms = [(w1, task, text), (w2 - w1, task, null_text), (1 - w2, task.unconditional, null_text)]
+    weights = [weight for weight, _, _ in terms if weight]
+    velocities = [u(*given) for weight, *given in terms if weight]
+
+    def total(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+        return None if parts[0] is None else sum(w * part for w, part in zip(weights, parts, strict=True))
+
+    return Velocity(*(total(parts) for parts in zip(*velocities, strict=True)))
 
 
 # ---------------------------------------------------------------- solvers and sampling

@@ -8,8 +8,10 @@ preset is trained from scratch.
 import argparse
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,8 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's"
     )
+    parser.add_argument("--frames", type=int, help="clips of this length throughout, instead of growing ones")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="at its peak (default %(default)s)")
     parser.add_argument("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -51,21 +55,29 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(stage: str, steps: int) -> list[tuple[int, int, int, int]]:
-    """(stage, step within the stage, steps of the stage, clip frames) of every step of the run."""
+class Step(NamedTuple):
+    """Where in the run a step is: everything the schedule needs to know."""
+
+    stage: int
+    step: int  # within the stage
+    steps: int  # of the stage
+    frames: int  # of the clips
+
+
+def plan(stage: str, steps: int, frames: int | None) -> list[Step]:
+    """The whole run, step by step."""
     first = {"1": steps, "2": 0, "both": round(steps * STAGE_1_SHARE)}[stage]
-    lengths = {1: first, 2: steps - first}
 
-    def frames(share: float) -> int:
-        return [length for start, length in CLIP_LENGTHS if share >= start][-1]
+    def length(share: float) -> int:
+        return frames or [f for start, f in CLIP_LENGTHS if share >= start][-1]
 
-    return [(s, i, n, frames(i / n)) for s, n in lengths.items() for i in range(n)]
+    return [Step(s, i, n, length(i / n)) for s, n in ((1, first), (2, steps - first)) for i in range(n)]
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps))).item()
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
+def learning_rate(peak: float, now: Step) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * now.step / now.steps))
+    return peak * min(1.0, (now.step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
 def optimizers(model: DualDiT) -> list[torch.optim.Optimizer]:
@@ -101,89 +113,88 @@ def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
         ema[name].lerp_(value, 1 - decay)
 
 
-def prepare(seed: int, device: torch.device) -> tuple[puppet.Codec, Tensor, Tensor]:
+def prepare(seed: int) -> tuple[puppet.Codec, Tensor, Tensor]:
     """What is fitted once, in closed form, before training: the codec, and the motion statistics."""
-    codec = puppet.Codec.fit()
-    clips = puppet.clips(
-        [int(s) for s in torch.randint(2**62, (STATISTICS_CLIPS,), generator=data.rng("stats", seed))]
-    )
-    return codec, *(x.to(device) for x in motion_statistics(data.puppet_motion(clips)))
+    seeds = torch.randint(2**62, (STATISTICS_CLIPS,), generator=data.rng("statistics", seed)).tolist()
+    return puppet.Codec.fit(), *motion_statistics(data.puppet_motion(puppet.clips(seeds)))
+
+
+def open_log(path: Path, first_step: int) -> TextIO:
+    """metrics.jsonl, to be appended to; a resumed run first drops the steps it will repeat."""
+    kept = []
+    if first_step and path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
 
 
 def main() -> None:
     args = options()
     if args.steps < 1 or args.save_every < 1:
-        raise ValueError(
-            f"--steps and --save-every must be at least 1, got {args.steps} and {args.save_every}"
-        )
+        raise ValueError(f"--steps and --save-every are at least 1, got {args.steps} and {args.save_every}")
     device, rank, ranks = parallel.start(args.device)
-    if args.batch % ranks:
+    if args.batch % ranks or args.batch < 1:
         nearest = max(1, round(args.batch / ranks)) * ranks
         raise ValueError(
-            f"--batch {args.batch} must be a multiple of the {ranks} ranks; the nearest is {nearest}"
+            f"--batch {args.batch} must be a multiple of {ranks} ranks; the nearest is {nearest}"
         )
     samples = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))
     checkpoint = args.out / "checkpoint.pt"
     if not args.resume and checkpoint.exists():
         raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
     torch.manual_seed(args.seed)
+    steps = plan(args.stage, args.steps, args.frames)
+    bf16 = {"bf16": True, "fp32": False, "auto": None}[args.precision]
+    if bf16 is None:  # by majority, so that all ranks compute alike
+        bf16 = (
+            parallel.mean_over_ranks(torch.tensor(float(faster_in_bf16(device))).to(device), ranks).item()
+            > 0.5
+        )
 
-    # ---- model, optimizers, EMA
+    # ---- model, codec, averaged weights: new, from a file, or from a checkpoint
+    first_step, saved_optimizers = 0, None
     if args.init:
         model, extra = weights.load_weights(args.init, device)
         model.train().requires_grad_(True)
         codec = puppet.Codec.from_state(extra)
     else:
         model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced)).to(device)
-        codec, mean, std = prepare(args.seed, device)
+        codec, mean, std = prepare(args.seed)
         model.motion_mean.copy_(mean)
         model.motion_std.copy_(std)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
-    steps = plan(args.stage, args.steps)
-    first_step, opts, state = 0, [], None
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and faster_in_bf16(device))
     if args.resume:
         state = parallel.load_state(checkpoint)
-        if state["steps"] != args.steps or state["stage"] != args.stage:
+        if (state["stage"], state["steps"]) != (args.stage, args.steps):
             raise ValueError(
                 f"{checkpoint} is of --stage {state['stage']} --steps {state['steps']}: resume with the same"
             )
         model.load_state_dict(state["model"])
         ema = {name: value.to(device) for name, value in state["ema"].items()}
-        codec = puppet.Codec.from_state({name: value.to(device) for name, value in state["codec"].items()})
-        first_step, bf16 = state["step"], state["bf16"]
-    wrapped = None
+        codec = puppet.Codec.from_state(state["codec"])
+        first_step, bf16, saved_optimizers = state["step"], state["bf16"], state["optimizers"]
 
-    # ---- the loop
+    log = None
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-    log = open(args.out / "metrics.jsonl", "a") if rank == 0 else None
+        log = open_log(args.out / "metrics.jsonl", first_step)
     smooth: dict[str, float] = {}
     bar = tqdm(range(first_step, len(steps)), initial=first_step, total=len(steps), disable=rank > 0)
     for step in bar:
-        stage, stage_step, stage_steps, frames = steps[step]
-        if wrapped is None or stage_step == 0:
-            # a new stage trains other parameters, with a new optimizer
+        now = steps[step]
+        if now.step == 0 or step == first_step:
+            # a stage trains its own parameters, with its own optimizers
             for p in model.video_parameters():
-                p.requires_grad_(stage == 2)
-            wrapped = parallel.wrap(model, ranks)
-            opts = optimizers(model)
-            if state is not None:
-                for optimizer, saved in zip(opts, state.pop("optimizers"), strict=True):
+                p.requires_grad_(now.stage == 2)
+            wrapped, opts = parallel.wrap(model, ranks), optimizers(model)
+            if now.step > 0:  # resumed within a stage
+                for optimizer, saved in zip(opts, saved_optimizers, strict=True):
                     optimizer.load_state_dict(saved)
-                state = None
         start = time.perf_counter()
         batch = data.puppet_batch(
-            codec,
-            model.motion_mean,
-            model.motion_std,
-            seed=args.seed,
-            step=step,
-            stage=stage,
-            frames=frames,
-            samples=samples,
-            device=device,
-        )
+            codec, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
+            frames=now.frames, samples=samples, device=device,
+        )  # fmt: skip
         waited = time.perf_counter() - start
         # ------------------------------------------------------------------ one step
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -192,39 +203,27 @@ def main() -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         for optimizer in opts:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage_step, stage_steps)
+                group["lr"] = learning_rate(args.lr, now)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
         # ---------------------------------------------------------------------------
         total = parallel.mean_over_ranks(loss.total.detach(), ranks).item()
         if log:
-            name = batch.task.name.lower()
-            smooth[name] = total if name not in smooth else 0.95 * smooth[name] + 0.05 * total
+            task = batch.task.name.lower()
+            smooth[task] = total if task not in smooth else 0.95 * smooth[task] + 0.05 * total
             bar.set_postfix({k: f"{v:.3f}" for k, v in sorted(smooth.items())}, refresh=False)
-            record = {"step": step, "stage": stage, "frames": frames, "task": name, "loss": total}
-            record |= {k: v.mean().item() for k, v in loss._asdict().items() if v is not None}
-            record |= {
-                "grad_norm": norm.item(),
-                "seconds": time.perf_counter() - start,
-                "data_seconds": waited,
-            }
-            print(json.dumps(record), file=log, flush=True)
+            record = {"step": step, "stage": now.stage, "frames": now.frames, "task": task, "loss": total}
+            record |= {name: part.mean().item() for name, part in loss._asdict().items() if part is not None}
+            seconds = {"seconds": time.perf_counter() - start, "data_seconds": waited}
+            print(json.dumps(record | {"grad_norm": norm.item()} | seconds), file=log, flush=True)
         done = step + 1
-        if rank == 0 and (done % args.save_every == 0 or done == len(steps)):
-            parallel.save_state(
-                checkpoint,
-                {
-                    "step": done,
-                    "steps": args.steps,
-                    "stage": args.stage,
-                    "bf16": bf16,
-                    "model": model.state_dict(),
-                    "ema": ema,
-                    "optimizers": [o.state_dict() for o in opts],
-                    "codec": codec.state(),
-                },
-            )
+        if log and (done % args.save_every == 0 or done == len(steps)):
+            state = {
+                "step": done, "stage": args.stage, "steps": args.steps, "bf16": bf16, "codec": codec.state(),
+                "model": model.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in opts],
+            }  # fmt: skip
+            parallel.save_state(checkpoint, state)
             weights.save_weights(args.out / "weights.safetensors", model.config, ema, codec.state())
     if log:
         log.close()

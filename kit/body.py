@@ -195,7 +195,9 @@ _NUMPY = {
 _PYTHON = {
     ("_codecs", "encode"): codecs.encode,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,
+    ("copy_reg", "_reconstructor"): copyreg._reconstructor,  # Python 2's names
     ("builtins", "object"): object,
+    ("__builtin__", "object"): object,
 }
 _RECORDS = {("chumpy", "Ch"), ("chumpy.ch", "Ch"), ("chumpy.reordering", "Select")} | {
     (f"scipy.sparse{module}", f"{kind}_matrix")

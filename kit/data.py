@@ -46,7 +46,8 @@ def draw_task(seed: int, step: int, stage: int) -> tuple[Task, bool]:
 
 def puppet_motion(clips: puppet.Clips) -> Tensor:
     """Motion vectors (b f 235) of puppet clips, in their camera's frame, not normalised."""
-    return encode_smpl(clips.global_orient, clips.body_pose, clips.betas, clips.transl, puppet.body())
+    body = puppet.body(clips.transl.device)
+    return encode_smpl(clips.global_orient, clips.body_pose, clips.betas, clips.transl, body)
 
 
 def puppet_batch(

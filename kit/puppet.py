@@ -113,10 +113,11 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
     clearance = joints.new_tensor(tuple(CLEARANCE.values()))
     sole = (joints[:, :, [JOINT[name] for name in CLEARANCE], 1] - clearance).amin(-1)
     up = F.pad(rearrange(lift - sole, "b f -> b f 1"), (1, 1))
+
+    names = zip(shirt.tolist(), action.tolist(), strict=True)
+    captions = [f"a person in a {COLOURS[worn]} shirt {ACTIONS[done]}" for worn, done in names]
     return Clips(
-        caption=[
-            f"a person in a {COLOURS[s]} shirt {ACTIONS[a]}" for a, s in zip(action, shirt, strict=True)
-        ],
+        caption=captions,
         action=action,
         shirt=shirt,
         global_orient=global_orient,
@@ -187,13 +188,23 @@ def _points(joints: Tensor) -> Tensor:
     lateral = joints[:, JOINT["left_shoulder"]] - joints[:, JOINT["right_shoulder"]]
     up = F.normalize(neck - joints[:, JOINT["spine2"]], dim=-1)
     forward = F.normalize(torch.linalg.cross(lateral, up), dim=-1)
-    toes = [joints[:, JOINT[f]] + 0.5 * (joints[:, JOINT[f]] - joints[:, JOINT[a]])
-            for f, a in (("left_foot", "left_ankle"), ("right_foot", "right_ankle"))]  # fmt: skip
-    crown, nape = head + 0.08 * up, head + 0.05 * up - 0.05 * forward
-    extra = (crown, nape, crown + 0.04 * up - 0.05 * forward, head + 0.05 * up + 0.13 * forward, *toes)
-    return torch.cat((joints, torch.stack(extra, dim=1)), dim=1)
+    crown, nape, nose = head + 0.08 * up, head + 0.05 * up - 0.05 * forward, head + 0.05 * up + 0.13 * forward
+    scalp = crown + 0.04 * up - 0.05 * forward
+    feet, ankles = ([JOINT[f"{side}_{part}"] for side in ("left", "right")] for part in ("foot", "ankle"))
+    toes = 1.5 * joints[:, feet] - 0.5 * joints[:, ankles]
+    return torch.cat((joints, torch.stack((crown, nape, scalp, nose), dim=1), toes), dim=1)
 
 
+def _colours(shirt: Tensor) -> Tensor:
+    """Shirts (b,) -> (b k+1 4): red, green, blue and coverage of each capsule, the background last."""
+    shirts = torch.tensor(tuple(SHIRTS.values()), device=shirt.device)[shirt]
+    rows = [shirts if c[3] == "shirt" else shirts.new_tensor(c[3]).expand_as(shirts) for c in CAPSULES]
+    capsules = F.pad(torch.stack(rows, dim=1), (0, 1), value=1.0)
+    background = repeat(shirts.new_tensor((*BACKGROUND, 0.0)), "c -> b 1 c", b=len(shirt))
+    return torch.cat((capsules, background), dim=1)
+
+
+@torch.no_grad()
 def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor]:
     """Draw the body: joints (b f 24 3), metres, betas (b 10), shirt (b,) index into COLOURS
     -> video (b 3 f 64 64) in [-1, 1] and silhouette (b f 64 64) in [0, 1].
@@ -202,31 +213,26 @@ def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor
     """
     batch, frames = joints.shape[:2]
     device = joints.device
-    pixels, depth = project(_points(rearrange(joints, "b f j xyz -> (b f) j xyz")))
+    points = _points(rearrange(joints, "b f j xyz -> (b f) j xyz"))
+    points[..., 2].clamp_(max=CAMERA_DISTANCE - 0.1)  # a wild guess of a model may stand behind the camera
+    pixels, depth = project(points)
     tails, tips = (torch.tensor([POINT[c[end]] for c in CAPSULES], device=device) for end in (0, 1))
     middle = (depth[:, tails] + depth[:, tips]) / 2
     girth = 1 + betas @ betas.new_tensor(GIRTH)
     metres = rearrange(girth, "b -> b 1") * betas.new_tensor([c[2] for c in CAPSULES])
     radius = FOCAL * repeat(metres, "b k -> (b f) k", f=frames) / middle
-    worn = torch.tensor([c[3] == "shirt" for c in CAPSULES], device=device)
-    fixed = betas.new_tensor([(0, 0, 0) if c[3] == "shirt" else c[3] for c in CAPSULES])
-    shirts = rearrange(betas.new_tensor(tuple(SHIRTS.values()))[shirt], "b rgb -> b 1 rgb")
-    colour = torch.where(rearrange(worn, "k -> k 1"), shirts, fixed)
-    # red, green, blue, coverage; the background closes the row
-    colour = F.pad(F.pad(colour, (0, 1), value=1.0), (0, 0, 0, 1))
-    colour[:, -1, :3] = colour.new_tensor(BACKGROUND)
 
     order = middle.argsort(dim=-1)
     tail, tip = (pixels[:, ends].gather(1, repeat(order, "n k -> n k xy", xy=2)) for ends in (tails, tips))
     radius = radius.gather(1, order)
-    last = F.pad(order, (0, 1), value=len(CAPSULES))
-    colour = repeat(colour, "b k c -> (b f) k c", f=frames).gather(1, repeat(last, "n k -> n k c", c=4))
+    with_background = repeat(F.pad(order, (0, 1), value=len(CAPSULES)), "n k -> n k c", c=4)
+    colour = repeat(_colours(shirt), "b k c -> (b f) k c", f=frames).gather(1, with_background)
 
     reach = rearrange(radius + SOFT, "n k -> n k 1")
     low = (torch.minimum(tail, tip) - reach).amin(1).floor().clamp(0, SIZE - 1).long()
     high = (torch.maximum(tail, tip) + reach).amax(1).ceil().clamp(1, SIZE).long()
     image = repeat(colour[:, -1], "n c -> n c h w", h=SIZE, w=SIZE).contiguous()
-    step = 4 if device.type == "cpu" else 1024  # frames drawn at once; on a CPU they should fit its cache
+    step = 8 if device.type == "cpu" else 1024  # frames drawn at once; on a CPU they should fit its cache
     for start in range(0, batch * frames, step):
         part = slice(start, start + step)
         (left, top), (right, bottom) = low[part].amin(0).tolist(), high[part].amax(0).tolist()
@@ -269,7 +275,7 @@ def _draw(tail: Tensor, tip: Tensor, radius: Tensor, colour: Tensor, rows: slice
 def silhouette(video: Tensor) -> Tensor:
     """Video (b 3 f h w) in [-1, 1] -> (b f h w) bool: where it differs clearly from the background."""
     background = rearrange(video.new_tensor(BACKGROUND) * 2 - 1, "c -> c 1 1 1")
-    return (video - background).square().sum(dim=1) > 0.6
+    return (video - background).square().sum(dim=1) > 0.5
 
 
 # ---------------------------------------------------------------- codec

@@ -1,0 +1,79 @@
+"""What several test files share: tiny weights with all that belongs to them, and verbs called in-process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dual_dit import DualDiT, DualDiTConfig
+from kit import cli, data, puppet, weights
+from motion_tokens import motion_statistics
+
+ROOT = Path(__file__).parent.parent
+TINY = DualDiTConfig(
+    layers=2,
+    width=48,
+    heads=2,
+    ffn=64,
+    channels=puppet.LATENT_CHANNELS,
+    text_dim=puppet.TEXT_DIM,
+    patch=(1, 1, 1),
+    freq_dim=16,
+)
+
+
+def tiny_model() -> DualDiT:
+    """An untrained network in which nothing is zero, so that every input reaches every output."""
+    torch.manual_seed(0)
+    model = DualDiT(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory) -> Path:
+    """A file as train.py writes it: network, motion statistics and codec, all from a few clips."""
+    model = tiny_model()
+    mean, std = motion_statistics(data.puppet_motion(puppet.clips(range(64))))
+    model.motion_mean.copy_(mean)
+    model.motion_std.copy_(std)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    weights.save_weights(path, TINY, model.state_dict(), puppet.Codec.fit(range(8)).state())
+    return path
+
+
+class Ended(NamedTuple):
+    """How a verb ended, as a shell would see it."""
+
+    code: int
+    err: str
+
+
+Verb = Callable[..., Ended]
+
+
+@pytest.fixture
+def verb(monkeypatch, capsys) -> Verb:
+    """verb(module, *arguments): run a script's main as its command line would."""
+
+    def call(module: ModuleType, *arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.run(module.main)
+        except SystemExit as end:
+            return Ended(end.code, capsys.readouterr().err)
+        return Ended(0, capsys.readouterr().err)
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by its path in it; none for a folder that does not exist."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,137 @@
+"""kit/weights.py: what is saved comes back, and a bad file is refused with words that help."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, contents, tiny_model
+from safetensors.torch import load_file, save_file
+
+from dual_dit import DualDiTConfig
+from flow import Task
+from kit import weights
+from kit.weights import load_weights, save_weights
+
+EXTRA = {"encode": torch.arange(6.0).view(2, 3), "scale": torch.tensor(0.1)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model().eval()
+    model.motion_mean.copy_(torch.linspace(-1, 1, 235))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path, model):
+    path = tmp_path / "new folder" / "w.safetensors"
+    save_weights(path, TINY, model.state_dict(), EXTRA)
+    return path
+
+
+def edit(path, change) -> None:
+    """Rewrite a weights file after change(tensors, metadata)."""
+    tensors, metadata = load_file(path), {"config": json.dumps(vars(TINY))}
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_network_configuration_and_extras_come_back(saved, model):
+    back, extra = load_weights(saved)
+    assert back.config == model.config
+    for found, expected in ((back.state_dict(), model.state_dict()), (extra, EXTRA)):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=0, rtol=0, msg=name)
+
+
+def test_loaded_network_gives_the_same_outputs_and_asks_for_no_gradients(saved, model):
+    back, _ = load_weights(saved)
+    inputs = (torch.randn(1, TINY.channels, 2, 2, 2), torch.randn(1, 5, 235), torch.rand(1), torch.rand(1))
+    text = torch.randn(1, 3, TINY.text_dim)
+    with torch.no_grad():
+        expected = model(*inputs, text, Task.JOINT)
+    for found, value in zip(back(*inputs, text, Task.JOINT), expected, strict=True):
+        torch.testing.assert_close(found, value)
+        assert not found.requires_grad
+    assert not back.training
+
+
+@pytest.mark.parametrize("config", ({"synced": False}, {"eps": 1e-5}, {"patch": (1, 2, 2)}), ids=str)
+def test_every_field_of_the_configuration_comes_back(tmp_path, config):
+    # catches fields that leave no trace in the tensors: the ablation would be sampled as the real thing
+    config = DualDiTConfig(layers=1, width=12, heads=1, ffn=8, channels=2, text_dim=4, freq_dim=4, **config)
+    save_weights(tmp_path / "w", config, weights.DualDiT(config).state_dict(), {})
+    assert load_weights(tmp_path / "w")[0].config == config
+
+
+def test_half_precision_spares_statistics_and_extras(tmp_path, model):
+    # catches a codec or a mean in bf16: three digits are a visible error in metres and in pixels
+    save_weights(tmp_path / "w", TINY, model.state_dict(), EXTRA, dtype=torch.bfloat16)
+    back, extra = load_weights(tmp_path / "w")
+    assert torch.equal(back.motion_mean, model.motion_mean) and torch.equal(extra["scale"], EXTRA["scale"])
+    matrix = "blocks.0.video.ffn.0.weight"
+    expected = model.state_dict()[matrix].bfloat16().float()
+    torch.testing.assert_close(back.state_dict()[matrix], expected, atol=0, rtol=0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_missing_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors.*train\.py"):
+        load_weights(tmp_path / "nothing.safetensors")
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated"),
+    "text": (lambda path: path.write_text("not weights\n" * 100), "not a safetensors file"),
+    "no configuration": (
+        lambda path: edit(path, lambda tensors, metadata: metadata.clear()),
+        "carries no configuration",
+    ),
+    "unknown field": (
+        lambda path: edit(path, lambda _, metadata: metadata.update(config='{"depth": 3}')),
+        "configuration of another version.*depth",
+    ),
+    "configuration is not JSON": (
+        lambda path: edit(path, lambda _, metadata: metadata.update(config="{")),
+        "configuration",
+    ),
+    "missing tensor": (
+        lambda path: edit(path, lambda tensors, _: tensors.pop("blocks.1.motion.ffn.0.weight")),
+        r"Missing key.*blocks\.1\.motion\.ffn\.0\.weight",
+    ),
+    "unknown tensor": (
+        lambda path: edit(path, lambda tensors, _: tensors.update(stranger=torch.ones(1))),
+        "Unexpected key.*stranger",
+    ),
+    "wrong shape": (
+        lambda path: edit(path, lambda tensors, _: tensors.update(motion_mean=torch.ones(234))),
+        "size mismatch for motion_mean.*234.*235",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_file_is_refused_by_name_and_reason(saved, damage, words):
+    damage(saved)
+    with pytest.raises(ValueError, match=f"(?s){saved.name}.*{words}"):
+        load_weights(saved)
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(saved, model, monkeypatch):
+    # catches writing in place: a full disk would cost the last good weights
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    before = contents(saved.parent)
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_weights(saved, TINY, model.state_dict(), {})
+    assert contents(saved.parent) == before
