@@ -18,8 +18,8 @@ from tqdm import tqdm
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import cli, data, puppet, render, weights
-from kit.motion_files import whole_file
+from kit import cli, data, parallel, puppet, render, weights
+from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 from sample import SHIPPED, generate
@@ -292,6 +292,7 @@ def main() -> None:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights)
     sampling = {"steps": args.steps, "solver": args.solver}
+    sampling["bf16"] = parallel.faster_in_bf16(torch.device("cpu"))
     sampling |= {"guidance_text": args.guidance_text, "guidance_condition": args.guidance_condition}
     result, rows, attention = measure(model, puppet.Codec.from_state(extra), args.clips, **sampling)
     print_table(rows)

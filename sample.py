@@ -60,12 +60,13 @@ def generate(
     video: Tensor | None = None,
     motion: Tensor | None = None,
     frames: int = puppet.FRAMES,
+    bf16: bool = False,
     **sampling,
 ) -> tuple[Tensor, Tensor]:
     """Sample a batch of one task -> video (b 3 f h w) in pixels and motion (b f 235), not normalised.
 
-    `video` or `motion` is the condition, in the same units; it comes back as it was given. `sampling` goes
-    to flow.sample (steps, solver, guidance_text, guidance_condition, ...).
+    `video` or `motion` is the condition, in the same units; it comes back as it was given. `bf16` runs the
+    network under autocast. `sampling` goes to flow.sample (steps, solver, guidance_text, ...).
     """
     b, device = len(captions), model.motion_mean.device
     grid = (b, model.config.channels, (frames - 1) // 4 + 1, puppet.SIZE // 8, puppet.SIZE // 8)
@@ -77,7 +78,8 @@ def generate(
     if task.motion is Role.CLEAN:
         x_motion = (motion.to(device) - model.motion_mean) / model.motion_std
     text, null_text = (puppet.encode_text(texts).to(device) for texts in (captions, [""] * b))
-    result = flow.sample(model, x_video, x_motion, text, null_text, task, shift=data.SHIFT, **sampling)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        result = flow.sample(model, x_video, x_motion, text, null_text, task, shift=data.SHIFT, **sampling)
     if task.video is Role.NOISY:
         video = codec.decode(result.video)
     if task.motion is Role.NOISY:
@@ -111,8 +113,7 @@ def read_clip(path: Path) -> Tensor:
     expected = (puppet.FRAMES, puppet.SIZE, puppet.SIZE)
     if tuple(frames.shape[:3]) != expected:
         f, h, w = frames.shape[:3]
-        nearest = max(1, 4 * round((f - 1) / 4) + 1)
-        hint = f" ({f} is not 4n+1, the nearest is {nearest})" if f % 4 != 1 else ""
+        hint = f" ({f} is not 4n+1, the nearest is {puppet.nearest_frames(f)})" if f % 4 != 1 else ""
         raise ValueError(
             f"{path} has {f} frames of {w}x{h}{hint}: "
             f"these weights take {expected[0]} frames of {expected[2]}x{expected[1]}"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import flow
 from dual_dit import PRESETS, DualDiT
 from kit import cli, data, parallel, puppet, render, weights
+from kit.files import whole_file
 from motion_tokens import motion_statistics
 
 STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
@@ -92,20 +93,6 @@ def optimizers(model: DualDiT) -> list[torch.optim.Optimizer]:
     ]
 
 
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether this machine multiplies bf16 matrices faster than fp32."""
-    if device.type == "cuda":
-        return True
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):  # first round warms up
-        x = torch.ones(1024, 1024, dtype=dtype)
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
     decay = min(EMA_DECAY, (1 + step) / (10 + step))  # early on, forget the initialisation fast
@@ -120,11 +107,10 @@ def prepare(seed: int) -> tuple[puppet.Codec, Tensor, Tensor]:
 
 
 def open_log(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl, to be appended to; a resumed run first drops the steps it will repeat."""
-    kept = []
-    if first_step and path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-    path.write_text("".join(line + "\n" for line in kept))
+    """metrics.jsonl, to be appended to; a resumed run first drops the steps that it will repeat."""
+    lines = path.read_text().splitlines(keepends=True) if first_step and path.exists() else []
+    with whole_file(path) as temporary:  # one line a step, so that a line cut off by a crash goes too
+        temporary.write_text("".join(lines[:first_step]))
     return open(path, "a")
 
 
@@ -132,6 +118,9 @@ def main() -> None:
     args = options()
     if args.steps < 1 or args.save_every < 1:
         raise ValueError(f"--steps and --save-every are at least 1, got {args.steps} and {args.save_every}")
+    if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
+        nearest = puppet.nearest_frames(args.frames)
+        raise ValueError(f"--frames must be 4n+1, got {args.frames}; the nearest is {nearest}")
     device, rank, ranks = parallel.start(args.device)
     if args.batch % ranks or args.batch < 1:
         nearest = max(1, round(args.batch / ranks)) * ranks
@@ -147,7 +136,9 @@ def main() -> None:
     bf16 = {"bf16": True, "fp32": False, "auto": None}[args.precision]
     if bf16 is None:  # by majority, so that all ranks compute alike
         bf16 = (
-            parallel.mean_over_ranks(torch.tensor(float(faster_in_bf16(device))).to(device), ranks).item()
+            parallel.mean_over_ranks(
+                torch.tensor(float(parallel.faster_in_bf16(device))).to(device), ranks
+            ).item()
             > 0.5
         )
 

@@ -4,11 +4,8 @@ Here y is up, in AMASS (https://amass.is.tue.mpg.de) z is; the turn between them
 """
 
 import math
-import os
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kit.body import Body
+from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
 MAX_FPS = 1000.0  # hertz; the fastest AMASS captures are 250
@@ -39,24 +37,6 @@ class Motion(NamedTuple):
     transl: Tensor  # (f 3)
     fps: float  # hertz
     gender: str  # "female", "male" or "neutral"
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it on success, so that nothing half-written is left.
-
-    Raises FileNotFoundError when the folder of `path` does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
-    # the suffix stays last: some writers choose the format by it
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_amass(path: str | Path, body: Body) -> Motion:

@@ -1,15 +1,18 @@
-"""One run over many ranks, and training state that survives.
+"""Devices and ranks: one run over many of them, and training state that survives.
 
 `torchrun` starts the processes and names them in the environment; without it there is one.
 """
 
 import os
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from kit.files import whole_file
 
 
 def start(device: str) -> tuple[torch.device, int, int]:
@@ -21,6 +24,20 @@ def start(device: str) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether this machine multiplies bf16 matrices faster than fp32."""
+    if device.type == "cuda":
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):  # first round warms up
+        x = torch.ones(1024, 1024, dtype=dtype)
+        start = time.perf_counter()
+        for _ in range(3):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def wrap(model: nn.Module, ranks: int) -> nn.Module:
@@ -40,10 +57,9 @@ def stop() -> None:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """torch.save to a temporary name, then rename: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """torch.save, whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_state(path: Path) -> dict:

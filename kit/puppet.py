@@ -89,7 +89,7 @@ def _euler_to_matrix(angles: Tensor) -> Tensor:
 def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device = "cpu") -> Clips:
     """One clip per seed, each a pure function of its own seed; fewer than 17 frames are a window of it."""
     if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"frames must be 4n+1, got {frames}; the nearest is {_nearest(frames)}")
+        raise ValueError(f"frames must be 4n+1, got {frames}; the nearest is {nearest_frames(frames)}")
     draws = [torch.rand(19, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     pick, colour, phase, speed, strength, turn, x, z, window, *shape = torch.stack(draws, dim=1).to(device)
     action, shirt = (pick * len(ACTIONS)).long(), (colour * len(COLOURS)).long()
@@ -138,7 +138,7 @@ def _move(action: Tensor, cycles: Tensor, amplitude: Tensor) -> tuple[Tensor, Te
     return _euler_to_matrix(tracks[:, :, :ROOT]), tracks[:, :, ROOT]
 
 
-def _nearest(frames: int) -> int:
+def nearest_frames(frames: int) -> int:
     """The nearest frame count of the form 4n+1."""
     return max(1, 4 * round((frames - 1) / 4) + 1)
 
@@ -330,7 +330,7 @@ class Codec:
         frames, height, width = video.shape[-3:]
         if frames % 4 != 1:
             raise ValueError(
-                f"a video must have 4n+1 frames, got {frames}; the nearest is {_nearest(frames)}"
+                f"a video must have 4n+1 frames, got {frames}; the nearest is {nearest_frames(frames)}"
             )
         if height % 8 or width % 8:
             fits = f"{max(8, 8 * round(height / 8))}x{max(8, 8 * round(width / 8))}"

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kit.body import JOINT_NAMES
-from kit.motion_files import whole_file
+from kit.files import whole_file
 
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}

@@ -6,7 +6,6 @@ prefix. Metadata: the network's configuration as JSON.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dual_dit import DualDiT, DualDiTConfig
+from kit.files import whole_file
 
 EXTRA = "extra."  # prefix of tensors that are not the network's
 
@@ -32,9 +32,8 @@ def save_weights(
     file |= {EXTRA + k: v.cpu().float().contiguous() for k, v in extra.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(file, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file(file, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[DualDiT, dict[str, Tensor]]:

@@ -6,7 +6,8 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 
 from kit import puppet
-from kit.motion_files import Motion, load_amass, resample, save_amass, whole_file
+from kit.files import whole_file
+from kit.motion_files import Motion, load_amass, resample, save_amass
 from motion_tokens import axis_angle_to_matrix
 
 FRAMES = 7
