@@ -36,10 +36,10 @@ def options() -> argparse.Namespace:
         "--weights", type=Path, default=SHIPPED, metavar="FILE", help="default: the shipped puppet"
     )
     parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="solver steps (default %(default)s)"
+        "--steps", type=int, default=12, metavar="N", help="solver steps (default %(default)s)"
     )
     parser.add_argument("--solver", choices=flow.SOLVERS, default="ab2")
-    parser.add_argument("--guidance-text", type=float, default=2.0, metavar="W1", help="default %(default)s")
+    parser.add_argument("--guidance-text", type=float, default=1.5, metavar="W1", help="default %(default)s")
     parser.add_argument(
         "--guidance-condition", type=float, default=1.5, metavar="W2", help="default %(default)s"
     )

@@ -362,7 +362,12 @@ class Codec:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "Codec":
-        return cls(**{name: state[name] for name in ("encode", "decode", "mean", "scale")})
+        missing = {"encode", "decode", "mean", "scale"} - state.keys()
+        if missing:
+            raise ValueError(
+                f"no puppet codec in these weights: {sorted(missing)} missing; train.py puts one in"
+            )
+        return cls(**state)
 
 
 def _blocks(video: Tensor) -> Tensor:

@@ -30,7 +30,10 @@ PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
 SUPERSAMPLING = 4
 TILE_HEIGHT = 160  # pixels of one frame on a contact sheet
-ENCODERS = {"libx264": {"crf": "12"}, "mpeg4": {"qmin": "1", "qmax": "3"}}  # in order of preference
+ENCODERS = {
+    "libx264": {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"},
+    "mpeg4": {"qmin": "1", "qmax": "3"},
+}  # in order of preference
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (... 3) -> pixels (... 2), depth (...)
 
 # ---------------------------------------------------------------- frames and files

@@ -58,8 +58,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[DualDi
         raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
     try:
         config = DualDiTConfig(**json.loads(metadata["config"]))
-    except TypeError as error:
-        raise ValueError(f"{path} has a configuration of another version ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error
     with torch.device("meta"):
         model = DualDiT(config)
     extra = {k.removeprefix(EXTRA): v.to(device) for k, v in tensors.items() if k.startswith(EXTRA)}
