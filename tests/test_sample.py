@@ -64,7 +64,7 @@ def test_video_and_motion_have_the_presets_size_and_rate(made, name):
 def test_record_holds_options_prompts_command_and_versions(made, tiny_weights):
     record = json.loads((made / "run.json").read_text())
     options = {"task": None, "seed": SEED, "steps": 2, "solver": "ab2", "out": str(made), "motion": None}
-    options |= {"weights": str(tiny_weights), "guidance_text": 2.0, "guidance_condition": 1.5}
+    options |= {"weights": str(tiny_weights), "guidance_text": 1.5, "guidance_condition": 1.5}
     assert {key: record[key] for key in options} == options
     shown = puppet.clips([sample.CONDITION_CLIP]).caption[0]
     assert record["prompts"] == {"joint": sample.PROMPT, "m2v": shown, "v2m": shown}
