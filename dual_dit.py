@@ -229,6 +229,10 @@ class Conditioning(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
+    def embed_text(self, text: Tensor) -> Tensor:
+        """(b l text_dim) -> (b l d)."""
+        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
     def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(b,) -> (b d) for the head and (b 6 d) for the blocks, float32 even under autocast."""
         with torch.autocast(t.device.type, enabled=False):
@@ -251,7 +255,8 @@ class VideoExpert(Conditioning):
         return tuple(size // patch for size, patch in zip(video.shape[2:], self.patch, strict=True))
 
     def embed(self, video: Tensor) -> Tensor:
-        return rearrange(self.patch_embedding(video), "b d t h w -> b (t h w) d")
+        x = self.patch_embedding(video.to(self.patch_embedding.weight.dtype))
+        return rearrange(x, "b d t h w -> b (t h w) d")
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (t, h, w), (pt, ph, pw) = grid, self.patch
@@ -268,7 +273,7 @@ class MotionExpert(Conditioning):
         self.head = Head(config, MotionDecoder(config.width))
 
     def embed(self, motion: Tensor) -> Tensor:
-        return self.encoder(motion)
+        return self.encoder(motion.to(self.encoder.token.dtype))
 
     def predict(self, x: Tensor, time: Tensor) -> Tensor:
         return self.head(x, time)
@@ -377,13 +382,13 @@ class DualDiT(nn.Module):
             time_video, blocks_time = self.video.embed_time(t_video)
             table = rope_table(video_positions(t, h, w).to(first.device), head_dim)
             x = self.video.embed(video)
-            video_stream = Stream(x + hint.type_as(x), blocks_time, self.video.text_embedding(text), *table)
+            video_stream = Stream(x + hint.type_as(x), blocks_time, self.video.embed_text(text), *table)
         if motion is not None:
             time_motion, blocks_time = self.motion.embed_time(t_motion)
             positions = motion_positions(motion.shape[1], h, w, synced=self.config.synced)
             table = rope_table(positions.to(first.device), head_dim)
             x = self.motion.embed(motion)
-            motion_stream = Stream(x + hint.type_as(x), blocks_time, self.motion.text_embedding(text), *table)
+            motion_stream = Stream(x + hint.type_as(x), blocks_time, self.motion.embed_text(text), *table)
 
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():

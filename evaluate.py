@@ -22,7 +22,7 @@ from kit import cli, data, parallel, puppet, render, weights
 from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
-from sample import SHIPPED, generate
+from sample import SHIPPED, denoise
 
 BANK_CLIPS = 2048  # real clips that stand for "the data": mean motion, nearest neighbours
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
@@ -166,24 +166,21 @@ def silhouettes_of_motion(motion: Tensor, shirt: Tensor) -> Tensor:
     return puppet.silhouette(puppet.render(smpl["joints"], smpl["betas"], shirt)[0])
 
 
-def generate_all(model, codec, clips: puppet.Clips, task: Task, video: Tensor, motion: Tensor, **sampling):
-    """generate() over all clips, some at a time -> video (n 3 f h w), motion (n f 235)."""
-    parts = []
+def generate_all(
+    model, codec, clips: puppet.Clips, task: Task, video: Tensor, motion: Tensor, bf16: bool, **sampling
+) -> tuple[Tensor, Tensor]:
+    """Samples conditioned on these clips, some at a time -> video (n 3 f h w), motion (n f 235)."""
+    latents, parts = codec.encode(video), []
     for start in tqdm(range(0, len(video), CHUNK), desc=task.name.lower()):
         part = slice(start, start + CHUNK)
-        parts.append(
-            generate(
-                model,
-                codec,
-                task,
-                clips.caption[part],
-                start,
-                video=video[part],
-                motion=motion[part],
-                **sampling,
-            )
+        text, null_text = (
+            puppet.encode_text(texts) for texts in (clips.caption[part], [""] * len(latents[part]))
         )
-    return (torch.cat(x).cpu() for x in zip(*parts, strict=True))
+        given = {"latents": latents[part], "motion": motion[part], "grid": latents.shape[2:], "seed": start}
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            made, moved = denoise(model, task, text, null_text, shift=data.SHIFT, **given, **sampling)
+        parts.append((codec.decode(made), moved))
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
 def measure(model: DualDiT, codec: puppet.Codec, count: int, **sampling) -> tuple[dict, list[tuple], Tensor]:

@@ -1,6 +1,6 @@
 """Sample from trained weights: text -> video + motion, motion -> video, video -> motion.
 
-Without arguments the shipped puppet weights make one sample of each.
+Without arguments the shipped puppet weights make one sample of each; `--wan FOLDER` samples a real Wan.
 """
 
 import argparse
@@ -8,140 +8,257 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import flow
 from dual_dit import DualDiT
 from flow import Role, Task
-from kit import cli, data, puppet, render, weights
-from kit.motion_files import Motion, load_amass, resample, save_amass
-from motion_tokens import MOTION_DIM, decode_smpl, encode_smpl
+from kit import backbone, cli, data, puppet, render
+from kit.backbone import Backbone, Defaults
+from kit.body import Body
+from kit.conditions import read_motion, read_video
+from kit.files import whole_file
+from kit.geometry import geometry
+from kit.motion_files import Motion, save_amass
+from motion_tokens import MOTION_DIM, decode_smpl
 
-TASKS = {"joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION}
+TASKS = {
+    "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
+}  # fmt: skip
+SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
 SHIPPED = Path(__file__).parent / "assets" / "puppet.safetensors"
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
+PICTURE = 256  # height of the video in the GIF, pixels
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, help="default: one sample of each task")
-    parser.add_argument("--prompt", metavar="TEXT", help="may be empty: no text")
-    parser.add_argument("--motion", type=Path, metavar="FILE.npz", help="condition of m2v, AMASS-style")
-    parser.add_argument("--video", type=Path, metavar="FILE.mp4", help="condition of v2m")
-    parser.add_argument(
-        "--weights", type=Path, default=SHIPPED, metavar="FILE", help="default: the shipped puppet"
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m")
+    add("--prompt", metavar="TEXT", help="may be empty: no text")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes PROMPT-INDEX.mp4 of each")
+    add(
+        "--count", type=int, default=1, metavar="N", help="samples of each prompt, of seeds SEED, SEED+1, ..."
     )
-    parser.add_argument(
-        "--steps", type=int, default=12, metavar="N", help="solver steps (default %(default)s)"
-    )
-    parser.add_argument("--solver", choices=flow.SOLVERS, default="ab2")
-    parser.add_argument("--guidance-text", type=float, default=1.5, metavar="W1", help="default %(default)s")
-    parser.add_argument(
-        "--guidance-condition", type=float, default=1.5, metavar="W2", help="default %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=Path, default=Path("samples"), metavar="DIR", help="default %(default)s"
-    )
+    add("--motion", type=Path, metavar="FILE.npz", help="condition of m2v, AMASS-style")
+    add("--video", type=Path, metavar="FILE.mp4", help="condition of v2m")
+    add("--weights", type=Path, metavar="FILE", help="written by train.py; default: the shipped puppet")
+    add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
+    add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the procedural body")
+    add("--frames", type=int, metavar="N", help="4n+1, for --wan; default: as published")
+    add("--size", type=cli.size, metavar="HxW", help="pixels, for --wan; default: as published")
+    add("--precision", choices=("bf16", "fp32"), help="of Wan's weights; default: bf16 on a GPU")
+    add("--steps", type=int, metavar="N", help="solver steps; default: puppet 12, Wan 50")
+    add("--solver", choices=flow.SOLVERS, default="ab2")
+    add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 5")
+    add("--guidance-condition", type=float, metavar="W2", help="default: 1.5")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default %(default)s")
+    add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
 
 
-def generate(
-    model: DualDiT,
-    codec: puppet.Codec,
-    task: Task,
-    captions: list[str],
-    seed: int,
-    video: Tensor | None = None,
-    motion: Tensor | None = None,
-    frames: int = puppet.FRAMES,
-    bf16: bool = False,
-    **sampling,
-) -> tuple[Tensor, Tensor]:
-    """Sample a batch of one task -> video (b 3 f h w) in pixels and motion (b f 235), not normalised.
+class Job(NamedTuple):
+    """One sample to be made, and what its files are called."""
 
-    `video` or `motion` is the condition, in the same units; it comes back as it was given. `bf16` runs the
-    network under autocast. `sampling` goes to flow.sample (steps, solver, guidance_text, ...).
+    name: str
+    task: Task
+    prompt: str
+    seed: int
+
+
+def denoise(
+    model: DualDiT,
+    task: Task,
+    text: Tensor,
+    null_text: Tensor,
+    seed: int,
+    grid: tuple[int, int, int],
+    latents: Tensor | None = None,
+    motion: Tensor | None = None,
+    **sampling,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sample a batch of one task -> latents (b c t h w) and motion (b f 235), not normalised.
+
+    text (b l text_dim), grid (t h w) of the latents; `latents` or `motion` is the condition, in the same
+    units. It comes back as it was given, an absent modality as None. `sampling` goes to flow.sample.
     """
-    b, device = len(captions), model.motion_mean.device
-    grid = (b, model.config.channels, (frames - 1) // 4 + 1, puppet.SIZE // 8, puppet.SIZE // 8)
+    b, device = len(text), model.motion_mean.device
+    frames = 4 * (grid[0] - 1) + 1
     generator = data.rng("sample", seed)  # on the CPU, so that a seed means the same on every device
-    x_video = torch.randn(grid, generator=generator).to(device)
+    x_video = torch.randn((b, model.config.channels, *grid), generator=generator).to(device)
     x_motion = torch.randn((b, frames, MOTION_DIM), generator=generator).to(device)
     if task.video is Role.CLEAN:
-        x_video = codec.encode(video.to(device))
+        x_video = latents.to(device)
     if task.motion is Role.CLEAN:
         x_motion = (motion.to(device) - model.motion_mean) / model.motion_std
-    text, null_text = (puppet.encode_text(texts).to(device) for texts in (captions, [""] * b))
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        result = flow.sample(model, x_video, x_motion, text, null_text, task, shift=data.SHIFT, **sampling)
-    if task.video is Role.NOISY:
-        video = codec.decode(result.video)
+    x_video = None if task.video is Role.ABSENT else x_video
+    x_motion = None if task.motion is Role.ABSENT else x_motion
+    result = flow.sample(model, x_video, x_motion, text.to(device), null_text.to(device), task, **sampling)
     if task.motion is Role.NOISY:
         motion = result.motion * model.motion_std + model.motion_mean
-    return video, motion
+    return result.video, motion if task.motion is not Role.ABSENT else None
 
 
-def read_motion(path: Path, body) -> Tensor:
-    """An AMASS-style file -> motion (1 17 235) at the preset's frame rate, in front of its camera."""
-    motion = resample(load_amass(path, body), puppet.FPS)
-    if len(motion.transl) < puppet.FRAMES:
-        seconds = puppet.FRAMES / puppet.FPS
-        raise ValueError(
-            f"{path} is {len(motion.transl)} frames long at {puppet.FPS} fps: "
-            f"at least {puppet.FRAMES} ({seconds:.2f} s) are needed"
+# ---------------------------------------------------------------- conditions
+
+
+def conditions(
+    args: argparse.Namespace, world: Backbone, tasks: set[Task]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Pixels for v2m and motion for m2v, where they are needed; the puppet brings its own."""
+    clip = puppet.clips([CONDITION_CLIP])
+    pixels = motion = None
+    for task, file, flag in (
+        (Task.VIDEO_TO_MOTION, args.video, "--video"),
+        (Task.MOTION_TO_VIDEO, args.motion, "--motion"),
+    ):
+        if task in tasks and args.wan and not file:
+            raise ValueError(f"{flag} FILE is needed: it is the condition of this task")
+    if Task.VIDEO_TO_MOTION in tasks:
+        own = None if args.video else puppet.render(clip.joints, clip.betas, clip.shirt)[0]
+        pixels = read_video(args.video, world.geometry) if args.video else own
+    if Task.MOTION_TO_VIDEO in tasks:
+        motion = read_motion(args.motion, world) if args.motion else data.puppet_motion(clip)
+    return pixels, motion
+
+
+# ---------------------------------------------------------------- latents on disk
+
+
+def save_latents(path: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> None:
+    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing."""
+    tensors = {"latents": latents, "motion": motion}
+    tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
+    try:
+        with safe_open(path, "pt") as file:
+            name, task, prompt, seed = json.loads(file.metadata()["job"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        job = Job(name, Task(task), prompt, seed)
+        return job, tensors["latents"], tensors.get("motion")
+    except Exception as error:
+        raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
+
+
+# ---------------------------------------------------------------- out
+
+
+def write(
+    out: Path, job: Job, video: Tensor, motion: Tensor | None, world: Backbone, pictures: bool
+) -> list[str]:
+    """One sample -> NAME.mp4 and NAME.npz, with pictures NAME.gif (beside its skeleton) and NAME.png (sheet).
+
+    Returns the suffixes written. Without pictures the .npz goes to motion/, so that `out` has MP4s only.
+    """
+    frames, fps = render.to_frames(video[0]), world.geometry.fps
+    rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
+    render.write_video(out / f"{job.name}.mp4", frames, fps)
+    if motion is not None:
+        smpl = decode_smpl(motion.float().cpu())
+        fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
+        folder = out if pictures else out / "motion"
+        folder.mkdir(exist_ok=True)
+        save_amass(folder / f"{job.name}.npz", Motion(*fields, fps, "neutral"), world.body)
+        joints = smpl["joints"][0]
+        project = world.project or render.fitted(joints)
+        rows += [render.draw_skeleton(joints, world.body.parents, project, PICTURE)]
+        titles, made = [*titles, "motion"], [*made, ".npz"]
+    if pictures:
+        moving = render.side_by_side(*rows) if motion is not None else render.resized(frames, PICTURE)
+        render.write_video(out / f"{job.name}.gif", moving, fps)
+        render.contact_sheet(out / f"{job.name}.png", rows, titles)
+        made += [".gif", ".png"]
+    return made
+
+
+def jobs_of(args: argparse.Namespace, world: Backbone) -> list[Job]:
+    """What the options ask for."""
+    if args.prompts:
+        if not args.prompts.is_file():
+            raise FileNotFoundError(f"no {args.prompts}: expected a text file with one prompt a line")
+        prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        names = [prompt.replace("/", "_") for prompt in prompts]
+        task = TASKS[args.task or "joint"]
+        jobs = [
+            Job(f"{name}-{i}", task, prompt, args.seed + i)
+            for name, prompt in zip(names, prompts, strict=True) for i in range(args.count)
+        ]  # fmt: skip
+        missing = [job for job in jobs if not (args.out / f"{job.name}.mp4").exists()]
+        if len(missing) < len(jobs):
+            print(f"{args.out} has {len(jobs) - len(missing)} of {len(jobs)} samples already: they are kept")
+        return missing
+    jobs = []
+    for name in [args.task] if args.task else SHOWN:
+        task = TASKS[name]
+        given = args.motion or args.video or args.wan
+        shown = (
+            PROMPT
+            if task in (Task.JOINT, Task.VIDEO_ONLY)
+            else ""
+            if given
+            else puppet.clips([CONDITION_CLIP]).caption[0]
         )
-    if len(motion.transl) > puppet.FRAMES:
-        print(f"{path}: the first {puppet.FRAMES} of {len(motion.transl)} frames are used")
-    orient, pose, transl = (x[None, : puppet.FRAMES] for x in (*motion[:2], motion.transl))
-    joints = body.joints(orient, pose, motion.betas[None, None], transl)
-    pixels, depth = puppet.project(joints[:, 0, 0])
-    if not (depth > 0).all() or (pixels < 0).any() or (pixels > puppet.SIZE).any():
-        print(f"{path}: starts outside the camera's view; moved to its middle")
-        transl = transl - transl[:, :1] * transl.new_tensor((1, 0, 1))
-    return encode_smpl(orient, pose, motion.betas[None], transl, body)
+        prompt = shown if args.prompt is None else args.prompt
+        jobs += [
+            Job(f"{name}-{i}" if args.count > 1 else name, task, prompt, args.seed + i)
+            for i in range(args.count)
+        ]
+    return jobs
 
 
-def read_clip(path: Path) -> Tensor:
-    """A video file -> pixels (1 3 17 64 64); ValueError if it is not of the preset's size."""
-    frames, fps = render.read_video(path)
-    expected = (puppet.FRAMES, puppet.SIZE, puppet.SIZE)
-    if tuple(frames.shape[:3]) != expected:
-        f, h, w = frames.shape[:3]
-        hint = f" ({f} is not 4n+1, the nearest is {puppet.nearest_frames(f)})" if f % 4 != 1 else ""
-        raise ValueError(
-            f"{path} has {f} frames of {w}x{h}{hint}: "
-            f"these weights take {expected[0]} frames of {expected[2]}x{expected[1]}"
-        )
-    if abs(fps - puppet.FPS) > 0.01:
-        print(f"{path}: {fps:g} fps is read as {puppet.FPS} fps")
-    return render.from_frames(frames)[None]
+def open_backbone(args: argparse.Namespace) -> Backbone:
+    if not args.wan:
+        for flag in ("frames", "size", "body", "precision"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} is for --wan; the puppet has one size and one body")
+        return backbone.puppet_backbone(args.weights or SHIPPED, args.device)
+    if args.weights and not args.weights.is_file():
+        raise FileNotFoundError(f"no {args.weights}: expected weights written by train.py --wan")
+    if not args.weights and not args.decode:
+        print("no --weights: the motion expert is untrained, its motion means nothing; try --task video")
+    if not args.body:
+        print("no --body: joints are the procedural body's, not SMPL's")
+    body = Body.load(args.body) if args.body else puppet.body()
+    precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    shape = geometry(args.wan, args.frames, args.size)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return backbone.wan_backbone(args.wan, args.weights, args.device, dtype, body, shape)
 
 
-def write(out: Path, name: str, prompt: str, video: Tensor, motion: Tensor, body) -> None:
-    """One sample -> NAME.mp4, NAME.gif (beside its skeleton), NAME.png (contact sheet), NAME.npz."""
-    smpl = decode_smpl(motion.cpu())
-    frames = render.to_frames(video[0])
-    skeleton = render.draw_skeleton(smpl["joints"][0], body.parents, puppet.project, 4 * puppet.SIZE)
-    render.write_video(out / f"{name}.mp4", frames, puppet.FPS)
-    render.write_video(out / f"{name}.gif", render.side_by_side(frames, skeleton), puppet.FPS)
-    render.contact_sheet(
-        out / f"{name}.png", [frames, skeleton], [f"{name}: {prompt or 'no text'}", "motion"]
-    )
-    motion_file = Motion(
-        smpl["global_orient"][0],
-        smpl["body_pose"][0],
-        smpl["betas"][0],
-        smpl["transl"][0],
-        puppet.FPS,
-        "neutral",
-    )
-    save_amass(out / f"{name}.npz", motion_file, body)
+def make(
+    args: argparse.Namespace, world: Backbone, jobs: list[Job], pixels: Tensor | None, motion: Tensor | None
+) -> list[Path]:
+    """Text, then the condition, then the samples: each part of the backbone once -> files of latents."""
+    prompts = sorted({job.prompt for job in jobs} | {""})
+    text = dict(zip(prompts, world.encode_text(prompts).split(1), strict=True))
+    latents = None if pixels is None else world.encode_video(pixels)
+    sampling = {name: getattr(args, name) for name in ("solver", *Defaults._fields)}
+    g = world.geometry
+    grid = ((g.frames - 1) // 4 + 1, g.height // g.stride, g.width // g.stride)
+    model, files = world.transformer(), []
+    for job in jobs:
+        prompt = text[job.prompt], text[""]
+        result = denoise(model, job.task, *prompt, job.seed, grid, latents, motion, progress=True, **sampling)
+        files.append(args.out / "latents" / f"{job.name}.safetensors")
+        save_latents(files[-1], job, *result)
+    return files
 
 
 def main() -> None:
@@ -150,50 +267,30 @@ def main() -> None:
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
     if args.video and args.task != "v2m":
         raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
-    body = puppet.body()
-    clip = puppet.clips([CONDITION_CLIP])
-    conditions = {
-        "video": read_clip(args.video)
-        if args.video
-        else puppet.render(clip.joints, clip.betas, clip.shirt)[0],
-        "motion": read_motion(args.motion, body) if args.motion else data.puppet_motion(clip),
-    }
-    model, extra = weights.load_weights(args.weights, args.device)
-    codec = puppet.Codec.from_state(extra)
-    made = []
-    for name in [args.task] if args.task else TASKS:
-        task = TASKS[name]
-        given = (task is Task.MOTION_TO_VIDEO and args.motion) or (
-            task is Task.VIDEO_TO_MOTION and args.video
-        )
-        default = PROMPT if task is Task.JOINT else "" if given else clip.caption[0]
-        prompt = default if args.prompt is None else args.prompt
-        sampled = generate(
-            model,
-            codec,
-            task,
-            [prompt],
-            args.seed,
-            **conditions,
-            steps=args.steps,
-            solver=args.solver,
-            guidance_text=args.guidance_text,
-            guidance_condition=args.guidance_condition,
-            progress=True,
-        )
-        made.append((name, prompt, *sampled))
+    world = open_backbone(args)
+    for name, value in world.defaults._asdict().items():  # what was not given on the command line
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    jobs = [] if args.decode else jobs_of(args, world)
+    pixels, motion = conditions(args, world, {job.task for job in jobs})
+    files = [args.decode] if args.decode else make(args, world, jobs, pixels, motion)
+    backbone.free(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, prompt, video, motion in made:
-        write(args.out, name, prompt, video, motion, body)
-        print(f"{args.out}/{name}.gif  .mp4  .png  .npz   {prompt!r}")
+    samples = [load_latents(file) for file in files]
+    for job, latents, motion in samples:
+        given = job.task is Task.VIDEO_TO_MOTION and pixels is not None
+        video = pixels if given else world.decode_video(latents.to(args.device))
+        made = write(args.out, job, video, motion, world, pictures=not args.prompts)
+        print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record |= {"prompts": {name: prompt for name, prompt, *_ in made}, "command": sys.argv}
+    record |= {"prompts": {job.name: job.prompt for job, *_ in samples}, "command": sys.argv}
     record["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    (args.out / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(args.out / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

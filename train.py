@@ -2,7 +2,7 @@
 
 Stage 1 trains the motion expert alone on motion; there are no video tokens and Wan's part is frozen.
 Stage 2 trains everything on paired clips; each step draws one task. Without arguments the puppet
-preset is trained from scratch.
+preset is trained from scratch; with --wan FOLDER a real Wan gets a motion expert.
 """
 
 import argparse
@@ -19,19 +19,21 @@ from tqdm import tqdm
 
 import flow
 from dual_dit import PRESETS, DualDiT
-from kit import cli, data, parallel, puppet, render, weights
+from kit import cli, data, parallel, puppet, render, wan, weights
+from kit.body import Body
 from kit.files import whole_file
-from motion_tokens import motion_statistics
+from kit.geometry import Geometry, geometry
+from kit.sources import cached_geometry
 
 STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
-CLIP_LENGTHS = ((0.0, 5), (0.65, 9), (0.85, 17))  # (from this share of a stage on, frames)
+# Only long ones teach the 4:1 alignment.
+CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
-LEARNING_RATE = 5e-3
+LEARNING_RATE = {"puppet": 5e-3, "wan": 5e-5}
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
-STATISTICS_CLIPS = 2048
 
 
 def options() -> argparse.Namespace:
@@ -47,8 +49,27 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's"
     )
+    parser.add_argument("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet preset")
+    parser.add_argument(
+        "--init-motion",
+        choices=("copy", "fresh"),
+        default="copy",
+        help="of --wan: from its video expert or not",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="SPEC",
+        help="KIND:WHERE@WEIGHT, see kit/datasets.py; may be repeated",
+    )
+    parser.add_argument(
+        "--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory"
+    )
     parser.add_argument("--frames", type=int, help="clips of this length throughout, instead of growing ones")
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="at its peak (default %(default)s)")
+    parser.add_argument("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 5e-5")
     parser.add_argument("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -81,9 +102,11 @@ def learning_rate(peak: float, now: Step) -> float:
     return peak * min(1.0, (now.step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
-def optimizers(model: DualDiT) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else."""
+def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else; a pretrained Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if pretrained:  # Muon's steps have full rank: they would wash out what the video expert knows
+        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
     return [
@@ -100,10 +123,38 @@ def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
         ema[name].lerp_(value, 1 - decay)
 
 
-def prepare(seed: int) -> tuple[puppet.Codec, Tensor, Tensor]:
-    """What is fitted once, in closed form, before training: the codec, and the motion statistics."""
-    seeds = torch.randint(2**62, (STATISTICS_CLIPS,), generator=data.rng("statistics", seed)).tolist()
-    return puppet.Codec.fit(), *motion_statistics(data.puppet_motion(puppet.clips(seeds)))
+def open_data(args: argparse.Namespace, rank: int) -> tuple[list[data.Source], Geometry]:
+    """The data sets that the options name, and the size of their clips."""
+    if args.wan and not args.data:
+        raise ValueError(
+            "--wan trains on latents: make some with `python -m kit.data cache SPEC --wan FOLDER --out DIR`, "
+            "then add --data cache:DIR"
+        )
+    body = Body.load(args.body) if args.body else puppet.body()
+    shape = cached_geometry(args.data[0], args.frames) if args.wan else geometry(None, args.frames)
+    return data.open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank), shape
+
+
+def build(
+    args: argparse.Namespace, sources: list[data.Source], device: torch.device
+) -> tuple[DualDiT, puppet.Codec | None]:
+    """The network to be trained, with its motion statistics, and the puppet's codec."""
+    codec = None
+    if args.init:
+        model, extra = weights.load_weights(args.init, device)
+        codec = None if args.wan else puppet.Codec.from_state(extra)
+    else:
+        if args.wan:
+            model = wan.load_transformer(args.wan, device=device, init_motion=args.init_motion)
+            print(f"{args.wan}: the video expert is loaded, the motion expert is new ({args.init_motion})")
+        else:
+            model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced)).to(device)
+            codec = puppet.Codec.fit()
+        mean, std = data.statistics(sources, args.seed)
+        model.motion_mean.copy_(mean)
+        model.motion_std.copy_(std)
+    model.checkpointing = args.checkpointing
+    return model.train().requires_grad_(True), codec
 
 
 def open_log(path: Path, first_step: int) -> TextIO:
@@ -127,12 +178,14 @@ def main() -> None:
         raise ValueError(
             f"--batch {args.batch} must be a multiple of {ranks} ranks; the nearest is {nearest}"
         )
+    sources, shape = open_data(args, rank)
     samples = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))
     checkpoint = args.out / "checkpoint.pt"
     if not args.resume and checkpoint.exists():
         raise ValueError(f"{checkpoint} exists: add --resume to go on, or choose another --out")
     torch.manual_seed(args.seed)
-    steps = plan(args.stage, args.steps, args.frames)
+    steps = plan(args.stage, args.steps, shape.frames if args.wan else args.frames)
+    peak = args.lr or LEARNING_RATE["wan" if args.wan else "puppet"]
     bf16 = {"bf16": True, "fp32": False, "auto": None}[args.precision]
     if bf16 is None:  # by majority, so that all ranks compute alike
         bf16 = (
@@ -144,15 +197,7 @@ def main() -> None:
 
     # ---- model, codec, averaged weights: new, from a file, or from a checkpoint
     first_step, saved_optimizers = 0, None
-    if args.init:
-        model, extra = weights.load_weights(args.init, device)
-        model.train().requires_grad_(True)
-        codec = puppet.Codec.from_state(extra)
-    else:
-        model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced)).to(device)
-        codec, mean, std = prepare(args.seed)
-        model.motion_mean.copy_(mean)
-        model.motion_std.copy_(std)
+    model, codec = build(args, sources, device)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     if args.resume:
         state = parallel.load_state(checkpoint)
@@ -162,7 +207,7 @@ def main() -> None:
             )
         model.load_state_dict(state["model"])
         ema = {name: value.to(device) for name, value in state["ema"].items()}
-        codec = puppet.Codec.from_state(state["codec"])
+        codec = puppet.Codec.from_state(state["codec"]) if codec else None
         first_step, bf16, saved_optimizers = state["step"], state["bf16"], state["optimizers"]
 
     log = None
@@ -177,14 +222,14 @@ def main() -> None:
             # a stage trains its own parameters, with its own optimizers
             for p in model.video_parameters():
                 p.requires_grad_(now.stage == 2)
-            wrapped, opts = parallel.wrap(model, ranks), optimizers(model)
+            wrapped, opts = parallel.wrap(model, ranks), optimizers(model, pretrained=bool(args.wan))
             if now.step > 0:  # resumed within a stage
                 for optimizer, saved in zip(opts, saved_optimizers, strict=True):
                     optimizer.load_state_dict(saved)
         start = time.perf_counter()
-        batch = data.puppet_batch(
-            codec, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
-            frames=now.frames, samples=samples, device=device,
+        batch = data.batch(
+            sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
+            frames=now.frames, batch=args.batch, samples=samples, device=device, codec=codec,
         )  # fmt: skip
         waited = time.perf_counter() - start
         # ------------------------------------------------------------------ one step
@@ -194,7 +239,7 @@ def main() -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         for optimizer in opts:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, now)
+                group["lr"] = learning_rate(peak, now)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
@@ -211,11 +256,12 @@ def main() -> None:
         done = step + 1
         if log and (done % args.save_every == 0 or done == len(steps)):
             state = {
-                "step": done, "stage": args.stage, "steps": args.steps, "bf16": bf16, "codec": codec.state(),
+                "step": done, "stage": args.stage, "steps": args.steps, "bf16": bf16,
+                "codec": codec.state() if codec else {},
                 "model": model.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in opts],
             }  # fmt: skip
             parallel.save_state(checkpoint, state)
-            weights.save_weights(args.out / "weights.safetensors", model.config, ema, codec.state())
+            weights.save_weights(args.out / "weights.safetensors", model.config, ema, state["codec"])
     if log:
         log.close()
         render.loss_picture(args.out / "metrics.jsonl", args.out / "loss.png")

@@ -173,17 +173,37 @@ def _draw_pose(pixels: list, depth: list[float], parents: list[int], background:
     return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def side_by_side(video: Tensor, skeleton: Tensor, upscale: int = 4) -> Tensor:
-    """Video (f h w 3), `upscale` times as large, left of skeleton (f h·upscale any 3); all frames uint8."""
+def fitted(joints: Tensor) -> Project:
+    """A view along -z, without perspective, that holds joints (f 24 3) in an image of 64 pixels."""
+    low, high = joints.amin(dim=(0, 1)), joints.amax(dim=(0, 1))
+    scale = 56 / (high - low)[:2].max().clamp_min(1e-3)  # pixels a metre, a margin of 4 on each side
+    nearest = high[2] + 1.0
+
+    def project(points: Tensor) -> tuple[Tensor, Tensor]:
+        offset = (points[..., :2] - (low + high)[:2] / 2) * scale
+        return 32 + offset * offset.new_tensor((1.0, -1.0)), nearest - points[..., 2]
+
+    return project
+
+
+def resized(frames: Tensor, height: int) -> Tensor:
+    """Frames (f h w 3) uint8 -> (f height any 3) uint8, of the same proportions."""
+    _check_frames(frames, "frames")
+    size = (height, max(1, round(frames.shape[2] * height / frames.shape[1])))
+    pixels = rearrange(frames, "f h w c -> f c h w").float()
+    pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=height < frames.shape[1])
+    return rearrange(pixels.round().clamp(0, 255).to(torch.uint8), "f c h w -> f h w c")
+
+
+def side_by_side(video: Tensor, skeleton: Tensor) -> Tensor:
+    """Video (f h w 3), at the skeleton's height, left of skeleton (f height any 3); all frames uint8."""
     _check_frames(video, "video")
     _check_frames(skeleton, "skeleton")
-    height = video.shape[1] * upscale
-    if skeleton.shape[:2] != (len(video), height):
-        raise ValueError(f"skeleton is {tuple(skeleton.shape)}, expected ({len(video)}, {height}, any, 3)")
-    left = rearrange(video, "f h w c -> f c h w").float()
-    left = F.interpolate(left, scale_factor=upscale, mode="bicubic").round().clamp(0, 255).to(torch.uint8)
+    if len(skeleton) != len(video):
+        raise ValueError(f"skeleton has {len(skeleton)} frames, the video {len(video)}: expected as many")
+    height = skeleton.shape[1]
     gap = torch.tensor(FAINT, dtype=torch.uint8).expand(len(video), height, 4, 3)
-    return torch.cat([rearrange(left, "f c h w -> f h w c"), gap, skeleton], dim=2)
+    return torch.cat([resized(video, height), gap, skeleton], dim=2)
 
 
 # ---------------------------------------------------------------- pictures

@@ -17,6 +17,13 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 
 EXTRA = "extra."  # prefix of tensors that are not the network's
+# parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
+KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a network's tensor of this name when the network is to be of `dtype`."""
+    return torch.float32 if any(part in name for part in KEEP_FP32) else dtype
 
 
 def save_weights(
@@ -26,9 +33,8 @@ def save_weights(
     extra: dict[str, Tensor],
     dtype=torch.float32,
 ) -> None:
-    """Write a state dict, its configuration and extra tensors; statistics and extras stay fp32."""
-    keep = ("motion_mean", "motion_std")
-    file = {k: v.to("cpu", torch.float32 if k in keep else dtype).contiguous() for k, v in tensors.items()}
+    """Write a state dict, its configuration and extra tensors; extras stay fp32."""
+    file = {k: v.to("cpu", stored_dtype(k, dtype)).contiguous() for k, v in tensors.items()}
     file |= {EXTRA + k: v.cpu().float().contiguous() for k, v in extra.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +42,10 @@ def save_weights(
         save_file(file, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
 
 
-def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[DualDiT, dict[str, Tensor]]:
-    """Read what save_weights wrote -> the network in fp32, in evaluation mode, and the extra tensors.
+def load_weights(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[DualDiT, dict[str, Tensor]]:
+    """Read what save_weights wrote -> the network, in evaluation mode, and the extra tensors (fp32).
 
     FileNotFoundError or ValueError if the file is missing, damaged, or of another configuration.
     """
@@ -63,7 +71,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[DualDi
     with torch.device("meta"):
         model = DualDiT(config)
     extra = {k.removeprefix(EXTRA): v.to(device) for k, v in tensors.items() if k.startswith(EXTRA)}
-    state = {k: v.to(device, torch.float32) for k, v in tensors.items() if not k.startswith(EXTRA)}
+    state = {k: v.to(device, stored_dtype(k, dtype)) for k, v in tensors.items() if not k.startswith(EXTRA)}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

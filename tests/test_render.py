@@ -75,8 +75,16 @@ def test_side_by_side():
     both = render.side_by_side(video, skeleton)
     assert both.shape == (4, 64, 64 + 4 + 64, 3)
     assert torch.equal(both[:, :, 68:], skeleton)
-    with pytest.raises(ValueError, match="expected \\(4, 32"):
-        render.side_by_side(video, skeleton, upscale=2)
+    with pytest.raises(ValueError, match="3 frames, the video 4"):
+        render.side_by_side(video, skeleton[:3])
+
+
+def test_fitted_view_holds_the_motion_upright_and_unmirrored():
+    joints = standing() * 3 + torch.tensor([5.0, -2.0, 1.0])
+    pixels, depth = render.fitted(joints)(joints)
+    assert (depth > 0).all() and pixels.min() >= 4 - 1e-3 and pixels.max() <= 60 + 1e-3
+    head, foot, left, right = (pixels[0, joint] for joint in (15, 7, 20, 21))
+    assert head[1] < foot[1] and left[0] > right[0]  # a person who faces the camera
 
 
 def test_contact_sheet(tmp_path):

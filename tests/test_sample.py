@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, contents, tiny_model
 
 import sample
-from kit import puppet, render, weights
+from kit import backbone, puppet, render, weights
 from kit.motion_files import Motion, load_amass, save_amass
 
 PLAIN = ("--device", "cpu", "--steps", 2)
@@ -48,7 +48,8 @@ def frames(path: Path) -> torch.Tensor:
 
 def test_without_a_task_each_has_its_four_files_and_there_is_one_record(made):
     expected = {f"{name}.{suffix}" for name in NAMES for suffix in ("mp4", "gif", "png", "npz")}
-    assert contents(made).keys() == expected | {"run.json"}
+    latents = {f"latents/{name}.safetensors" for name in NAMES}
+    assert contents(made).keys() == expected | latents | {"run.json"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,9 +88,8 @@ def test_the_same_call_gives_the_same_bytes(made, tiny_weights, tmp_path):
 @pytest.mark.parametrize("other", (("--seed", 4), ("--prompt", "")), ids=("seed", "no text"))
 def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, other):
     out = run_sample(tiny_weights, tmp_path, "--task", "joint", *other)
-    assert contents(out).keys() == {f"joint.{suffix}" for suffix in ("mp4", "gif", "png", "npz")} | {
-        "run.json"
-    }
+    pictures = {f"joint.{suffix}" for suffix in ("mp4", "gif", "png", "npz")}
+    assert contents(out).keys() == pictures | {"latents/joint.safetensors", "run.json"}
     for suffix in ("mp4", "npz"):
         assert (out / f"joint.{suffix}").read_bytes() != (made / f"joint.{suffix}").read_bytes()
 
@@ -123,11 +123,11 @@ def test_video_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tiny
     assert (out / "v2m.npz").read_bytes() != (made / "v2m.npz").read_bytes()  # of the puppet's own video
 
 
-def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(tmp_path, capsys):
+def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(tiny_weights, tmp_path, capsys):
     body, clip = puppet.body(), puppet.clips([0], frames=21)
     far = Motion(clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0] + 50, 16.0, "male")
     save_amass(tmp_path / "far.npz", far, body)
-    motion = sample.read_motion(tmp_path / "far.npz", body)
+    motion = sample.read_motion(tmp_path / "far.npz", backbone.puppet_backbone(tiny_weights, "cpu"))
     assert motion.shape == (1, 17, 235)
     assert motion[0, 0, [0, 2]].abs().max() == 0
     joints, real = sample.decode_smpl(motion)["joints"], clip.joints[:, :17]

@@ -63,7 +63,7 @@ def test_every_step_is_one_line_of_metrics_and_loss_is_drawn(ten_steps):
     lines = metrics(ten_steps)
     assert [line["step"] for line in lines] == list(range(10))
     assert [line["stage"] for line in lines] == [1] * 4 + [2] * 6
-    assert [line["frames"] for line in lines] == [5, 5, 5, 9, 5, 5, 5, 5, 9, 9]
+    assert [line["frames"] for line in lines] == [5, 9, 17, 17, 5, 5, 9, 17, 17, 17]
     for line in lines:
         assert Task[line["task"].upper()] in Task and math.isfinite(line["loss"])
     assert (ten_steps / "loss.png").read_bytes().startswith(b"\x89PNG")

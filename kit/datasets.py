@@ -1,0 +1,167 @@
+"""Data sets by name, read item by item: which clips there are, and what is wrong with them.
+
+puppet:COUNT    clips of the embedded world, of a stream of seeds of their own
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kit import humanml3d, puppet
+from kit.body import Body
+from kit.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
+from kit.geometry import Geometry
+from kit.motion_files import Motion, canonical, load_amass, resample, windows
+from kit.render import to_frames
+from motion_tokens import encode_smpl
+
+T = TypeVar("T")
+PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
+PUPPET_CAMERA = Camera(
+    torch.tensor(((puppet.FOCAL, 0, puppet.SIZE / 2), (0, puppet.FOCAL, puppet.SIZE / 2), (0, 0, 1))),
+    torch.tensor((0.0, puppet.CAMERA_HEIGHT, puppet.CAMERA_DISTANCE)),
+)
+
+
+class DataSet(NamedTuple):
+    """Items (a clip, a motion file), each of which yields samples or raises ValueError or OSError."""
+
+    names: list[str]  # of the items
+    read: Callable[[int], Iterator[Sample]]  # by the item's number
+    paired: bool  # whether samples have video
+    problems: list[str]  # of what did not even become an item
+
+
+def parse(spec: str) -> tuple[str, str, float | None]:
+    """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
+    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:@(\d+\.?\d*))?", spec)
+    if not match:
+        raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
+    kind, where, weight = match.groups()
+    if weight is not None and float(weight) == 0:
+        raise ValueError(f"data set {spec!r}: its weight must be above 0; leave it out instead")
+    return kind, where or "", None if weight is None else float(weight)
+
+
+def open_dataset(spec: str, geometry: Geometry, body: Body) -> DataSet:
+    """List a data set's items; nothing of them is read yet. ValueError for a SPEC that names none."""
+    kind, where, _ = parse(spec)
+    if kind not in KINDS:
+        raise ValueError(f"data set {spec!r}: expected one of {', '.join(f'{kind}:...' for kind in KINDS)}")
+    return KINDS[kind](where, geometry, body)
+
+
+def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str]) -> list[T]:
+    """What `use` makes of each sample of an item, one sample in memory at a time.
+
+    Nothing, and the reason in `rejected`, if the item turns out to be unusable.
+    """
+    known = len(rejected)
+    made = [use(sample) for sample in _until_bad(data.read(item), rejected)]
+    return made if len(rejected) == known else []
+
+
+def _until_bad(samples: Iterator[Sample], rejected: list[str]) -> Iterator[Sample]:
+    try:
+        yield from samples
+    except (ValueError, OSError) as error:
+        rejected.append(" ".join(str(error).split()))
+
+
+# ---------------------------------------------------------------- the kinds
+
+
+def puppet_motion(clips: puppet.Clips) -> Tensor:
+    """Motion vectors (b f 235) of puppet clips, in their camera's frame, not normalised."""
+    body = puppet.body(clips.transl.device)
+    return encode_smpl(clips.global_orient, clips.body_pose, clips.betas, clips.transl, body)
+
+
+def puppet_count(where: str) -> int:
+    if not where.isdecimal() or int(where) < 1:
+        raise ValueError(f"puppet:{where}: expected a number of clips, such as puppet:100")
+    return int(where)
+
+
+def _puppets(where: str, geometry: Geometry, body: Body) -> DataSet:
+    """COUNT clips at the puppet's own rate and size, of its own body whatever `body`."""
+    names = [f"puppet {item}" for item in range(puppet_count(where))]
+    fps, size = puppet.FPS, f"{puppet.SIZE}x{puppet.SIZE}"
+    if (geometry.fps, f"{geometry.height}x{geometry.width}") != (fps, size):
+        raise ValueError(f"puppet clips have {fps} frames a second of {size}: add --fps {fps} --size {size}")
+
+    def read(item: int) -> Iterator[Sample]:
+        clip = puppet.clips([PUPPET_SEED + item], geometry.frames)
+        video = to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
+        yield Sample(names[item], tuple(clip.caption), puppet_motion(clip)[0], video, PUPPET_CAMERA)
+
+    return DataSet(names, read, paired=True, problems=[])
+
+
+def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder = _folder(where)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.npz"))
+    # AMASS keeps a subject's shape and calibration beside the motions
+    files = [file for file in files if file.name != "shape.npz" and not file.stem.endswith("_stagei")]
+
+    def read(item: int) -> Iterator[Sample]:
+        motion = resample(load_amass(inside(folder, files[item]), body), geometry.fps)
+        yield from _windows(str(files[item]), (), motion, geometry, body)
+
+    return DataSet([str(file) for file in files], read, paired=False, problems=[])
+
+
+def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder, _, amass = where.partition("+")
+    amass = _folder(amass or str(Path(folder) / "amass"))
+    entries, problems = humanml3d.entries(_folder(folder), amass, "train")
+
+    def read(item: int) -> Iterator[Sample]:
+        entry = entries[item]
+        inside(amass, entry.source.relative_to(amass))
+        motion = humanml3d.read_entry(entry, body, geometry.fps)
+        yield from _windows(entry.name, entry.captions, motion, geometry, body)
+
+    return DataSet([entry.name for entry in entries], read, paired=False, problems=problems)
+
+
+def _windows(
+    name: str, captions: tuple[str, ...], motion: Motion, geometry: Geometry, body: Body
+) -> Iterator[Sample]:
+    """Samples of a motion at the geometry's rate, end to end; ValueError if it is too short for one."""
+    parts = windows(motion, geometry.frames, stride=geometry.frames)
+    if not parts:
+        raise ValueError(
+            f"{name} has {len(motion.transl)} frames at {geometry.fps:g} fps, fewer than {geometry.frames}: "
+            "ask for fewer --frames"
+        )
+    for part in parts:
+        yield Sample(name, captions, motion_vector(canonical(part, body), body), None, None)
+
+
+def _clips(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder = _folder(where)
+    clips, problems = read_metadata(folder)
+
+    def read(item: int) -> Iterator[Sample]:
+        yield from read_clip(folder, clips[item], geometry, body)
+
+    return DataSet([clip.video for clip in clips], read, paired=True, problems=problems)
+
+
+def _folder(where: str) -> Path:
+    if not where or not Path(where).is_dir():
+        raise FileNotFoundError(f"no folder {where or 'named'}: expected KIND:DIR with an existing folder")
+    return Path(where)
+
+
+KINDS: dict[str, Callable[[str, Geometry, Body], DataSet]] = {
+    "puppet": _puppets,
+    "amass": _amass,
+    "humanml3d": _humanml3d,
+    "clips": _clips,
+}

@@ -1,0 +1,58 @@
+"""What a clip is like: frames a second, frames, pixels. A backbone has one, a user may ask for another."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from kit import puppet
+
+
+class Geometry(NamedTuple):
+    """The videos a backbone makes unless told otherwise."""
+
+    fps: float
+    frames: int
+    height: int  # pixels
+    width: int
+    stride: int  # pixels a latent, in height and width; in time it is 4
+
+
+PUPPET = Geometry(puppet.FPS, puppet.FRAMES, puppet.SIZE, puppet.SIZE, 8)
+# by the codec's stride: Wan2.1's and Wan2.2-TI2V's published settings
+WAN = {8: Geometry(16, 81, 480, 832, 8), 16: Geometry(24, 121, 704, 1280, 16)}
+
+
+def geometry(
+    folder: Path | None,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> Geometry:
+    """What the Wan in `folder` makes, or the puppet (None), at another length, size (height, width) or rate.
+
+    Raises FileNotFoundError or ValueError where there is no such Wan, or it cannot make that.
+    """
+    published, step = PUPPET, PUPPET.stride
+    if folder is not None:
+        published = _published(Path(folder))
+        step = 2 * published.stride  # a token of Wan is a patch of 2 x 2 latents
+    frames, fps = frames or published.frames, fps or published.fps
+    height, width = size or (published.height, published.width)
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"{frames} frames are not 4n+1; the nearest is {puppet.nearest_frames(frames)}")
+    if min(height, width) < step or height % step or width % step:
+        nearest = "x".join(str(max(step, round(x / step) * step)) for x in (height, width))
+        raise ValueError(f"size {height}x{width} is no multiple of {step}; the nearest is {nearest}")
+    if not 1 <= fps <= 240:
+        raise ValueError(f"{fps} frames a second, expected 1 to 240")
+    return Geometry(fps, frames, height, width, published.stride)
+
+
+def _published(folder: Path) -> Geometry:
+    path = folder / "vae" / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected a Wan in the Diffusers layout, with its vae/ there")
+    stride = json.loads(path.read_text()).get("scale_factor_spatial", 8)
+    if stride not in WAN:
+        raise ValueError(f"{path}: a stride of {stride} pixels, expected {' or '.join(map(str, WAN))}")
+    return WAN[stride]
