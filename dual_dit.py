@@ -47,9 +47,11 @@ class DualDiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     synced: bool = True  # MVS-RoPE; False is the ablation
+    grid: tuple[int, int] | None = None  # (H W) of learned absolute positions; Wan has none
 
     def __post_init__(self):
-        object.__setattr__(self, "patch", tuple(self.patch))  # JSON has lists only
+        for name in ("patch", "grid"):  # JSON has lists only
+            object.__setattr__(self, name, getattr(self, name) and tuple(getattr(self, name)))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even size")
         if self.patch[0] != 1:
@@ -58,7 +60,15 @@ class DualDiTConfig:
 
 PRESETS = {
     "puppet": DualDiTConfig(
-        layers=4, width=128, heads=2, ffn=512, channels=48, text_dim=64, patch=(1, 1, 1), freq_dim=128
+        layers=4,
+        width=128,
+        heads=2,
+        ffn=512,
+        channels=48,
+        text_dim=64,
+        patch=(1, 1, 1),
+        freq_dim=128,
+        grid=(8, 8),
     ),
     "wan2.1-1.3b": DualDiTConfig(layers=30, width=1536, heads=12, ffn=8960, channels=16, text_dim=4096),
     "wan2.2-5b": DualDiTConfig(layers=30, width=3072, heads=24, ffn=14336, channels=48, text_dim=4096),
@@ -249,6 +259,8 @@ class VideoExpert(Conditioning):
         self.patch = config.patch
         self.patch_embedding = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
         self.head = Head(config, nn.Linear(config.width, math.prod(config.patch) * config.channels))
+        # a network trained from scratch on few clips is slow to learn where a token is from RoPE alone
+        self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
 
     def grid(self, video: Tensor) -> tuple[int, int, int]:
         """Token grid (t, H, W) of latents (b c t h w)."""
@@ -256,7 +268,10 @@ class VideoExpert(Conditioning):
 
     def embed(self, video: Tensor) -> Tensor:
         x = self.patch_embedding(video.to(self.patch_embedding.weight.dtype))
-        return rearrange(x, "b d t h w -> b (t h w) d")
+        x = rearrange(x, "b d t h w -> b t h w d")
+        if self.place is not None:
+            x = x + self.place.type_as(x)
+        return rearrange(x, "b t h w d -> b (t h w) d")
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (t, h, w), (pt, ph, pw) = grid, self.patch
@@ -319,6 +334,8 @@ class DualDiT(nn.Module):
                 nn.init.normal_(module.modulation, std=module.modulation.shape[-1] ** -0.5)
             elif isinstance(module, MotionEncoder):
                 nn.init.normal_(module.token, std=0.5)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
         for expert in (self.video, self.motion):
             for layer in (*expert.text_embedding[::2], *expert.time_embedding[::2]):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -327,6 +344,10 @@ class DualDiT(nn.Module):
         for layer in last_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.video.place is not None:
+            nn.init.zeros_(self.video.place)
+        self.motion_mean.zero_()
+        self.motion_std.fill_(1.0)
 
     def video_parameters(self) -> list[nn.Parameter]:
         """The parameters that are Wan's, frozen in stage 1."""
@@ -346,6 +367,8 @@ class DualDiT(nn.Module):
                 raise ValueError(
                     f"latent size {tuple(video.shape[3:])} must be a multiple of the patch {(ph, pw)}"
                 )
+            if self.config.grid and self.video.grid(video)[1:] != self.config.grid:
+                raise ValueError(f"{self.video.grid(video)[1:]} tokens a frame, expected {self.config.grid}")
         if motion is not None and (motion.ndim != 3 or motion.shape[-1] != MOTION_DIM):
             raise ValueError(f"motion: expected (b, f, {MOTION_DIM}), got {tuple(motion.shape)}")
         if video is not None and motion is not None:

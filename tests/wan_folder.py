@@ -95,7 +95,7 @@ def write(folder: Path, version: str, seed: int = 0) -> Path:
         expand_timesteps=version == "2.2",
     )
     pipeline.save_pretrained(folder)
-    # as the published files say it; transformers writes other words today
+    # as the published files say it; today's transformers writes other words
     edit_json(folder / "text_encoder" / "config.json", tie_word_embeddings=False)
     edit_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="T5Tokenizer", extra_ids=0)
     edit_json(folder / "model_index.json", tokenizer=["transformers", "T5TokenizerFast"])
