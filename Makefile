@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 .PHONY: setup demo test lint
 
 setup: .venv/ready
@@ -8,13 +10,18 @@ setup: .venv/ready
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	@touch $@
+
+# diffusers and transformers: the references that tests compare with, and what a real Wan needs
+.venv/wan: .venv/ready requirements-wan.txt
+	$(PIP) -r requirements-wan.txt
 	@touch $@
 
 demo: setup
 	$(BIN)/python sample.py
 
-test: setup
+test: .venv/wan
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -13,7 +13,8 @@ import wan_folder
 from conftest import contents
 
 import sample
-from kit import backbone, puppet, render, wan, weights
+import train
+from kit import backbone, data, puppet, render, wan, weights
 from kit.geometry import geometry
 from kit.motion_files import Motion, save_amass
 
@@ -150,6 +151,34 @@ def test_trained_weights_are_used_and_must_fit(folder, tmp_path):
     weights.save_weights(tmp_path / "trained.safetensors", model.config, model.state_dict(), {})
     trained = run(folder, tmp_path / "a", "--task", "joint", "--weights", tmp_path / "trained.safetensors")
     assert trained["joint.npz"] != run(folder, tmp_path / "b", "--task", "joint")["joint.npz"]
+
+
+def verb(module, monkeypatch, *arguments: object) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as end:
+            assert not end.code
+
+
+def test_what_is_trained_from_a_cache_is_sampled(folder, tmp_path, monkeypatch):
+    rate, cached, out = geometry(folder).fps, tmp_path / "cache", tmp_path / "run"
+    shape = ("--frames", FRAMES, "--size", "64x64", "--fps", puppet.FPS)
+    verb(data, monkeypatch, "cache", "puppet:4", "--wan", folder, "--out", cached, *shape)
+    call = ("--wan", folder, "--data", f"cache:{cached}", "--steps", 10, "--batch", 2, "--device", "cpu")
+    verb(train, monkeypatch, *call, "--lr", 1e-3, "--out", out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {1, 2} and {line["frames"] for line in lines} == {FRAMES}
+    trained, _ = weights.load_weights(out / "weights.safetensors")
+    start = wan.load_transformer(folder)
+    assert trained.config == start.config
+    moved = [n for n, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[n])]
+    assert any("video" in n for n in moved) and any("motion" in n for n in moved)
+    made = ("--task", "joint", "--weights", out / "weights.safetensors")
+    run(folder, tmp_path / "made", *made, size="64x64")
+    pixels, fps = render.read_video(tmp_path / "made" / "joint.mp4")
+    assert (tuple(pixels.shape), fps) == ((FRAMES, 64, 64, 3), rate)
 
 
 @pytest.mark.parametrize(
