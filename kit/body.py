@@ -4,11 +4,11 @@ Rotations are axis-angle in radians, lengths metres. SMPL rotates about the pelv
 about the origin: the pelvis stands at `rest_joints(betas)[0] + transl` whatever `global_orient` is.
 """
 
-import codecs
 import contextlib
-import copyreg
 import io
 import pickle
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,7 @@ JOINT_NAMES = (
 )  # fmt: skip
 FIELDS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
 NUM_BETAS = 10
-FILE_NAMES = (
-    "SMPL_NEUTRAL.npz", "SMPL_NEUTRAL.pkl", "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl",
-    "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", "smpl/SMPL_NEUTRAL.npz", "smpl/SMPL_NEUTRAL.pkl",
-)  # fmt: skip
+GENDERS = {"female": "f", "male": "m", "neutral": "neutral"}  # and what the official file names call them
 
 
 class Body(torch.nn.Module):
@@ -99,26 +96,37 @@ class Body(torch.nn.Module):
         return out.vertices.reshape(*lead, -1, 3), out.joints[:, :24].reshape(*lead, 24, 3)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Body":
-        """Read an SMPL model: `.npz`, official or converted `.pkl`, or a folder that holds one.
+    def load(cls, path: str | Path, gender: str = "neutral") -> "Body":
+        """Read an SMPL model: `.npz`, official or converted `.pkl`, or a folder that holds one of `gender`.
 
-        Raises FileNotFoundError with the paths tried, ValueError for a file that is no SMPL model.
+        Of a folder the official names are tried, in itself and in `smpl/`. Raises FileNotFoundError with the
+        paths tried, ValueError naming a file that is damaged, that is no SMPL model or that could run code.
         """
         path = Path(path)
-        tried = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
+        if gender not in GENDERS:
+            raise ValueError(f"gender is {gender!r}, expected one of {', '.join(GENDERS)}")
+        tried = _official_paths(path, gender) if path.is_dir() else [path]
         file = next((candidate for candidate in tried if candidate.is_file()), None)
         if file is None:
             raise FileNotFoundError(
                 "no SMPL model found; download one from https://smpl.is.tue.mpg.de and place it at one of: "
                 + ", ".join(map(str, tried))
             )
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as archive:
-                return cls({name: archive[name] for name in FIELDS if name in archive})
-        if file.suffix == ".pkl":
-            data = load_pickle(file)
-            return cls({name: _to_array(value) for name, value in data.items() if name in FIELDS})
-        raise ValueError(f"{file}: expected an SMPL model file ending in .npz or .pkl")
+        if file.suffix not in (".npz", ".pkl"):
+            raise ValueError(f"{file}: expected an SMPL model file ending in .npz or .pkl")
+        data = read_arrays(file, FIELDS) if file.suffix == ".npz" else _read_pickle(file)
+        try:
+            return cls(data)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def _official_paths(folder: Path, gender: str) -> list[Path]:
+    """Where in a folder a model may be, as smplx (SMPL_*) and the SMPL releases (basicmodel_*) name it."""
+    names = [f"SMPL_{gender.upper()}{suffix}" for suffix in (".npz", ".pkl")]
+    for version in ("1.1.0", "1.0.0"):  # the releases differ in a capital letter, and by gender
+        names += [f"basic{m}odel_{GENDERS[gender]}_lbs_10_207_0_v{version}.pkl" for m in "mM"]
+    return [folder / place / name for place in ("", "smpl") for name in names]
 
 
 def _flatten(
@@ -141,19 +149,53 @@ def _flatten(
 
 
 def _check(data: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless `data` holds the arrays of an SMPL model."""
     missing = [name for name in FIELDS if name not in data]
     if missing:
         raise ValueError(f"not an SMPL model: it lacks {missing}; expected the fields {list(FIELDS)}")
-    vertices, joints = data["weights"].shape
-    if joints != len(JOINT_NAMES):
-        raise ValueError(
-            f"expected SMPL's {len(JOINT_NAMES)} joints, got {joints}; SMPL-H (52) and SMPL-X (55) do not fit"
-        )
-    if data["shapedirs"].shape[:2] != (vertices, 3) or data["shapedirs"].shape[2] < NUM_BETAS:
-        raise ValueError(f"shapedirs must be ({vertices} 3 >={NUM_BETAS}), got {data['shapedirs'].shape}")
+    if data["weights"].shape[-1:] != (24,):
+        raise ValueError(f"weights is {data['weights'].shape}: expected 24 joints, not SMPL-H's or SMPL-X's")
+    vertices = data["v_template"].size // 3
+    shapes = {
+        "v_template": (vertices, 3),
+        "shapedirs": (vertices, 3, max((NUM_BETAS, *data["shapedirs"].shape[2:]))),
+        "posedirs": (vertices, 3, 207),
+        "J_regressor": (24, vertices),
+        "weights": (vertices, 24),
+        "kintree_table": (2, 24),
+        "f": (max((1, *data["f"].shape[:1])), 3),
+    }
+    for name, shape in shapes.items():
+        if data[name].shape != shape:
+            raise ValueError(f"{name} is {data[name].shape}, expected {shape}")
+        if data[name].dtype.kind not in "fiu" or not np.isfinite(data[name]).all():
+            raise ValueError(f"{name} ({data[name].dtype}) holds something else than finite numbers")
+    parents, faces = data["kintree_table"][0, 1:].astype(np.int64), data["f"]
+    if not ((parents >= 0) & (parents < np.arange(1, 24))).all():
+        raise ValueError(f"kintree_table has the parents {parents}, expected each to come before its joint")
+    if not 0 <= faces.min() <= faces.max() < vertices:
+        raise ValueError(f"f names vertices {faces.min()} to {faces.max()}, expected 0 to {vertices - 1}")
 
 
-# ---- official .pkl files: pickles of Python 2 that hold chumpy and scipy objects ----
+# ---------------------------------------------------------------- files that may hold anything
+
+
+def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that have these names; ValueError if it is damaged or holds pickled objects."""
+    with open(file, "rb") as stream:
+        try:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("it is no archive, or cut short")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                return {name: archive[name] for name in names if name in archive}
+        except Exception as error:  # damaged bytes may raise anything
+            hint = "expected an .npz of plain arrays; download or export it again"
+            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
+
+
+# Official .pkl files are pickles of Python 2 that hold chumpy and scipy objects. A pickle may name any
+# function to be called; this reader gives it nothing but the stand-ins below.
 
 
 class _Record:
@@ -193,62 +235,59 @@ _NUMPY = {
     "scalar": lambda dtype, data: dtype.read(data, ()),
 }
 _PYTHON = {
-    ("_codecs", "encode"): codecs.encode,
-    ("copyreg", "_reconstructor"): copyreg._reconstructor,
-    ("copy_reg", "_reconstructor"): copyreg._reconstructor,  # Python 2's names
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
+    ("copyreg", "_reconstructor"): lambda kind, *_: kind(),
+    ("copy_reg", "_reconstructor"): lambda kind, *_: kind(),  # Python 2's names
     ("builtins", "object"): object,
     ("__builtin__", "object"): object,
-}
-_RECORDS = {("chumpy", "Ch"), ("chumpy.ch", "Ch"), ("chumpy.reordering", "Select")} | {
-    (f"scipy.sparse{module}", f"{kind}_matrix")
-    for kind in ("csc", "csr")
-    for module in ("", f".{kind}", f"._{kind}")
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,  # chumpy notes its changed variables in one
 }
 
 
 class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in _RECORDS:
-            return _Record
-        if (module, name) in _PYTHON:
-            return _PYTHON[module, name]
-        if module in _NUMPY_MODULES and name in _NUMPY:
-            return _NUMPY[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no SMPL model needs")
+        found = _NUMPY.get(name) if module in _NUMPY_MODULES else _PYTHON.get((module, name))
+        if module.split(".")[0] == "chumpy" or (
+            module.startswith("scipy.sparse") and name.endswith("_matrix")
+        ):
+            found = _Record
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no SMPL model needs")
+        # a pickle can set attributes on a class that it names, so it gets one of its own
+        return type(name, (found,), {}) if isinstance(found, type) else found
 
 
-def load_pickle(file: Path) -> dict:
-    """A pickled dictionary of numpy, chumpy and scipy.sparse arrays; it is refused if it names anything else.
-
-    Arrays come as stand-ins, which `_to_array` reads.
-    """
+def _read_pickle(file: Path) -> dict[str, np.ndarray]:
+    """The arrays FIELDS of a pickled dictionary. ValueError if it is damaged or names what could run code."""
     with open(file, "rb") as stream:
         try:
             data = _AllowList(stream, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{file} is no SMPL model: {error}") from error
-    return data
+            return {name: _to_array(data[name]) for name in FIELDS if name in data}
+        except Exception as error:  # damaged bytes may raise anything
+            hint = "expected the pickle of an SMPL model; download it again"
+            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
 
 
 def _to_array(value: object) -> np.ndarray:
     """numpy array of a pickled field; chumpy's Ch holds `x`, its Select a flat selection of `a`."""
-    if not isinstance(value, (_Record, _Array)):
-        return np.asarray(value)
-    if hasattr(value, "indptr"):
-        return _dense(value)
-    if hasattr(value, "x"):
+    kind = type(value).__name__
+    if isinstance(value, _Array) or (isinstance(value, _Record) and kind == "Ch"):
         return _to_array(value.x)
-    if hasattr(value, "a") and hasattr(value, "idxs"):
+    if not isinstance(value, _Record):
+        return np.asarray(value)
+    if kind == "Select":
         selected = _to_array(value.a).ravel()[_to_array(value.idxs)]
         return selected.reshape(getattr(value, "preferred_shape", selected.shape))
-    raise ValueError(f"expected a chumpy or scipy.sparse array, got an object of {sorted(vars(value))}")
+    if kind in ("csc_matrix", "csr_matrix"):
+        return _dense(value, by_column=kind == "csc_matrix")
+    raise ValueError(f"expected arrays of numpy, chumpy (Ch, Select) or scipy.sparse (csc, csr), got {kind}")
 
 
-def _dense(matrix: _Record) -> np.ndarray:
+def _dense(matrix: _Record, by_column: bool) -> np.ndarray:
     """Dense array of a compressed sparse matrix: `indptr` counts along columns (csc) or rows (csr)."""
-    rows, columns = matrix._shape
     indptr, indices, data = (_to_array(x) for x in (matrix.indptr, matrix.indices, matrix.data))
     major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    dense = np.zeros((rows, columns))
-    dense[(indices, major) if len(indptr) == columns + 1 else (major, indices)] = data
+    dense = np.zeros(matrix._shape)
+    np.add.at(dense, (indices, major) if by_column else (major, indices), data)
     return dense

@@ -1,13 +1,19 @@
-"""What a call of the network costs, counted from shapes: multiply-adds as two FLOPs, nothing measured.
+"""What a call and a training step cost in arithmetic and memory, counted from shapes, nothing allocated.
 
-Element-wise work (norms, gates, RoPE, softmax) is left out: it is memory traffic, not arithmetic.
+A multiply-add counts as two FLOPs. Element-wise work (norms, gates, RoPE, softmax) is left out: it is
+memory traffic, not arithmetic.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
-from dual_dit import DualDiTConfig
-from motion_tokens import GROUPS
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dual_dit import DualDiT, DualDiTConfig
+from motion_tokens import GROUPS, MOTION_DIM
 from rope import TOKENS_PER_FRAME
 
 
@@ -51,3 +57,78 @@ def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
         "cross-attention": layers * 4 * n * tokens.text * d,
         "ends": 2 * (ends + time + text_rows * (config.text_dim * d + d * d)),
     }
+
+
+def step_flops(config: DualDiTConfig, tokens: Tokens, checkpointing: bool) -> int:
+    """FLOPs of one training step on one sample: forward, backward (twice that), and what is recomputed."""
+    parts = forward_flops(config, tokens)
+    blocks = sum(parts.values()) - parts["ends"]
+    return 3 * sum(parts.values()) + blocks * checkpointing
+
+
+def parameter_count(config: DualDiTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in DualDiT(config).parameters())
+
+
+def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int) -> int:
+    """Bytes that a joint call under bf16 autocast keeps for its backward pass; grid (t h w) of the latents.
+
+    The network itself says so: it runs on fake tensors, which have shapes but no memory.
+    """
+    with FakeTensorMode():
+        model = DualDiT(config)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return x
+
+        video = torch.randn(batch, config.channels, *grid)
+        motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
+        time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model(video, motion, time, time, features, 0)
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU at the peak of a training step, by what they are for."""
+
+    parameters: int  # fp32, this GPU's share
+    gradients: int  # fp32, this GPU's share
+    optimizer: int  # AdamW's two moments, fp32, this GPU's share
+    average: int  # EMA, fp32, this GPU's share
+    gathered: int  # what is whole for the moment: this block and the next in bf16, and the ends
+    activations: int
+
+
+def training_memory(
+    config: DualDiTConfig,
+    grid: tuple[int, int, int],
+    batch: int,
+    gpus: int = 1,
+    checkpointing: bool = False,
+    average: bool = True,
+    text: int = 512,
+) -> Memory:
+    """Of stage 2 with `batch` samples a GPU, everything sharded over `gpus`; grid (t h w) of the latents."""
+    share = 4 * parameter_count(config) // gpus
+    none, one = (dataclasses.replace(config, layers=n) for n in (0, 1))
+    ends = parameter_count(none)
+    block = parameter_count(one) - ends
+    gathered = 2 * (2 * block + ends) if gpus > 1 else 0
+    activations = saved_bytes(config, grid, batch, text)
+    if checkpointing:
+        # what the ends and one block keep, and the tokens that enter each block (motion's in fp32)
+        t, h, w = (size // patch for size, patch in zip(grid, config.patch, strict=True))
+        motion = TOKENS_PER_FRAME * (4 * (t - 1) + 1)
+        entering = batch * config.width * (2 * t * h * w + 4 * motion)
+        activations = saved_bytes(one, grid, batch, text) + config.layers * entering
+    return Memory(share, share, 2 * share, share * average, gathered, activations)
