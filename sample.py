@@ -8,25 +8,22 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import flow
 from dual_dit import DualDiT
 from flow import Role, Task
-from kit import backbone, cli, data, puppet, render
+from kit import backbone, cli, data, puppet, results
 from kit.backbone import Backbone, Defaults
 from kit.body import Body
 from kit.conditions import read_motion, read_video
 from kit.files import whole_file
 from kit.geometry import geometry
-from kit.motion_files import Motion, save_amass
-from motion_tokens import MOTION_DIM, decode_smpl
+from kit.results import Job
+from motion_tokens import MOTION_DIM
 
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
@@ -35,7 +32,6 @@ SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
 SHIPPED = Path(__file__).parent / "assets" / "puppet.safetensors"
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
-PICTURE = 256  # height of the video in the GIF, pixels
 
 
 def options() -> argparse.Namespace:
@@ -49,6 +45,8 @@ def options() -> argparse.Namespace:
     )
     add("--motion", type=Path, metavar="FILE.npz", help="condition of m2v, AMASS-style")
     add("--video", type=Path, metavar="FILE.mp4", help="condition of v2m")
+    add("--start", type=float, default=0.0, metavar="SECONDS", help="where in --motion or --video to begin")
+    add("--loop", action="store_true", help="play a --motion that is too short there and back")
     add("--weights", type=Path, metavar="FILE", help="written by train.py; default: the shipped puppet")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
     add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the procedural body")
@@ -62,17 +60,9 @@ def options() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default %(default)s")
+    add("--mesh", choices=("npz", "obj"), help="also write the body's mesh: vertices, or a folder of frames")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
-
-
-class Job(NamedTuple):
-    """One sample to be made, and what its files are called."""
-
-    name: str
-    task: Task
-    prompt: str
-    seed: int
 
 
 def denoise(
@@ -125,67 +115,17 @@ def conditions(
             raise ValueError(f"{flag} FILE is needed: it is the condition of this task")
     if Task.VIDEO_TO_MOTION in tasks:
         own = None if args.video else puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-        pixels = read_video(args.video, world.geometry) if args.video else own
+        pixels = read_video(args.video, world.geometry, args.start) if args.video else own
     if Task.MOTION_TO_VIDEO in tasks:
-        motion = read_motion(args.motion, world) if args.motion else data.puppet_motion(clip)
+        motion = (
+            read_motion(args.motion, world, args.start, args.loop)
+            if args.motion
+            else data.puppet_motion(clip)
+        )
     return pixels, motion
 
 
-# ---------------------------------------------------------------- latents on disk
-
-
-def save_latents(path: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> None:
-    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing."""
-    tensors = {"latents": latents, "motion": motion}
-    tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
-    try:
-        with safe_open(path, "pt") as file:
-            name, task, prompt, seed = json.loads(file.metadata()["job"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        job = Job(name, Task(task), prompt, seed)
-        return job, tensors["latents"], tensors.get("motion")
-    except Exception as error:
-        raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
-
-
-# ---------------------------------------------------------------- out
-
-
-def write(
-    out: Path, job: Job, video: Tensor, motion: Tensor | None, world: Backbone, pictures: bool
-) -> list[str]:
-    """One sample -> NAME.mp4 and NAME.npz, with pictures NAME.gif (beside its skeleton) and NAME.png (sheet).
-
-    Returns the suffixes written. Without pictures the .npz goes to motion/, so that `out` has MP4s only.
-    """
-    frames, fps = render.to_frames(video[0]), world.geometry.fps
-    rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
-    render.write_video(out / f"{job.name}.mp4", frames, fps)
-    if motion is not None:
-        smpl = decode_smpl(motion.float().cpu())
-        fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
-        folder = out if pictures else out / "motion"
-        folder.mkdir(exist_ok=True)
-        save_amass(folder / f"{job.name}.npz", Motion(*fields, fps, "neutral"), world.body)
-        joints = smpl["joints"][0]
-        project = world.project or render.fitted(joints)
-        rows += [render.draw_skeleton(joints, world.body.parents, project, PICTURE)]
-        titles, made = [*titles, "motion"], [*made, ".npz"]
-    if pictures:
-        moving = render.side_by_side(*rows) if motion is not None else render.resized(frames, PICTURE)
-        render.write_video(out / f"{job.name}.gif", moving, fps)
-        render.contact_sheet(out / f"{job.name}.png", rows, titles)
-        made += [".gif", ".png"]
-    return made
+# ---------------------------------------------------------------- the verb
 
 
 def jobs_of(args: argparse.Namespace, world: Backbone) -> list[Job]:
@@ -257,7 +197,7 @@ def make(
         prompt = text[job.prompt], text[""]
         result = denoise(model, job.task, *prompt, job.seed, grid, latents, motion, progress=True, **sampling)
         files.append(args.out / "latents" / f"{job.name}.safetensors")
-        save_latents(files[-1], job, *result)
+        results.save_latents(files[-1], job, *result)
     return files
 
 
@@ -276,11 +216,11 @@ def main() -> None:
     files = [args.decode] if args.decode else make(args, world, jobs, pixels, motion)
     backbone.free(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    samples = [load_latents(file) for file in files]
+    samples = [results.load_latents(file) for file in files]
     for job, latents, motion in samples:
         given = job.task is Task.VIDEO_TO_MOTION and pixels is not None
         video = pixels if given else world.decode_video(latents.to(args.device))
-        made = write(args.out, job, video, motion, world, pictures=not args.prompts)
+        made = results.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
         print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     record |= {"prompts": {job.name: job.prompt for job, *_ in samples}, "command": sys.argv}

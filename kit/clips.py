@@ -93,7 +93,7 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
     try:
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
             found = ", ".join(rows.fieldnames or ("nothing",))
-            raise ValueError(f"{file} lacks the columns {', '.join(missing)}: its first line has {found}")
+            raise ValueError(f"{file} lacks the columns {', '.join(missing)}: its first line has {found!a}")
         for row in rows:
             where = f"metadata.csv line {rows.line_num}"
             values = [row[column] for column in COLUMNS]

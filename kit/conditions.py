@@ -1,49 +1,83 @@
-"""What conditions a sample: a user's motion or video, as the backbone takes it."""
+"""What conditions a sample: a user's motion or video, as the backbone takes it. Changes are said aloud."""
 
+import math
+from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from kit import puppet, render
 from kit.backbone import Backbone
+from kit.clips import images_at, motion_vector, resized
 from kit.geometry import Geometry
-from kit.motion_files import load_amass, resample
-from motion_tokens import encode_smpl
+from kit.motion_files import Motion, at_times, load_amass
+from kit.render import from_frames
+
+MIDDLE = 4.0  # metres before a camera of unknown lens, where a person who stands behind it is put
 
 
-def read_motion(path: Path, world: Backbone) -> Tensor:
-    """An AMASS-style file -> motion (1 f 235) at the backbone's frame rate, in front of its camera."""
-    fps, frames, *_ = world.geometry
-    motion = resample(load_amass(path, world.body), fps)
-    if len(motion.transl) < frames:
+def read_motion(path: Path, world: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
+    """An AMASS-style file from `start` seconds on -> motion (1 f 235) at the backbone's rate, in its view.
+
+    A motion that ends too early is played there and back with `loop`, else ValueError. A person out of the
+    camera's view is moved.
+    """
+    fps, frames = world.geometry[:2]
+    motion = load_amass(path, world.body)
+    end, seconds = (len(motion.transl) - 1) / motion.fps, (frames - 1) / fps
+    if not 0 <= start <= end:
+        raise ValueError(f"{path} lasts {end:.2f} s: --start {start:g} is not in it")
+    times = start + torch.arange(frames, dtype=torch.float64) / fps
+    if start + seconds > end + 1e-6:
+        if not loop or end == start:
+            raise ValueError(
+                f"{path} has {end - start:.2f} s from --start on, {frames} frames at {fps:g} fps are "
+                f"{seconds:.2f} s: add --loop to play it there and back, or ask for fewer --frames"
+            )
+        print(f"{path}: {end - start:.2f} s are played there and back to make {seconds:.2f} s")
+        phase = (times - start) % (2 * (end - start))
+        times = start + torch.minimum(phase, 2 * (end - start) - phase)
+    elif start > 0 or start + seconds < end - 0.5 / fps:
+        print(f"{path}: {start:.2f} to {start + seconds:.2f} s of {end:.2f} s are used")
+    if motion.fps != fps:
+        print(f"{path}: {motion.fps:g} fps is resampled to {fps:g} fps")
+    # slerp wants ascending times, a loop comes back: so each frame on its own
+    parts = [at_times(motion, time[None]) for time in times.clamp(max=end)]
+    fields = (torch.cat([getattr(part, name) for part in parts]) for name in ("global_orient", "body_pose"))
+    transl = torch.cat([part.transl for part in parts])
+    motion = Motion(*fields, motion.betas, transl, fps, motion.gender)
+    return motion_vector(in_view(motion, world, path), world.body)[None]
+
+
+def in_view(motion: Motion, world: Backbone, path: Path) -> Motion:
+    """The motion, moved before the camera if its first frame cannot be seen from there."""
+    pelvis = world.body.rest_joints(motion.betas)[0] + motion.transl[0]
+    if world.project is None:
+        if pelvis[2] < 0:  # the camera stands at the origin and looks along -z
+            return motion
+        print(f"{path}: starts behind the camera; moved {MIDDLE:g} m before it")
+        aim = torch.tensor((0.0, pelvis[1], -MIDDLE))
+    else:
+        pixels, depth = world.project(pelvis)
+        size = pixels.new_tensor((world.geometry.width, world.geometry.height))
+        if depth > 0 and (pixels >= 0).all() and (pixels <= size).all():
+            return motion
+        print(f"{path}: starts outside the camera's view; moved to its middle")
+        aim = torch.tensor((0.0, pelvis[1], 0.0))
+    return motion._replace(transl=motion.transl + aim - pelvis)
+
+
+def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
+    """A video of any rate and size from `start` seconds on -> pixels (1 3 f h w) of the backbone's."""
+    fps, frames, height, width, _ = geometry
+    first = math.ceil(start * fps)
+    images = list(islice(images_at(path, fps), first, first + frames))
+    if len(images) < frames:
         raise ValueError(
-            f"{path} is {len(motion.transl)} frames long at {fps} fps: "
-            f"at least {frames} ({frames / fps:.2f} s) are needed"
+            f"{path} has {len(images)} frames at {fps:g} fps from --start on, "
+            f"{frames} are needed: {frames / fps:.2f} s"
         )
-    if len(motion.transl) > frames:
-        print(f"{path}: the first {frames} of {len(motion.transl)} frames are used")
-    orient, pose, transl = (x[None, :frames] for x in (*motion[:2], motion.transl))
-    joints = world.body.joints(orient, pose, motion.betas[None, None], transl)
-    if world.project:
-        pixels, depth = world.project(joints[:, 0, 0])
-        limits = pixels.new_tensor((world.geometry.width, world.geometry.height))
-        if not (depth > 0).all() or (pixels < 0).any() or (pixels > limits).any():
-            print(f"{path}: starts outside the camera's view; moved to its middle")
-            transl = transl - transl[:, :1] * transl.new_tensor((1, 0, 1))
-    return encode_smpl(orient, pose, motion.betas[None], transl, world.body)
-
-
-def read_video(path: Path, geometry: Geometry) -> Tensor:
-    """A video file -> pixels (1 3 f h w); ValueError if it is not of the backbone's size."""
-    frames, fps = render.read_video(path)
-    expected = (geometry.frames, geometry.height, geometry.width)
-    if tuple(frames.shape[:3]) != expected:
-        f, h, w = frames.shape[:3]
-        hint = f" ({f} is not 4n+1, the nearest is {puppet.nearest_frames(f)})" if f % 4 != 1 else ""
-        raise ValueError(
-            f"{path} has {f} frames of {w}x{h}{hint}: "
-            f"these weights take {expected[0]} frames of {expected[2]}x{expected[1]}"
-        )
-    if abs(fps - geometry.fps) > 0.01:
-        print(f"{path}: {fps:g} fps is read as {geometry.fps} fps")
-    return render.from_frames(frames)[None]
+    shape = (images[0].height, images[0].width)
+    if shape != (height, width):
+        print(f"{path}: {shape[0]}x{shape[1]} is cut and resized to {height}x{width}")
+    return from_frames(torch.stack([resized(image, height, width) for image in images]))[None]

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, contents, tiny_model
+from scipy.spatial.transform import Rotation, Slerp
 
 import sample
 from kit import backbone, puppet, render, weights
+from kit.conditions import read_motion, read_video
 from kit.motion_files import Motion, load_amass, save_amass
+from motion_tokens import decode_smpl
 
 PLAIN = ("--device", "cpu", "--steps", 2)
 NAMES = ("joint", "m2v", "v2m")
@@ -47,7 +50,7 @@ def frames(path: Path) -> torch.Tensor:
 
 
 def test_without_a_task_each_has_its_four_files_and_there_is_one_record(made):
-    expected = {f"{name}.{suffix}" for name in NAMES for suffix in ("mp4", "gif", "png", "npz")}
+    expected = {f"{name}.{suffix}" for name in NAMES for suffix in ("mp4", "gif", "png", "npz", "bvh")}
     latents = {f"latents/{name}.safetensors" for name in NAMES}
     assert contents(made).keys() == expected | latents | {"run.json"}
 
@@ -88,7 +91,7 @@ def test_the_same_call_gives_the_same_bytes(made, tiny_weights, tmp_path):
 @pytest.mark.parametrize("other", (("--seed", 4), ("--prompt", "")), ids=("seed", "no text"))
 def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, other):
     out = run_sample(tiny_weights, tmp_path, "--task", "joint", *other)
-    pictures = {f"joint.{suffix}" for suffix in ("mp4", "gif", "png", "npz")}
+    pictures = {f"joint.{suffix}" for suffix in ("mp4", "gif", "png", "npz", "bvh")}
     assert contents(out).keys() == pictures | {"latents/joint.safetensors", "run.json"}
     for suffix in ("mp4", "npz"):
         assert (out / f"joint.{suffix}").read_bytes() != (made / f"joint.{suffix}").read_bytes()
@@ -123,17 +126,69 @@ def test_video_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tiny
     assert (out / "v2m.npz").read_bytes() != (made / "v2m.npz").read_bytes()  # of the puppet's own video
 
 
-def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(tiny_weights, tmp_path, capsys):
-    body, clip = puppet.body(), puppet.clips([0], frames=21)
-    far = Motion(clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0] + 50, 16.0, "male")
-    save_amass(tmp_path / "far.npz", far, body)
-    motion = sample.read_motion(tmp_path / "far.npz", backbone.puppet_backbone(tiny_weights, "cpu"))
+def saved(path: Path, frames: int, fps: float = 16.0, far: float = 0.0) -> Motion:
+    clip = puppet.clips([0], frames=frames)
+    fields = (clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0] + far)
+    save_amass(path, Motion(*fields, fps, "male"), puppet.body())
+    return Motion(*fields, fps, "male")
+
+
+@pytest.fixture
+def world(tiny_weights) -> backbone.Backbone:
+    return backbone.puppet_backbone(tiny_weights, "cpu")
+
+
+def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(world, tmp_path, capsys):
+    saved(tmp_path / "far.npz", 21, far=50.0)
+    motion = read_motion(tmp_path / "far.npz", world)
     assert motion.shape == (1, 17, 235)
-    assert motion[0, 0, [0, 2]].abs().max() == 0
-    joints, real = sample.decode_smpl(motion)["joints"], clip.joints[:, :17]
+    joints, real = decode_smpl(motion)["joints"], puppet.clips([0]).joints[:, :17]
+    assert joints[0, 0, 0, [0, 2]].abs().max() < 1e-5
     torch.testing.assert_close(joints - joints[:, :1, :1], real - real[:, :1, :1], atol=1e-4, rtol=0)
     said = capsys.readouterr().out
-    assert "first 17 of 21 frames" in said and "outside the camera's view" in said
+    assert "0.00 to 1.00 s of 1.25 s" in said and "outside the camera's view" in said
+
+
+def test_motion_from_a_start_at_another_rate_is_scipys_slerp(world, tmp_path, capsys):
+    made = saved(tmp_path / "m.npz", 61, fps=40.0)
+    motion = decode_smpl(read_motion(tmp_path / "m.npz", world, start=0.3))
+    times = 0.3 + np.arange(17) / 16
+    slerp = Slerp(np.arange(61) / 40, Rotation.from_rotvec(made.body_pose[:, 15].numpy()))
+    difference = slerp(times).inv() * Rotation.from_rotvec(motion["body_pose"][0, :, 15].numpy())
+    assert difference.magnitude().max() < 1e-4
+    assert "40 fps is resampled to 16 fps" in capsys.readouterr().out
+
+
+def test_short_motion_is_played_there_and_back(world, tmp_path, capsys):
+    saved(tmp_path / "m.npz", 9)
+    joints = decode_smpl(read_motion(tmp_path / "m.npz", world, loop=True))["joints"][0]
+    order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    torch.testing.assert_close(joints, joints[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(joints[:9], puppet.clips([0], frames=9).joints[0], atol=1e-4, rtol=0)
+    assert "there and back" in capsys.readouterr().out
+
+
+def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(world, tmp_path, capsys):
+    # 48 fps, 96x160: every third frame, each with a grey of its own; the sides, in another colour, go
+    count = 3 * 19
+    frames = torch.full((count, 96, 160, 3), 255, dtype=torch.uint8)
+    frames[:, :, 32:128] = (4 * torch.arange(count, dtype=torch.uint8))[:, None, None, None]
+    render.write_video(tmp_path / "v.mp4", frames, 48)
+    pixels = read_video(tmp_path / "v.mp4", world.geometry, start=1 / 16)
+    assert pixels.shape == (1, 3, 17, 64, 64)
+    grey = (pixels[0, :, :, :, 8:56].mean(dim=(0, 2, 3)) + 1) * 127.5
+    torch.testing.assert_close(grey, 12.0 * torch.arange(1, 18), atol=3, rtol=0)
+    assert "96x160 is cut and resized to 64x64" in capsys.readouterr().out
+
+
+def test_mesh_and_bvh_are_of_the_sampled_motion(made, tiny_weights, tmp_path):
+    out = run_sample(tiny_weights, tmp_path, "--task", "joint", "--mesh", "npz")
+    body, motion = puppet.body(), load_amass(out / "joint.npz", puppet.body())
+    vertices = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)[0]
+    with np.load(out / "joint-mesh.npz") as file:
+        # AMASS files have no hand joints
+        np.testing.assert_allclose(file["vertices"].mean(1), vertices.mean(1), atol=0.02)
+    assert (out / "joint.bvh").read_bytes() == (made / "joint.bvh").read_bytes()
 
 
 # ---------------------------------------------------------------- what is refused
@@ -174,15 +229,18 @@ def foreign_weights(path: Path) -> Path:
 
 
 REFUSED = {  # arguments, made in a folder of their own, and what the message must say
-    "12 frames": (lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 12, 64)), "nearest is 13"),
-    "32x32 pixels": (lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 17, 32)), "32x32.*64x64"),
+    "12 frames": (lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 12, 64)), "12 frames.*17 are"),
+    "video over too soon": (
+        lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 20, 64), "--start", 0.5),
+        "12 frames.*17 are needed",
+    ),
     "no such video": (lambda d: ("--task", "v2m", "--video", d / "v.mp4"), r"v\.mp4.*no such file"),
     "text as video": (
         lambda d: ("--task", "v2m", "--video", text_in(d / "v.mp4")),
         r"v\.mp4 is damaged or no",
     ),
     "no such motion": (lambda d: ("--task", "m2v", "--motion", d / "m.npz"), r"m\.npz.*no such file"),
-    "text as motion": (lambda d: ("--task", "m2v", "--motion", text_in(d / "m.npz")), "not an .npz archive"),
+    "text as motion": (lambda d: ("--task", "m2v", "--motion", text_in(d / "m.npz")), "no archive"),
     "truncated motion": (
         lambda d: ("--task", "m2v", "--motion", cut_in_half(motion_of(d / "m.npz"))),
         "cut short",
@@ -193,7 +251,11 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
     ),
     "16 frames of motion": (
         lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", 16)),
-        "16 frames long.*at least 17",
+        "0.94 s.*1.00 s: add --loop",
+    ),
+    "start after the end": (
+        lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", 40), "--start", 9),
+        "--start 9 is not in it",
     ),
     "motion without m2v": (lambda d: ("--motion", motion_of(d / "m.npz")), "condition of --task m2v"),
     "motion with v2m": (

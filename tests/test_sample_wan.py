@@ -55,7 +55,7 @@ def test_three_tasks_end_to_end(folder, motion_file, video_file, tmp_path):
     given = {"joint": (), "m2v": ("--motion", motion_file), "v2m": ("--video", video_file)}
     for task, condition in given.items():
         files = run(folder, tmp_path / task, "--task", task, *condition, "--prompt", "a person  walks")
-        expected = {f"{task}.{suffix}" for suffix in ("mp4", "gif", "png", "npz")}
+        expected = {f"{task}.{suffix}" for suffix in ("mp4", "gif", "png", "npz", "bvh")}
         assert files.keys() == expected | {f"latents/{task}.safetensors", "run.json"}
         pixels, fps = render.read_video(tmp_path / task / f"{task}.mp4")
         assert tuple(pixels.shape) == (FRAMES, HEIGHT, WIDTH, 3)
@@ -90,7 +90,9 @@ def test_prompts_file_makes_what_vbench_reads_and_keeps_what_is_there(folder, tm
     files = run(folder, tmp_path / "out", *call)
     names = {f"{prompt}-{i}" for prompt in ("a cat_dog sits", "a person waves") for i in (0, 1)}
     assert {name for name in files if "/" not in name} == {f"{name}.mp4" for name in names} | {"run.json"}
-    assert {name for name in files if name.startswith("motion/")} == {f"motion/{name}.npz" for name in names}
+    assert {name for name in files if name.startswith("motion/")} == {
+        f"motion/{name}.{suffix}" for name in names for suffix in ("npz", "bvh")
+    }
     # a seed of --prompts means what it means alone
     alone = run(folder, tmp_path / "alone", "--task", "joint", "--prompt", "a person waves", "--seed", 1)
     assert alone["joint.npz"] == files["motion/a person waves-1.npz"]
