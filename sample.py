@@ -40,9 +40,7 @@ def options() -> argparse.Namespace:
     add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m")
     add("--prompt", metavar="TEXT", help="may be empty: no text")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes PROMPT-INDEX.mp4 of each")
-    add(
-        "--count", type=int, default=1, metavar="N", help="samples of each prompt, of seeds SEED, SEED+1, ..."
-    )
+    add("--count", type=int, default=1, metavar="N", help="samples of each prompt: seeds SEED, SEED+1, ...")
     add("--motion", type=Path, metavar="FILE.npz", help="condition of m2v, AMASS-style")
     add("--video", type=Path, metavar="FILE.mp4", help="condition of v2m")
     add("--start", type=float, default=0.0, metavar="SECONDS", help="where in --motion or --video to begin")
@@ -105,23 +103,20 @@ def conditions(
     args: argparse.Namespace, world: Backbone, tasks: set[Task]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Pixels for v2m and motion for m2v, where they are needed; the puppet brings its own."""
-    clip = puppet.clips([CONDITION_CLIP])
+    own = puppet.clips([CONDITION_CLIP])
     pixels = motion = None
-    for task, file, flag in (
-        (Task.VIDEO_TO_MOTION, args.video, "--video"),
-        (Task.MOTION_TO_VIDEO, args.motion, "--motion"),
-    ):
-        if task in tasks and args.wan and not file:
-            raise ValueError(f"{flag} FILE is needed: it is the condition of this task")
     if Task.VIDEO_TO_MOTION in tasks:
-        own = None if args.video else puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-        pixels = read_video(args.video, world.geometry, args.start) if args.video else own
+        if args.wan and not args.video:
+            raise ValueError("--video FILE is needed: it is the condition of this task")
+        pixels = puppet.render(own.joints, own.betas, own.shirt)[0]
+        if args.video:
+            pixels = read_video(args.video, world.geometry, args.start)
     if Task.MOTION_TO_VIDEO in tasks:
-        motion = (
-            read_motion(args.motion, world, args.start, args.loop)
-            if args.motion
-            else data.puppet_motion(clip)
-        )
+        if args.wan and not args.motion:
+            raise ValueError("--motion FILE is needed: it is the condition of this task")
+        motion = data.puppet_motion(own)
+        if args.motion:
+            motion = read_motion(args.motion, world, args.start, args.loop)
     return pixels, motion
 
 
@@ -146,20 +141,12 @@ def jobs_of(args: argparse.Namespace, world: Backbone) -> list[Job]:
         return missing
     jobs = []
     for name in [args.task] if args.task else SHOWN:
-        task = TASKS[name]
-        given = args.motion or args.video or args.wan
-        shown = (
-            PROMPT
-            if task in (Task.JOINT, Task.VIDEO_ONLY)
-            else ""
-            if given
-            else puppet.clips([CONDITION_CLIP]).caption[0]
-        )
-        prompt = shown if args.prompt is None else args.prompt
-        jobs += [
-            Job(f"{name}-{i}" if args.count > 1 else name, task, prompt, args.seed + i)
-            for i in range(args.count)
-        ]
+        task, prompt = TASKS[name], PROMPT
+        if task in (Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION):  # the caption of the puppet's own condition
+            prompt = "" if args.motion or args.video else puppet.clips([CONDITION_CLIP]).caption[0]
+        prompt = prompt if args.prompt is None else args.prompt
+        names = [f"{name}-{i}" for i in range(args.count)] if args.count > 1 else [name]
+        jobs += [Job(name, task, prompt, args.seed + i) for i, name in enumerate(names)]
     return jobs
 
 
@@ -185,10 +172,14 @@ def open_backbone(args: argparse.Namespace) -> Backbone:
 def make(
     args: argparse.Namespace, world: Backbone, jobs: list[Job], pixels: Tensor | None, motion: Tensor | None
 ) -> list[Path]:
-    """Text, then the condition, then the samples: each part of the backbone once -> files of latents."""
+    """Text, then the condition, then the samples -> files of latents; each part of the backbone is let go."""
+    if not jobs:
+        return []
     prompts = sorted({job.prompt for job in jobs} | {""})
-    text = dict(zip(prompts, world.encode_text(prompts).split(1), strict=True))
-    latents = None if pixels is None else world.encode_video(pixels)
+    text = dict(zip(prompts, world.text_encoder()(prompts).split(1), strict=True))
+    backbone.free(args.device)
+    latents = None if pixels is None else world.codec().encode(pixels.to(args.device))
+    backbone.free(args.device)
     sampling = {name: getattr(args, name) for name in ("solver", *Defaults._fields)}
     g = world.geometry
     grid = ((g.frames - 1) // 4 + 1, g.height // g.stride, g.width // g.stride)
@@ -215,20 +206,24 @@ def main() -> None:
     pixels, motion = conditions(args, world, {job.task for job in jobs})
     files = [args.decode] if args.decode else make(args, world, jobs, pixels, motion)
     backbone.free(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    samples = [results.load_latents(file) for file in files]
-    for job, latents, motion in samples:
-        given = job.task is Task.VIDEO_TO_MOTION and pixels is not None
-        video = pixels if given else world.decode_video(latents.to(args.device))
+    codec, prompts = None, {}
+    for file in files:
+        job, latents, motion = results.load_latents(file)
+        video = pixels
+        if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
+            codec = codec or world.codec()
+            video = codec.decode(latents.to(args.device))
         made = results.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
+        prompts[job.name] = job.prompt
         print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record |= {"prompts": {job.name: job.prompt for job, *_ in samples}, "command": sys.argv}
+    record |= {"prompts": prompts, "command": sys.argv}
     record["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     with whole_file(args.out / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
-"""A backbone as the verbs see it: a text encoder, a video codec and a transformer, with their sizes.
+"""A backbone as sampling sees it: a text encoder, a video codec and a transformer, with their sizes.
 
-There are two: the embedded puppet world, and a real Wan in a local folder. Wan's three networks are loaded
-when they are called and freed when the call ends, so that one of them is resident at a time.
+There are two: the embedded puppet world, and a real Wan in a local folder. Each part is loaded when it is
+asked for and freed when its user lets go of it, so that one of Wan's three networks is resident at a time.
 """
 
 import gc
@@ -32,9 +32,8 @@ class Backbone(NamedTuple):
     geometry: Geometry
     defaults: Defaults
     body: Body
-    encode_text: Callable[[list[str]], Tensor]  # prompts -> (b l text_dim)
-    encode_video: Callable[[Tensor], Tensor]  # (b 3 f h w) in [-1, 1] -> latents (b c t h w)
-    decode_video: Callable[[Tensor], Tensor]  # and back
+    text_encoder: Callable[[], Callable[[list[str]], Tensor]]  # loads prompts -> (b l text_dim)
+    codec: Callable[[], puppet.Codec | wan.VideoVAE]  # loads (b 3 f h w) in [-1, 1] <-> (b c t h w)
     transformer: Callable[[], DualDiT]
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # the camera, where it is known
 
@@ -47,9 +46,8 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
         PUPPET,
         Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT),
         puppet.body(),
-        puppet.encode_text,
-        lambda video: codec.encode(video.to(device)),
-        codec.decode,
+        lambda: puppet.encode_text,
+        lambda: codec,
         lambda: model,
         puppet.project,
     )
@@ -59,11 +57,6 @@ def wan_backbone(
     folder: Path, file: Path | None, device: str, dtype: torch.dtype, body: Body, geometry: Geometry
 ) -> Backbone:
     """Wan in `folder`; `file` has trained weights, without it the motion expert is untrained."""
-
-    def once(load: Callable, *inputs: object) -> Tensor:
-        result = load()(*inputs)
-        free(device)  # the network that load() made ends with its call
-        return result
 
     def transformer() -> DualDiT:
         if file is None:
@@ -76,15 +69,15 @@ def wan_backbone(
         geometry,
         Defaults(steps=50, guidance_text=5.0, guidance_condition=1.5, shift=5.0),
         body,
-        lambda prompts: once(lambda: wan.TextEncoder(folder, dtype, device, cache), prompts),
-        lambda video: once(lambda: wan.VideoVAE(folder, device=device).encode, video),
-        lambda latents: once(lambda: wan.VideoVAE(folder, device=device).decode, latents),
+        lambda: wan.TextEncoder(folder, dtype, device, cache),
+        lambda: wan.VideoVAE(folder, device=device),
         transformer,
         None,
     )
 
 
 def free(device: str) -> None:
+    """Give back the memory of parts that nobody holds any more."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

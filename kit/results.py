@@ -74,6 +74,7 @@ def write(
     """
     frames, fps = render.to_frames(video[0]), world.geometry.fps
     rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
+    out.mkdir(parents=True, exist_ok=True)
     render.write_video(out / f"{job.name}.mp4", frames, fps)
     if motion is not None:
         smpl = decode_smpl(motion.float().cpu())
