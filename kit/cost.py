@@ -62,8 +62,7 @@ def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
 def step_flops(config: DualDiTConfig, tokens: Tokens, checkpointing: bool) -> int:
     """FLOPs of one training step on one sample: forward, backward (twice that), and what is recomputed."""
     parts = forward_flops(config, tokens)
-    blocks = sum(parts.values()) - parts["ends"]
-    return 3 * sum(parts.values()) + blocks * checkpointing
+    return 3 * sum(parts.values()) + checkpointing * (parts["projections"] + parts["feed-forward"])
 
 
 def parameter_count(config: DualDiTConfig) -> int:
@@ -126,9 +125,12 @@ def training_memory(
     gathered = 2 * (2 * block + ends) if gpus > 1 else 0
     activations = saved_bytes(config, grid, batch, text)
     if checkpointing:
-        # what the ends and one block keep, and the tokens that enter each block (motion's in fp32)
+        # what the ends and one block keep, and of every block the tokens that enter it (motion's in fp32)
+        # and the results of its two attentions, with their fp32 log-sum-exp
         t, h, w = (size // patch for size, patch in zip(grid, config.patch, strict=True))
         motion = TOKENS_PER_FRAME * (4 * (t - 1) + 1)
-        entering = batch * config.width * (2 * t * h * w + 4 * motion)
-        activations = saved_bytes(one, grid, batch, text) + config.layers * entering
+        video = t * h * w
+        entering = config.width * (2 * video + 4 * motion)
+        attended = 2 * (video + motion) * (2 * config.width + 4 * config.heads)
+        activations = saved_bytes(one, grid, batch, text) + config.layers * batch * (entering + attended)
     return Memory(share, share, 2 * share, share * average, gathered, activations)

@@ -43,7 +43,7 @@ def test_a_step_is_three_forwards_and_a_recomputation():
     assert tokens == (21 * 30 * 52, 51 * 81, 512)
     forward = sum(cost.forward_flops(PRESETS["wan2.1-1.3b"], tokens).values())
     stored, recomputed = (cost.step_flops(PRESETS["wan2.1-1.3b"], tokens, ck) for ck in (False, True))
-    assert stored == 3 * forward and 0.99 * forward < recomputed - stored < forward
+    assert stored == 3 * forward and 0 < recomputed - stored < forward
 
 
 def test_published_sizes_have_published_parameter_counts():
@@ -88,5 +88,7 @@ def test_sharding_divides_state_and_checkpointing_saves_activations():
         - cost.training_memory(SMALL, GRID, 2, checkpointing=ck, text=TEXT).activations
         for ck in (False, True)
     ]
-    tokens = 2 * GRID[0] * 6 + 4 * 51 * FRAMES  # bytes a channel: video in bf16, motion in fp32
-    assert growth[1] == 6 * 2 * SMALL.width * tokens < growth[0] / 5
+    tokens = torch.tensor((GRID[0] * 6, 51 * FRAMES))
+    entering = SMALL.width * (tokens * torch.tensor((2, 4))).sum()  # video in bf16, motion in fp32
+    attended = 2 * tokens.sum() * (2 * SMALL.width + 4 * SMALL.heads)
+    assert growth[1] == 6 * 2 * (entering + attended) < growth[0] / 3
