@@ -253,3 +253,16 @@ def sample(
         if keep_trajectory:
             trajectory.append(state)
     return Sample(*state, trajectory)
+
+
+if __name__ == "__main__":
+
+    def toy(video, motion, t_video, t_motion, text, task):
+        """Stands for the network and says what it was given."""
+        print(f"  u(x, {'∅' if motion is None else 'm'}, {'y' if text.any() else '∅'}) at t = {t_video[0]:g}")
+        return torch.zeros_like(video), None if motion is None else torch.zeros_like(motion)
+
+    video, motion, text = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, 235), torch.ones(1, 16, 64)
+    for w1, w2 in ((1.0, 1.0), (1.5, 1.5), (5.0, 1.5)):
+        print(f"motion to video, ω1 = {w1}, ω2 = {w2}: the terms that do not cancel")
+        guided(toy, video, motion, 0.5, text, torch.zeros_like(text), Task.MOTION_TO_VIDEO, w1, w2)

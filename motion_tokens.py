@@ -182,3 +182,20 @@ class MotionDecoder(nn.Module):
             for name, group in zip(GROUPS, groups, strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+
+if __name__ == "__main__":
+    print("the 51 tokens of a frame, in their order:")
+    names = {"transl": 1, "joints": JOINTS, "rotations": JOINTS, "orient": 1, "betas": 1}
+    first = number = 0
+    for name, tokens in names.items():
+        size = SIZES[name] // tokens
+        group = next(g for g, (_, numbers) in GROUPS.items() if numbers == size)
+        where = f"numbers {number}..{number + SIZES[name] - 1}"
+        print(
+            f"  {first:2}..{first + tokens - 1:2}  {name:10} {tokens:2} x {size:2}   {where:18} {group} MLP"
+        )
+        first, number = first + tokens, number + SIZES[name]
+    encoder, motion = MotionEncoder(128), torch.randn(1, 17, MOTION_DIM)
+    nn.init.zeros_(encoder.token)
+    print(f"motion {tuple(motion.shape)} -> tokens {tuple(encoder(motion).shape)}: 17 frames of {first}")

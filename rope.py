@@ -70,3 +70,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = rearrange(x.float(), "... (pair two) -> two ... pair", two=2)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return rearrange(rotated, "... pair two -> ... (pair two)").type_as(x)
+
+
+if __name__ == "__main__":
+    # the logit of equal content: its largest value stands where a motion frame and a video latent meet
+    size, (h, w), frames = 64, (8, 8), 9
+    ones = torch.ones(1, 1, 1, size)
+    video, motion = video_positions((frames - 1) // 4 + 1, h, w), motion_positions(frames, h, w)
+    keys = apply_rope(ones.expand(1, 1, len(video), size), *rope_table(video, size))
+    queries = apply_rope(ones.expand(1, 1, len(motion), size), *rope_table(motion, size))
+    logits = rearrange(queries @ keys.mT, "1 1 (f i) (t hw) -> f t (i hw)", f=frames, hw=h * w).mean(-1)
+    print("mean logit of motion frame f and video latent t, of equal content; * where it is largest")
+    for f, row in enumerate(logits):
+        print(f"f {f} at {f / 4:.2f}  " + "".join(f"{x:9.3f}{'*' if x == row.max() else ' '}" for x in row))
