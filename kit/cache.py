@@ -37,6 +37,10 @@ from motion_tokens import MOTION_DIM
 VERSION = 1
 SHARD_ITEMS = 16  # few, so that a killed run loses little
 INDEX, SETTINGS = "index.json", "settings.json"
+FIELDS = {  # what readers rely on
+    SETTINGS: {"paired": bool, "body": str, "fps": (int, float)} | dict.fromkeys(Geometry._fields[1:], int),
+    INDEX: {"shards": int, "rejected": list},
+}
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -172,9 +176,8 @@ def open_cache(folder: str | Path) -> Cache:
         raise FileNotFoundError(f"no {folder / SETTINGS}: expected what `python -m kit.data cache` wrote")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
-    settings = _read_versioned(folder / SETTINGS, ("paired", "body", "dtype", *Geometry._fields))
-    index = _read_versioned(folder / INDEX, ("shards", "rejected"))
-    samples, rejected, null_text = [], list(index["rejected"]), torch.zeros(0)
+    settings, index = _read_versioned(folder / SETTINGS), _read_versioned(folder / INDEX)
+    samples, rejected, null_text = [], list(index["rejected"]), torch.zeros(0, 1)
     for shard in range(index["shards"]):
         with _opened(shard_file(folder, shard)) as file:
             record = json.loads(file.metadata()["record"])
@@ -233,13 +236,14 @@ def _opened(path: Path) -> Iterator[safe_open]:
         ) from error
 
 
-def _read_versioned(path: Path, names: tuple[str, ...]) -> dict:
+def _read_versioned(path: Path) -> dict:
     content = _read_json(path)
     if content.get("version") != VERSION:
         found = content.get("version")
         raise ValueError(f"{path} is of version {found}, expected {VERSION}: make the cache again")
-    if missing := [name for name in names if name not in content]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: make the cache again")
+    wrong = [name for name, kind in FIELDS[path.name].items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}, or they are no such values: make the cache again")
     return content
 
 

@@ -1,6 +1,11 @@
 """Data sets by name, read item by item: which clips there are, and what is wrong with them.
 
-puppet:COUNT    clips of the embedded world, of a stream of seeds of their own
+    puppet:COUNT          clips of the embedded world, of seeds of their own
+    amass:DIR             every AMASS .npz below DIR; motion only, no captions
+    humanml3d:DIR+AMASS   HumanML3D's training split in DIR, over AMASS files (default: in DIR/amass)
+    clips:DIR             videos with prompts and motions, see kit/clips.py
+
+Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
 """
 
 import re
@@ -48,7 +53,7 @@ def parse(spec: str) -> tuple[str, str, float | None]:
 
 
 def open_dataset(spec: str, geometry: Geometry, body: Body) -> DataSet:
-    """List a data set's items; nothing of them is read yet. ValueError for a SPEC that names none."""
+    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none."""
     kind, where, _ = parse(spec)
     if kind not in KINDS:
         raise ValueError(f"data set {spec!r}: expected one of {', '.join(f'{kind}:...' for kind in KINDS)}")
@@ -69,7 +74,8 @@ def _until_bad(samples: Iterator[Sample], rejected: list[str]) -> Iterator[Sampl
     try:
         yield from samples
     except (ValueError, OSError) as error:
-        rejected.append(" ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
 
 
 # ---------------------------------------------------------------- the kinds

@@ -36,7 +36,8 @@ def geometry(
     if folder is not None:
         published = _published(Path(folder))
         step = 2 * published.stride  # a token of Wan is a patch of 2 x 2 latents
-    frames, fps = frames or published.frames, fps or published.fps
+    frames = published.frames if frames is None else frames
+    fps = published.fps if fps is None else fps
     height, width = size or (published.height, published.width)
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"{frames} frames are not 4n+1; the nearest is {puppet.nearest_frames(frames)}")

@@ -45,8 +45,13 @@ def open_sources(
     """Open data sets for training; rank 0 prints how many samples each has and what is wrong with the rest.
 
     For the puppet preset a data set is read whole, into memory, and "puppet" is endless; for Wan each is a
-    cache. Raises ValueError or FileNotFoundError if one holds nothing usable or does not fit the geometry.
+    cache. Without weights every sample counts the same. Raises ValueError or FileNotFoundError if a data set
+    holds nothing usable or does not fit the geometry.
     """
+    weights = [parse(spec)[2] for spec in specs]
+    endless = any(parse(spec)[:2] == ("puppet", "") for spec in specs)
+    if len(specs) > 1 and None in weights and (endless or any(weights)):
+        raise ValueError(f"{', '.join(specs)}: state the weight of every data set, such as {specs[0]}@1")
     sources = []
     for spec in specs:
         kind, where, weight = parse(spec)
@@ -67,8 +72,6 @@ def open_sources(
             raise ValueError(
                 f"{spec}: nothing usable, {len(rejected)} rejected: {'; '.join(rejected[:PRINTED])}"
             )
-        if source.count is None and weight is None and len(specs) > 1:
-            raise ValueError(f"{spec} is endless: state its weight beside other data, such as {spec}@1")
         if rank == 0 and source.count:
             more = [f"... and more, see `python -m kit.data check {spec}`"] if len(rejected) > PRINTED else []
             counts = f"{spec}: {source.count} samples, {len(rejected)} rejected"

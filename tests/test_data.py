@@ -6,24 +6,27 @@ import pytest
 import torch
 from conftest import TINY
 
-from flow import Task
+from flow import Task, shift_time
 from kit import data, puppet, weights
-from kit.data import draw_task, rng
+from kit.data import draw_task, locate, rng
+from kit.geometry import PUPPET
+from kit.sources import Read, Source
+from motion_tokens import motion_statistics
 
 STEPS = 3000  # for shares: three standard deviations of a third are 0.026
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def batch(tiny_weights):
     """batch(seed, step, stage, samples): with the tiny weights' codec and statistics, 5 frames."""
     model, extra = weights.load_weights(tiny_weights)
-    codec = puppet.Codec.from_state(extra)
+    given = {"codec": puppet.Codec.from_state(extra), "frames": 5, "device": CPU}
+    sources = data.open_sources(["puppet"], PUPPET, puppet.body())
 
     def make(seed: int = 0, step: int = 0, stage: int = 2, samples: range = range(4)) -> data.Batch:
-        where = {"frames": 5, "samples": samples, "device": torch.device("cpu")}
-        return data.puppet_batch(
-            codec, model.motion_mean, model.motion_std, seed=seed, step=step, stage=stage, **where
-        )
+        where = {"seed": seed, "step": step, "stage": stage, "samples": samples, "batch": 8}
+        return data.batch(sources, model.motion_mean, model.motion_std, **where, **given)
 
     return make
 
@@ -61,6 +64,38 @@ def test_rng_keys_do_not_run_together():
 
 
 # ---------------------------------------------------------------- the batch
+
+
+def test_the_puppets_stream_stays_what_it_was(batch, tiny_weights):
+    # catches draws from other keys or in another order: a resumed run would go on with other data
+    model, extra = weights.load_weights(tiny_weights)
+    seeds = [int(torch.randint(2**62, (1,), generator=rng("clip", 0, 2, 3, i))) for i in (1, 2)]
+    clips = puppet.clips(seeds, frames=5)
+    video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
+    motion = (data.puppet_motion(clips) - model.motion_mean) / model.motion_std
+    t, noise_video, noise_motion = [], [], []
+    for i in (1, 2):
+        generator = rng("noise", 0, 2, 3, i)
+        torch.rand(1, generator=generator)  # whether the text is dropped
+        t.append(shift_time(torch.rand(1, generator=generator), 3.0))
+        noise_video.append(torch.randn(video.shape[1:], generator=generator))
+        noise_motion.append(torch.randn(motion.shape[1:], generator=generator))
+    expected = {
+        "video": video, "motion": motion, "t_video": torch.cat(t), "t_motion": torch.cat(t),
+        "noise_video": torch.stack(noise_video), "noise_motion": torch.stack(noise_motion),
+    }  # fmt: skip
+    found = tensors(batch(step=3, samples=range(1, 3)))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=0, rtol=0, msg=name)
+
+
+def test_the_puppets_statistics_stay_what_they_were(monkeypatch):
+    monkeypatch.setattr(data, "STATISTICS_CLIPS", 64)
+    sources = data.open_sources(["puppet"], PUPPET, puppet.body())
+    seeds = torch.randint(2**62, (64,), generator=rng("statistics", 7)).tolist()
+    expected = motion_statistics(data.puppet_motion(puppet.clips(seeds)))
+    for found, value in zip(data.statistics(sources, 7), expected, strict=True):
+        torch.testing.assert_close(found, value, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("stage", (1, 2))
@@ -161,3 +196,108 @@ def test_tasks_are_drawn_equally_and_a_tenth_of_the_conditional_ones_dropped():
 
 def test_stage_1_draws_motion_only():
     assert {draw_task(0, step, stage=1) for step in range(50)} == {(Task.MOTION_ONLY, False)}
+
+
+# ---------------------------------------------------------------- finite data: which sample when
+
+
+def numbered(count: int | None, weight: float = 1.0, paired: bool = True, offset: float = 0.0) -> Source:
+    """A source whose motion says which sample it is, and whose captions are its number in two languages."""
+
+    def read(numbers: list[int], frames: int, video: bool, codec: None, device: torch.device) -> Read:
+        motion = torch.tensor([offset + number for number in numbers])[:, None, None].expand(-1, frames, 235)
+        latents = torch.zeros(len(numbers), 2, 2, 1, 1) + motion[:, :1, :1, None, None] if video else None
+        texts = [[torch.full((2, 3), 1.0 + n), torch.full((3, 3), -1.0 - n)] for n in numbers]
+        return Read(motion.float(), latents, texts)
+
+    return Source(weight, count, 5, paired, "", torch.full((4, 3), 0.5), read)
+
+
+def drawn(sources: list[Source], steps: range, batch: int, ranks: int = 1, stage: int = 1, seed: int = 0):
+    """The sample numbers of these steps, as the ranks' batches say them, in the order of the global batch."""
+    found = []
+    for step in steps:
+        for rank in range(ranks):
+            samples = range(batch // ranks * rank, batch // ranks * (rank + 1))
+            where = {"seed": seed, "step": step, "stage": stage, "frames": 5, "batch": batch, "device": CPU}
+            part = data.batch(sources, torch.zeros(235), torch.ones(235), samples=samples, **where)
+            found += part.motion[:, 0, 0].long().tolist()
+    return found
+
+
+@pytest.mark.parametrize("count", (1, 23, 48))
+def test_an_epoch_has_every_sample_once(count):
+    # catches sampling with replacement, epochs counted in batches, and a tail that is left out
+    found = drawn([numbered(count)], range(48), batch=4)
+    for start in range(0, len(found) - count + 1, count):
+        assert sorted(found[start : start + count]) == list(range(count))
+
+
+def test_epochs_and_seeds_are_shuffled_anew():
+    first, second = (drawn([numbered(40)], range(k, k + 10), batch=4) for k in (0, 10))
+    assert first != second and first != sorted(first)
+    assert first != drawn([numbered(40)], range(10), batch=4, seed=1)
+
+
+def test_resuming_with_more_ranks_neither_repeats_nor_skips():
+    sources = [numbered(100, weight=3), numbered(50, weight=1, offset=1000)]
+    whole = drawn(sources, range(40), batch=8)
+    assert (
+        drawn(sources, range(17), batch=8, ranks=2) + drawn(sources, range(17, 40), batch=8, ranks=4) == whole
+    )
+
+
+@pytest.mark.parametrize("weights", ((1, 1), (5, 2, 1), (1, 1e-9), (1e6, 1, 1), (1, 1, 1)), ids=str)
+def test_every_block_has_the_exact_shares(weights):
+    # catches shares that are drawn at random, and a small set that gets nothing at all
+    given = data.shares(weights)
+    assert sum(given) == data.BLOCK and min(given) >= 1
+    for weight, share in zip(weights, given, strict=True):
+        assert abs(share - data.BLOCK * weight / sum(weights)) <= max(1, len(weights) - 1)
+    sources = [numbered(37, weight) for weight in weights]
+    for block in (0, 5):
+        positions = range(block * data.BLOCK, (block + 1) * data.BLOCK)
+        found = Counter(locate(sources, 0, position)[0] for position in positions)
+        assert tuple(found[j] for j in range(len(weights))) == given
+
+
+def test_mixing_leaves_each_sources_epochs_whole():
+    sources = [numbered(300, weight=2), numbered(70, weight=1)]
+    for j, count in ((0, 300), (1, 70)):
+        places = [locate(sources, 3, position) for position in range(4 * data.BLOCK)]
+        numbers = [number for source, number in places if source == j]
+        for start in range(0, len(numbers) - count + 1, count):
+            assert sorted(numbers[start : start + count]) == list(range(count))
+
+
+def test_sources_are_mixed_within_a_batch_and_keep_their_places():
+    sources = [numbered(10), numbered(10, offset=1000)]
+    expected = [1000 * j + number for j, number in (locate(sources, 0, position) for position in range(64))]
+    assert drawn(sources, range(1), batch=64) == expected
+    assert {number >= 1000 for number in expected[:8]} == {True, False}
+
+
+def test_stage_2_draws_from_what_has_video():
+    sources = [numbered(10, weight=9, paired=False, offset=1000), numbered(10)]
+    assert max(drawn(sources, range(8), batch=4, stage=2)) < 1000
+    with pytest.raises(ValueError, match="stage 2 needs video"):
+        drawn(sources[:1], range(1), batch=4, stage=2)
+
+
+def test_more_frames_than_there_are_is_an_error():
+    where = {"seed": 0, "step": 0, "stage": 1, "batch": 1, "samples": range(1), "device": CPU}
+    with pytest.raises(ValueError, match="9 frames are asked for, but there is a data set of 5"):
+        data.batch([numbered(3)], torch.zeros(235), torch.ones(235), frames=9, **where)
+
+
+def test_text_is_a_caption_of_its_own_sample_padded_with_zeros():
+    # catches captions that do not follow their sample into place, and the null text shining through
+    where = {"seed": 0, "step": 0, "stage": 1, "frames": 5, "batch": 400, "device": CPU}
+    sources = [numbered(200), numbered(200, offset=1000)]
+    part = data.batch(sources, torch.zeros(235), torch.ones(235), samples=range(400), **where)
+    seen = Counter()
+    for motion, text in zip(part.motion[:, 0, 0].tolist(), part.text, strict=True):
+        n = motion % 1000 + 1
+        known = {"null": [0.5] * 4, "first": [n, n, 0, 0], "second": [-n, -n, -n, 0]}
+        seen[next(name for name, column in known.items() if text[:, 0].tolist() == column)] += 1
+    assert 20 < seen["null"] < 65 and min(seen["first"], seen["second"]) > 140

@@ -1,0 +1,70 @@
+"""Folders of paired clips as a user has them: puppet clips as MP4, AMASS .npz with camera, metadata.csv.
+
+write(folder, seeds)            one clip a seed
+write_video(path, frames, ...)  frames at any times, written with av alone
+"""
+
+import csv
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from kit import puppet
+from kit.motion_files import Motion, save_amass
+
+FPS, FRAMES = 16, 21  # the last four frames are too few for another sample of 17
+# the puppet's camera, written out: OpenCV's intrinsics and its place, metres, y up
+CAMERA = np.array([[132.0, 0, 32], [0, 132.0, 32], [0, 0, 1]])
+PLACE = torch.tensor([0.0, 1.0, 4.5])
+
+
+def write_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[Fraction | int]) -> None:
+    """Frames (h w 3) uint8 shown at `times`, in seconds, almost without loss."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1000, options={"crf": "1", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv444p"
+        stream.codec_context.time_base = Fraction(1, 90000)
+        for image, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(time * 90000), Fraction(1, 90000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_motion(path: Path, motion: Motion, camera: np.ndarray | None = CAMERA) -> None:
+    """An AMASS file, with a camera unless that is None."""
+    save_amass(path, motion, puppet.body())
+    if camera is not None:
+        edit(path, camera=camera)
+
+
+def edit(path: Path, **arrays: np.ndarray) -> None:
+    """Replace arrays of an .npz, or add them."""
+    with np.load(path) as file:
+        arrays = dict(file) | arrays
+    np.savez(path, **arrays)
+
+
+def write_metadata(folder: Path, rows: Sequence[Sequence[str]]) -> None:
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("video", "prompt", "motion"), *rows])
+
+
+def write(folder: Path, seeds: Sequence[int], frames: int = FRAMES) -> Path:
+    """Clips 0.mp4 with motions/0.npz, ... of these seeds, each seen by the camera at the origin."""
+    (folder / "motions").mkdir(parents=True)
+    clips = puppet.clips(seeds, frames)
+    videos = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
+    rows = []
+    for k, video in enumerate(videos):
+        levels = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        write_video(folder / f"{k}.mp4", list(levels), [Fraction(i, FPS) for i in range(frames)])
+        pose = (clips.global_orient[k], clips.body_pose[k], clips.betas[k], clips.transl[k] - PLACE)
+        write_motion(folder / "motions" / f"{k}.npz", Motion(*pose, FPS, "neutral"))
+        rows.append((f"{k}.mp4", clips.caption[k], f"motions/{k}.npz"))
+    write_metadata(folder, rows)
+    return folder
