@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import re
 import resource
 import statistics
 import time
@@ -114,8 +115,9 @@ def bench_wan(args: argparse.Namespace) -> dict:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{torch.get_num_threads()} threads of {(model or ['this CPU'])[0]}"
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", known)
+    return f"{torch.get_num_threads()} threads of {name[1] if name else 'this CPU'}"
 
 
 # ---------------------------------------------------------------- the plan of a run
