@@ -252,4 +252,4 @@ def test_shipped_weights_have_learned_the_4_to_1_alignment():
     motion = (data.puppet_motion(clips) - model.motion_mean) / model.motion_std
     text = puppet.encode_text(clips.caption)
     maps = evaluate.attention_map(model, video, motion, text, randn(*motion.shape))
-    assert evaluate.attention_share(maps).max() >= 1.5 / video.shape[2]
+    assert evaluate.attention_share(maps).max() >= 1.8 / video.shape[2]
