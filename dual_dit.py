@@ -17,6 +17,7 @@ Either stream may be absent. Without motion, what runs is Wan, number for number
 Axes: b batch, c channels, t h w latent grid, f motion frames, n tokens, d width, heads x k = d.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder
 from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
@@ -297,13 +298,25 @@ class MotionExpert(Conditioning):
 # ---------------------------------------------------------------- the network
 
 
+# attention is what costs most to recompute, and its result is as small as the tokens
+KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+recomputed = functools.partial(
+    checkpoint, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, KEPT)
+)
+
+
 class DualDiT(nn.Module):
     """u(video, motion | text): the velocities of both modalities, or of the one that is there."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass instead of storing it
+        self.checkpointing = False  # recompute each block in the backward pass, but for its attention
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         self.task_hint = nn.Sequential(
@@ -415,7 +428,7 @@ class DualDiT(nn.Module):
 
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x_video, x_motion = checkpoint(block, video_stream, motion_stream, use_reentrant=False)
+                x_video, x_motion = recomputed(block, video_stream, motion_stream)
             else:
                 x_video, x_motion = block(video_stream, motion_stream)
             video_stream = video_stream and video_stream._replace(x=x_video)
@@ -424,3 +437,23 @@ class DualDiT(nn.Module):
         u_video = video_stream and self.video.predict(video_stream.x, time_video, (t, h, w))
         u_motion = motion_stream and self.motion.predict(motion_stream.x, time_motion)
         return u_video, u_motion
+
+
+if __name__ == "__main__":
+    config = PRESETS["puppet"]
+    model, shapes = DualDiT(config), lambda *tensors: ", ".join(str(tuple(x.shape)) for x in tensors)
+    video, motion, t = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, MOTION_DIM), torch.tensor([0.5])
+    block = model.blocks[0]
+    block.register_forward_pre_hook(
+        lambda _, streams: print("into a block       ", shapes(*(stream.x for stream in streams)))
+    )
+    for name, expert in (("video", block.video), ("motion", block.motion)):
+        expert.self_attn.o.register_forward_hook(
+            lambda _, inputs, output, name=name: print(f"attended, {name:9}", shapes(output))
+        )
+    block.register_forward_hook(lambda _, inputs, output: print("out of a block     ", shapes(*output)))
+    print("latents and motion ", shapes(video, motion))
+    velocities = model(video, motion, t, t, torch.randn(1, 16, config.text_dim), 0)
+    print("velocities         ", shapes(*velocities))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.video, model.motion, block)]
+    print("parameters: video ends {:,}, motion ends {:,}, a block {:,}".format(*counts))
