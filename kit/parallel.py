@@ -1,54 +1,61 @@
-"""Devices and ranks: one run over many of them, and training state that survives.
+"""Devices and ranks: one network trained by many processes as if by one.
 
-`torchrun` starts the processes and names them in the environment; without it there is one.
+`torchrun` starts the processes and names them in the environment; without it there is one. Each rank sees
+its share of a batch, and gradients are averaged over the ranks, in one of two ways:
+
+    ddp     every rank has the whole network
+    fsdp    a rank has a slice of every tensor; a block is whole only while it runs. Over several nodes
+            each node has all slices, so that what crosses nodes is gradients alone (HSDP).
 """
 
+import contextlib
 import os
+import signal
+import threading
 import time
-from pathlib import Path
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from kit.files import whole_file
+from dual_dit import DualDiT
+
+# gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
+SHARD_FROM = 1_000_000_000  # parameters
 
 
-def start(device: str) -> tuple[torch.device, int, int]:
-    """Join the process group that torchrun describes, if any -> (this rank's device, rank, ranks)."""
+class World(NamedTuple):
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int
+    ranks: int
+
+
+ALONE = World(torch.device("cpu"), 0, 1)
+
+
+def start(device: str) -> World:
+    """Join the process group that torchrun describes, if any."""
     if "RANK" not in os.environ:
-        return torch.device(device), 0, 1
+        return World(torch.device(device), 0, 1)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
-
-
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether this machine multiplies bf16 matrices faster than fp32."""
-    if device.type == "cuda":
-        return True
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):  # first round warms up
-        x = torch.ones(1024, 1024, dtype=dtype)
-        start = time.perf_counter()
-        for _ in range(3):
-            x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-def wrap(model: nn.Module, ranks: int) -> nn.Module:
-    """Average gradients over ranks. Each task leaves another part of the network unused."""
-    return DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
-
-
-def mean_over_ranks(value: torch.Tensor, ranks: int) -> torch.Tensor:
-    if ranks > 1:
-        dist.all_reduce(value)
-    return value / ranks
+    # gloo beside nccl: checkpoints are written from the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        # torchrun's store outlives a restart, and with it the addresses of ranks that died
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    return World(torch.device(device), rank, ranks)
 
 
 def stop() -> None:
@@ -56,19 +63,138 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def save_state(path: Path, state: dict) -> None:
-    """torch.save, whole or not at all."""
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
+def terminated() -> threading.Event:
+    """An event that SIGTERM sets, so that a step is finished and saved before the process ends."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
 
 
-def load_state(path: Path) -> dict:
-    """Read save_state's file; only tensors and plain containers are accepted."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"nothing to resume: no {path}; start without --resume, or point --out at a run"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
+# ---------------------------------------------------------------- wrapping
+
+
+def small(model: nn.Module) -> bool:
+    """Whether every rank can have the whole of it, and a checkpoint is quickly written twice."""
+    return sum(p.numel() for p in model.parameters()) < SHARD_FROM
+
+
+def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool) -> nn.Module:
+    """The model on its device, as the ranks train it; again when other parameters are to be trained.
+
+    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors.
+    """
+    if kind is None:
+        kind = "ddp" if small(model) else "fsdp"
+    if world.ranks > 1 and kind == "fsdp":
+        return model if isinstance(model, FSDPModule) else _shard(model, world, bf16)
+    model.to(world.device)
+    if world.ranks == 1:
+        return model
+    # each task leaves another part of the network unused
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
+    """FSDP2 block by block: a block arrives on the device, is sliced, and then the next one comes."""
+    mesh = _mesh(world)
+    # inputs keep their dtype: times and positions are fp32. In blocks, autocast's bf16 comes before the
+    # gather instead of after it; what is fp32 there under autocast (modulation, norms) is so after rounding.
+    blocks = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    ends = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=blocks)
+    # resharded after each forward pass: validation has no backward pass, and weights change after it
+    fully_shard(model, mesh=mesh, mp_policy=ends, reshard_after_forward=True)
+    if world.device.type == "cpu":  # gloo takes an average for a sum
+        for module in (model, *model.blocks):
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _mesh(world: World) -> DeviceMesh:
+    """All ranks in a row; with several nodes of several ranks, a row a node."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks))
+    if 1 < local < world.ranks and world.ranks % local == 0:
+        shape, names = (world.ranks // local, local), ("replicate", "shard")
+    else:
+        shape, names = (world.ranks,), ("shard",)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def compile_blocks(model: DualDiT) -> None:
+    """torch.compile each block's forward; what FSDP does before and after it stays outside."""
+    # a graph for each task, with and without gradients, until clip lengths become dynamic
+    torch._dynamo.config.recompile_limit = 32
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
+
+
+# ---------------------------------------------------------------- a step
+
+
+def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
+    """Around forward and backward of a microbatch: ranks exchange gradients in a step's last one only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
+
+
+def clip(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients down to this global norm -> what it was, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor with all its slices on every rank; others are whole already."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def gather_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Before a step of Muon, which multiplies whole matrices: gather each once, not in every product."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = p.grad if p.grad is None else whole(p.grad)
+
+
+def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:
+    if ranks > 1:
+        dist.all_reduce(value)
+    return value / ranks
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The slice that this rank has of a sharded tensor; others are whole everywhere."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------- speed
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two matrices of 1024 x 1024 on a CPU, measured."""
+    x = torch.ones(1024, 1024, dtype=dtype, device=device)
+    x @ x  # warms up
+    start = time.perf_counter()
+    for _ in range(3):
+        x @ x
+    return 3 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether this machine multiplies bf16 matrices faster than fp32."""
+    if device.type == "cuda":
+        return True
+    return matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
+
+
+def use_bf16(precision: str, world: World) -> bool:
+    """Of "bf16", "fp32" or "auto": what is faster, by majority, so that all ranks compute alike."""
+    if precision != "auto":
+        return precision == "bf16"
+    vote = torch.tensor(float(faster_in_bf16(world.device)), device=world.device)
+    return mean_over_ranks(vote, world.ranks).item() > 0.5

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,17 @@ import flow
 import train
 from dual_dit import DualDiT
 from flow import Draw, Task
-from kit import data, parallel, puppet, weights
+from kit import checkpoints, data, monitor, parallel, puppet, validation, weights
+from kit.geometry import PUPPET
+from kit.parallel import World
 
-PLAIN = ("--device", "cpu", "--precision", "fp32")
+PLAIN = ("--device", "cpu", "--precision", "fp32", "--validate-every", 0)
 
 
 def run_train(out: Path, *arguments: object, stage_1_share: float = 0.4) -> None:
     """Train in this process; of 10 steps four are stage 1, the last of them and the last two of 9 frames."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *PLAIN, "--out", str(out), *map(str, arguments)])
+        patch.setattr(sys, "argv", [*map(str, ("train.py", *PLAIN, "--out", out, *arguments))])
         patch.setattr(train, "STAGE_1_SHARE", stage_1_share)
         train.main()
 
@@ -38,6 +42,11 @@ def metrics(out: Path) -> list[dict]:
 
 def curve(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in metrics(out)]
+
+
+def trained(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, not averaged."""
+    return checkpoints.load_whole(checkpoints.folder_of(out, step), "model")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def test_every_step_is_one_line_of_metrics_and_loss_is_drawn(ten_steps):
 
 def test_shipped_weights_are_the_moving_average(one_step, tiny_weights):
     # catches raw weights written out; after one step the average is 1/10 the start and 9/10 the result
-    raw, start = torch.load(one_step / "checkpoint.pt")["model"], load_file(tiny_weights)
+    raw, start = trained(one_step, 1), load_file(tiny_weights)
     average = load_file(one_step / "weights.safetensors")
     moved = [name for name in raw if not torch.equal(raw[name], start[name])]
     for expert in ("video", "motion"):  # stage 2 trains both
@@ -114,33 +123,57 @@ def test_stopped_and_resumed_run_is_the_undisturbed_one(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "update_ema", stop)
         run_train(tmp_path, *call)
-    assert parallel.load_state(tmp_path / "checkpoint.pt")["step"] == save_every
+    while not checkpoints.folder_of(tmp_path, save_every).exists():  # it is written by another thread
+        time.sleep(0.01)
     run_train(tmp_path, *call, "--resume")
     assert curve(tmp_path) == curve(ten_steps)
     weights_file = "weights.safetensors"
     assert (tmp_path / weights_file).read_bytes() == (ten_steps / weights_file).read_bytes()
 
 
-def test_failed_save_keeps_the_last_checkpoint_and_nothing_else(tmp_path, monkeypatch):
-    # catches writing in place: a run stopped while saving could never be resumed
-    def full_disk(state, path):
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    parallel.save_state(tmp_path / "checkpoint.pt", {"step": 1})
-    before = contents(tmp_path)
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        parallel.save_state(tmp_path / "checkpoint.pt", {"step": 2})
-    assert contents(tmp_path) == before
-
-
 def test_a_line_cut_off_in_the_log_does_not_keep_a_run_from_going_on(tmp_path):
     # catches a log that only a clean exit leaves readable: a power cut stops in the middle of a line
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    train.open_log(path, first_step=2).close()
-    assert curve(tmp_path) == [(0, 2.0), (1, 1.0)]
+    path.write_text(
+        '{"step": 0, "validation": {}}\n{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n'
+        '{"step": 2, "validation": {}}\n{"step": 2, "lo'
+    )
+    monitor.Log(tmp_path, 2, 5).close()
+    assert [tuple(line) for line in metrics(tmp_path)] == [("step", "validation"), *[("step", "loss")] * 2]
+
+
+def test_a_damaged_checkpoint_is_skipped_aloud(ten_steps, tiny_weights, tmp_path, capsys):
+    # catches a resume that trusts the newest name, or a marker that says nothing of the other files
+    out = tmp_path / "run"
+    run_train(out, "--init", tiny_weights, "--steps", 10, "--batch", 2, "--save-every", 4)
+    damaged = checkpoints.folder_of(out, 10)
+    file = next(damaged.glob("__*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    run_train(out, "--steps", 10, "--batch", 2, "--save-every", 4, "--resume")
+    assert f"{damaged} is damaged ({file.name} not as written)" in capsys.readouterr().out
+    assert curve(out) == curve(ten_steps)
+    assert checkpoints.newest(out, parallel.ALONE).folder == damaged  # made anew
+    for folder in out.glob("checkpoints/*"):
+        (folder / "done.json").unlink()
+    with pytest.raises(ValueError, match=r"all 3 checkpoints of .* are damaged"):
+        run_train(out, "--steps", 10, "--batch", 2, "--resume", "auto")
+
+
+def test_only_the_last_checkpoints_are_kept(tiny_weights, tmp_path):
+    run_train(tmp_path, "--init", tiny_weights, "--steps", 5, "--batch", 1, "--save-every", 1, "--keep", 2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000004", "step-00000005"]
+
+
+def test_export_is_what_the_run_wrote(ten_steps, tmp_path, verb):
+    # catches raw weights exported, or a file without what it takes to sample
+    file = tmp_path / "mine.safetensors"
+    assert verb(train, "export", "--out", ten_steps, file).code == 0
+    assert file.read_bytes() == (ten_steps / "weights.safetensors").read_bytes()
+    ended = verb(train, "export", "--out", tmp_path, file)
+    assert ended.code == 2 and "nothing to export" in ended.err
 
 
 # ---------------------------------------------------------------- ranks
@@ -166,6 +199,127 @@ def test_two_ranks_follow_the_loss_of_one_process(tiny_weights, tmp_path):
         assert [line[key] for line in two] == pytest.approx(expected, rel=tolerance), key
 
 
+# ---------------------------------------------------------------- watching
+
+
+def test_watching_a_run_changes_nothing_in_it(ten_steps, tiny_weights, tmp_path):
+    # catches averaged weights left in the network, and random numbers drawn for validation
+    watched = tmp_path / "run"
+    run_train(watched, "--init", tiny_weights, "--steps", 10, "--batch", 2, "--validate-every", 5)
+    steps = [line for line in metrics(watched) if "loss" in line]
+    assert [(line["step"], line["loss"]) for line in steps] == curve(ten_steps)
+    weights_file = "weights.safetensors"
+    assert (watched / weights_file).read_bytes() == (ten_steps / weights_file).read_bytes()
+    validated = {line["step"]: line["validation"] for line in metrics(watched) if "validation" in line}
+    assert list(validated) == [0, 5, 10]
+    assert {key for key in validated[0] if key.count("/") == 1} == {"motion_only/motion"}
+    made = "joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion"
+    assert {key for key in validated[5] if key.count("/") == 1} == {*made}
+    assert {key for key in validated[5] if "joint/motion" in key} == {
+        "joint/motion", *(f"joint/motion/{t}" for t in validation.TIMES)
+    }  # fmt: skip
+    pictures = sorted(path.name for path in watched.glob("samples/*"))
+    assert pictures == ["step-00000000.png", "step-00000005.png", "step-00000010.png"]
+
+
+def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained_on(one_step, tiny_weights):
+    # recomputed sample by sample: catches other clips or noise, raw weights, means over the wrong axis
+    sources, held = validation.hold_out(data.open_sources(["puppet"], PUPPET, puppet.body()))
+    assert len(held) == 16 and sources[0].count is None
+    model, extra = weights.load_weights(tiny_weights)
+    codec = puppet.Codec.from_state(extra)
+    samples = validation.read_held_out(held, model, 2, 9, codec, parallel.ALONE)
+    averaged, _ = weights.load_weights(one_step / "weights.safetensors")
+    with validation.averaged(model, averaged.state_dict()):
+        found = validation.validate(model, samples, 2, 5, False, 1)
+    start = load_file(tiny_weights)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    errors = []
+    for i, (_, seed) in enumerate(held):
+        clip = puppet.clips([seed], frames=9)
+        motion = (data.puppet_motion(clip) - model.motion_mean) / model.motion_std
+        torch.testing.assert_close(samples.motion[i], motion[0])
+        pixels = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
+        torch.testing.assert_close(samples.video[i], codec.encode(pixels)[0])
+        assert torch.equal(samples.text[i], puppet.encode_text(clip.caption)[0])
+        row = samples.rows(i, i + 1)
+        errors.append(flow.loss(averaged, *row[:3], Task.JOINT, row.draw).motion.item())
+    assert found["joint/motion"] == pytest.approx(sum(errors) / 16, rel=1e-5)
+    assert found["joint/motion/0.375"] == pytest.approx(sum(errors[1::4]) / 4, rel=1e-5)
+
+
+def test_held_out_samples_of_a_data_set_are_not_trained_on():
+    # catches validation on what is trained on
+    sources = data.open_sources(["puppet:60@1", "puppet:400@1"], PUPPET, puppet.body())
+    training, held = validation.hold_out(sources)
+    assert [source.count for source in training] == [57, 384]
+    assert [number for source, number in held if source.count == 57] == [57, 58, 59]
+    assert [number for source, number in held if source.count == 384] == list(range(384, 400))
+    assert [source.count for source, _ in held[:6]] == [57, 384] * 3
+
+
+def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
+    # catches samples counted twice where they do not divide by the ranks
+    _, held = validation.hold_out(data.open_sources(["puppet"], PUPPET, puppet.body()))
+    model, extra = weights.load_weights(tiny_weights)
+    given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
+    alone = validation.validate(model, validation.read_held_out(*given, parallel.ALONE), 1, 4, False, 1)
+    sums = []
+    for ranks_together in (lambda value, _: sums.append(value) or value, lambda value, _: sum(sums)):
+        monkeypatch.setattr(parallel, "mean_over_ranks", ranks_together)
+        rank = len(sums)
+        share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
+        assert len(share.motion) == 3
+        if rank == 1:
+            monkeypatch.setattr(parallel, "mean_over_ranks", lambda value, _: sums[0] + value)
+        found = validation.validate(model, share, 1, 4, False, 2)
+    assert found == pytest.approx(alone, rel=1e-5)
+
+
+def test_speed_is_counted_from_what_a_step_computes():
+    model = DualDiT(TINY)
+    motion = data.Batch(None, torch.zeros(2, 5, 235), torch.zeros(2, 16, 64), Task.MOTION_ONLY, None)
+    joint = motion._replace(video=torch.zeros(2, 48, 2, 8, 8), task=Task.JOINT)
+    found = [monitor.speed(model.config, batch, 8, 2.0, 1e12) for batch in (motion, joint)]
+    assert [speed["clips_per_second"] for speed in found] == [4, 4]
+    assert [speed["tokens_per_second"] for speed in found] == [4 * 5 * 51, 4 * (5 * 51 + 2 * 64)]
+    assert 0 < found[0]["mfu"] < found[1]["mfu"] < 1
+    assert "mfu" not in monitor.speed(model.config, joint, 8, 2.0, None)
+
+
+def test_tensorboard_has_the_same_numbers_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.purge_step = purge_step
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step, self.purge_step))
+
+        def close(self):
+            written.append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = monitor.Log(tmp_path, 3, 5)
+    log.step({"step": 3, "stage": 2, "task": "joint", "loss": 0.5, "grad_norm": math.nan})
+    log.validation(4, {"joint/video": 0.25})
+    log.close()
+    assert written == [("joint/loss", 0.5, 3, 3), ("validation/joint/video", 0.25, 4, 3), "closed"]
+    assert metrics(tmp_path)[0] == {"step": 3, "stage": 2, "task": "joint", "loss": 0.5}  # JSON has no NaN
+
+
+def test_a_run_says_how_it_was_started(ten_steps):
+    record = json.loads((ten_steps / "run.json").read_text())
+    assert record["command"][0] == "train.py" and "--batch" in record["command"]
+    assert record["options"]["batch"] == 2 and record["options"]["seed"] == 0
+    assert record["config"]["width"] == TINY.width
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["ranks"] == 1
+
+
 # ---------------------------------------------------------------- what is trained
 
 
@@ -173,7 +327,7 @@ def test_stage_1_leaves_the_video_expert_bitwise_alone_and_trains_all_of_motions
     # catches weight decay, the average or a gradient reaching Wan's weights
     run_train(tmp_path, "--init", tiny_weights, "--stage", 1, "--steps", 3, "--batch", 2)
     start = load_file(tiny_weights)
-    finals = torch.load(tmp_path / "checkpoint.pt")["model"], load_file(tmp_path / "weights.safetensors")
+    finals = trained(tmp_path, 3), load_file(tmp_path / "weights.safetensors")
     for final in finals:
         for expert, moves in (("video", False), ("motion", True)):
             names = [name for name in final if expert in name.split(".")]
@@ -221,6 +375,10 @@ MISUSE = {
     "no steps": (("--steps", 0), "--steps"),
     "never saved": (("--save-every", 0), "--save-every"),
     "no clips": (("--batch", 0), "--batch"),
+    "no checkpoints": (("--keep", 0), "--keep"),
+    "no microbatches": (("--accumulate", 0), "--accumulate"),
+    "uneven microbatches": (("--batch", 5, "--accumulate", 2), "3 ranks x 2 microbatches; the nearest is 6"),
+    "validation backwards": (("--validate-every", -1), "--validate-every"),
     "6 frames": (("--frames", 6), "4n\\+1, got 6; the nearest is 5"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "uneven ranks": (("--batch", 4), "multiple of 3 ranks; the nearest is 3"),
@@ -230,7 +388,7 @@ MISUSE = {
 @pytest.mark.parametrize(("arguments", "words"), MISUSE.values(), ids=MISUSE)
 def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, monkeypatch, arguments, words):
     if "ranks" in words:
-        monkeypatch.setattr(parallel, "start", lambda device: (torch.device(device), 0, 3))
+        monkeypatch.setattr(parallel, "start", lambda device: World(torch.device(device), 0, 3))
     call = ("--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
     ended = verb(train, *call, *arguments)
     assert ended.code == 2
@@ -243,10 +401,11 @@ def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, mon
     ("arguments", "words"),
     (
         ((), "add --resume"),
-        (("--resume", "--steps", 2), "--stage 2 --steps 1: resume with the same"),
-        (("--resume", "--stage", 1), "--stage 2 --steps 1: resume with the same"),
+        (("--resume", "--steps", 2), "of a run with --steps 1: resume with the same"),
+        (("--resume", "--stage", 1), "of a run with --stage 2: resume with the same"),
+        (("--resume", "auto", "--seed", 1), "of a run with --seed 0: resume with the same"),
     ),
-    ids=("started anew", "other steps", "another stage"),
+    ids=("started anew", "other steps", "another stage", "other data"),
 )
 def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, arguments, words):
     before = contents(one_step)

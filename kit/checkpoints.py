@@ -1,0 +1,286 @@
+"""Training state that survives: checkpoints of all ranks together, written while training goes on.
+
+    RUN/checkpoints/step-00000250/      complete: it has this name only once all of it is on the disk
+        __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: every rank's slices, and what is where
+        done.json                       written last: where in the run this is, and a hash of each other file
+    RUN/checkpoints/.step-00000500      being written; or left by a run that died, and removed when it goes on
+
+The slices are of whole tensors, so a run can go on with another number of ranks. With several nodes RUN
+is on a disk that all of them share.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dual_dit import DualDiT, DualDiTConfig
+from kit import weights
+from kit.parallel import World, whole
+
+DONE = "done.json"
+PATTERN = "step-*"
+
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    record: dict  # "step", how many are done, and what else Writer.save was given
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08}"
+
+
+# ---------------------------------------------------------------- what is in one
+
+
+def training_state(
+    model: DualDiT,
+    ema: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    codec: dict[str, Tensor],
+    rank: int,
+) -> dict[str, Tensor]:
+    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {f"model/{name}": value for name, value in model.state_dict().items()}
+    state |= {f"ema/{name}": value for name, value in ema.items()}
+    state |= {f"codec/{name}": value for name, value in codec.items()}
+    state |= {
+        f"optimizer/{names[parameter]}/{slot}": value
+        for optimizer in optimizers
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+    state[f"random/{rank}/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load(
+    folder: Path,
+    model: DualDiT,
+    ema: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    world: World,
+) -> None:
+    """Fill all of these from a checkpoint; optimizers, where they are given, get the states they had."""
+    stored = _stored(folder)
+    parameters = dict(model.named_parameters())
+    owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for key in stored:
+        kind, _, rest = key.partition("/")
+        name, _, slot = rest.rpartition("/")
+        if kind == "optimizer" and parameters[name] in owners:
+            parameter = parameters[name]
+            # a counter, or something of the parameter's shape and slices
+            empty = torch.zeros_like(parameter) if len(stored[key].size) else torch.zeros(())
+            # Muon's is like its gradient
+            empty = whole(empty) if slot == "momentum_buffer" else empty
+            owners[parameter].state[parameter][slot] = empty.detach()
+    state = training_state(model, ema, optimizers, {}, world.rank)
+    state = {k: v for k, v in state.items() if k in stored or not k.startswith("random/")}  # of more ranks
+    _read(folder, state, no_dist=world.ranks == 1)
+    if f"random/{world.rank}/cpu" in state:
+        torch.set_rng_state(state[f"random/{world.rank}/cpu"])
+    if f"random/{world.rank}/cuda" in state:
+        torch.cuda.set_rng_state(state[f"random/{world.rank}/cuda"])
+
+
+def load_whole(folder: Path, kind: str) -> dict[str, Tensor]:
+    """The "ema" or the "codec" of a checkpoint, whole, on the CPU of this process alone."""
+    prefix = kind + "/"
+    stored = {name: what for name, what in _stored(folder).items() if name.startswith(prefix)}
+    state = {name: torch.empty(what.size, dtype=what.properties.dtype) for name, what in stored.items()}
+    _read(folder, state, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _stored(folder: Path) -> dict:
+    """The tensors in a checkpoint: name -> size and dtype."""
+    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+
+
+def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
+    """Fill tensors from a checkpoint, in place."""
+    _accept_one_process()
+    dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+
+
+def _accept_one_process() -> None:
+    """torch takes a single process for a mistake, and warns of it."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Writer:
+    """Writes one checkpoint at a time, behind the training loop's back."""
+
+    def __init__(self, run: Path, keep: int, world: World, weights_too: bool):
+        """Keeps the last `keep`; `weights_too`: each comes with weights.safetensors (a small model)."""
+        self.run, self.keep, self.world = run, keep, world
+        self.weights = run / "weights.safetensors" if weights_too else None
+        # a group of their own: collectives of two threads must not mix
+        self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+        _accept_one_process()
+        if world.rank == 0:
+            for left in (run / "checkpoints").glob("." + PATTERN):
+                shutil.rmtree(left)
+
+    def save(self, record: dict, state: dict[str, Tensor]) -> None:
+        """Copy the state and go on; the copy is written meanwhile. record["step"] names it."""
+        self.wait()
+        final = folder_of(self.run, record["step"])
+        temporary = final.with_name("." + final.name)
+        written = dcp.async_save(
+            state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None
+        )
+        self.pending = self.thread.submit(self._finish, written, temporary, record)
+
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written; wait() says why."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk; OSError on every rank if any could not write it."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _finish(self, written: Future, temporary: Path, record: dict) -> None:
+        """What remains once the slices are being written, in the writing thread."""
+        rank = self.world.rank
+
+        def hashes() -> dict[str, str]:
+            written.result()
+            mine = [*temporary.glob(f"__{rank}_*"), *([temporary / ".metadata"] if rank == 0 else [])]
+            return {path.name: _hash(path) for path in mine}
+
+        files = {name: value for part in self._together(hashes, temporary) for name, value in part.items()}
+        publish = functools.partial(self._publish, temporary, record | {"files": files})
+        self._together(publish if rank == 0 else lambda: None, temporary)
+
+    def _together(self, task: Callable[[], object], temporary: Path) -> list:
+        """Every rank's result of a task; OSError on all of them if one of them fails."""
+        result = error = None
+        try:
+            result = task()
+        except CheckpointException as caught:
+            error = str(_root_cause(next(iter(caught.failures.values()))[0]))
+        except OSError as caught:
+            error = str(caught)
+        answers = [(result, error)] * self.world.ranks
+        if self.group is not None:
+            dist.all_gather_object(answers, (result, error), group=self.group)
+        if errors := [error for _, error in answers if error]:
+            free = shutil.disk_usage(temporary.parent).free / 2**20
+            if self.world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"cannot save {temporary.with_name(temporary.name[1:])}: {errors[0]} ({free:.0f} MB were "
+                "free); earlier checkpoints are intact, go on from the last with --resume"
+            )
+        return [result for result, _ in answers]
+
+    def _publish(self, temporary: Path, record: dict) -> None:
+        """Marker, name, and only then may an older one go."""
+        with open(temporary / DONE, "w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(temporary)
+        final = folder_of(self.run, record["step"])
+        _remove(final)  # a damaged one that the run went back behind
+        temporary.rename(final)
+        _sync(final.parent)
+        for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
+            _remove(old)
+        if self.weights:
+            export(final, self.weights)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """torch's writer fails once more while it closes a file that could not be written."""
+    while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
+        error = before
+    return error
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")  # never half of one under a good name
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- finding
+
+
+def newest(run: Path, world: World) -> Checkpoint | None:
+    """A run's last whole checkpoint; None if it never saved one.
+
+    Damaged ones are skipped, aloud. Raises ValueError if all are damaged.
+    """
+    folders = sorted((run / "checkpoints").glob(PATTERN), reverse=True)
+    for folder in folders:
+        damage = _damage(folder, world)
+        if not damage:
+            return Checkpoint(folder, json.loads((folder / DONE).read_text()))
+        if world.rank == 0:
+            print(f"{folder} is damaged ({damage}); trying the one before")
+    if folders:
+        raise ValueError(f"all {len(folders)} checkpoints of {run} are damaged: start again in another --out")
+    return None
+
+
+def _damage(folder: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, if anything; each rank looks at its share of the files."""
+    try:
+        files = json.loads((folder / DONE).read_text())["files"]
+        mine = sorted(files)[world.rank :: world.ranks]
+        wrong = [
+            name for name in mine if not (folder / name).is_file() or _hash(folder / name) != files[name]
+        ]
+        answer = f"{', '.join(wrong)} not as written" if wrong else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        answer = f"{DONE}: {error!r}"
+    answers = [answer] * world.ranks
+    if world.ranks > 1:
+        dist.all_gather_object(answers, answer)
+    return next((answer for answer in answers if answer), None)
+
+
+def export(folder: Path, file: Path) -> None:
+    """The averaged weights of a checkpoint, codec and configuration with them, as one safetensors file."""
+    config = DualDiTConfig(**json.loads((folder / DONE).read_text())["config"])
+    weights.save_weights(file, config, load_whole(folder, "ema"), load_whole(folder, "codec"))

@@ -1,0 +1,128 @@
+"""What a training run starts from: its options, data and network; and the record of how it was started."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dual_dit import PRESETS, DualDiT, DualDiTConfig
+from kit import checkpoints, data, puppet, wan, weights
+from kit.body import Body
+from kit.checkpoints import Checkpoint
+from kit.files import whole_file
+from kit.geometry import Geometry, geometry
+from kit.parallel import World
+from kit.sources import Source, cached_geometry
+
+
+def check(args: argparse.Namespace, ranks: int) -> None:
+    """ValueError for options that can't be; before anything is written."""
+    for name in ("steps", "save_every", "keep", "accumulate"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
+    if args.validate_every < 0:
+        raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
+    if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
+        nearest = puppet.nearest_frames(args.frames)
+        raise ValueError(f"--frames must be 4n+1, got {args.frames}; the nearest is {nearest}")
+    if args.batch % (ranks * args.accumulate) or args.batch < 1:
+        nearest = max(1, round(args.batch / (ranks * args.accumulate))) * ranks * args.accumulate
+        shares = f"{ranks} ranks" + (f" x {args.accumulate} microbatches" if args.accumulate > 1 else "")
+        raise ValueError(f"--batch {args.batch} must be a multiple of {shares}; the nearest is {nearest}")
+    if not args.resume and any((args.out / "checkpoints").glob(checkpoints.PATTERN)):
+        raise ValueError(f"{args.out} has checkpoints: add --resume to go on, or choose another --out")
+
+
+PLAN = ("stage", "steps", "batch", "seed", "frames")  # options that a run keeps when it goes on
+
+
+def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
+    """The checkpoint that train.py's options ask to go on from; None for a new run.
+
+    FileNotFoundError if there must be one and is none, ValueError if it is of another plan.
+    """
+    found = checkpoints.newest(args.out, world) if args.resume else None
+    if args.resume == "must" and not found:
+        raise FileNotFoundError(
+            f"nothing to resume: no checkpoint in {args.out}; start without --resume, or point --out at a run"
+        )
+    if found and (other := {k: v for k, v in found.record["plan"].items() if v != getattr(args, k)}):
+        wanted = " ".join(f"--{name} {value}" for name, value in other.items())
+        raise ValueError(f"{found.folder} is of a run with {wanted}: resume with the same")
+    return found
+
+
+def progress(args: argparse.Namespace, model: DualDiT, **more: object) -> dict:
+    """The record of a checkpoint: all that is needed to go on, beside tensors."""
+    plan = {name: getattr(args, name) for name in PLAN}
+    return {"plan": plan, "config": dataclasses.asdict(model.config), **more}
+
+
+def open_data(args: argparse.Namespace, rank: int) -> tuple[list[Source], Geometry]:
+    """The data sets that train.py's options name, and the size of their clips."""
+    if args.wan and not args.data:
+        raise ValueError(
+            "--wan trains on latents: make some with `python -m kit.data cache SPEC --wan FOLDER --out DIR`, "
+            "then add --data cache:DIR"
+        )
+    body = Body.load(args.body) if args.body else puppet.body()
+    shape = cached_geometry(args.data[0], args.frames) if args.wan else geometry(None, args.frames)
+    return data.open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank), shape
+
+
+def build(
+    args: argparse.Namespace, sources: Sequence[Source], found: Checkpoint | None, device: torch.device
+) -> tuple[DualDiT, puppet.Codec | None]:
+    """The network, on the CPU, with its motion statistics, and the puppet's codec on `device`.
+
+    Where a run goes on the network is empty: checkpoints.load fills it when it is where it belongs.
+    """
+    if found:
+        with torch.device("meta"):
+            model = DualDiT(DualDiTConfig(**found.record["config"]))
+        model, extra = model.to_empty(device="cpu"), checkpoints.load_whole(found.folder, "codec")
+    elif args.init:
+        model, extra = weights.load_weights(args.init)
+    elif args.wan:
+        model, extra = wan.load_transformer(args.wan, init_motion=args.init_motion), {}
+        print(f"{args.wan}: the video expert is loaded, the motion expert is new ({args.init_motion})")
+    else:
+        model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced))
+        extra = puppet.Codec.fit().state()
+    if not found:
+        for p in model.parameters():  # in a file they lie anywhere: sums would end in other bits than resumed
+            p.data = p.data.clone()
+    if not found and not args.init:
+        mean, std = data.statistics(sources, args.seed)
+        model.motion_mean.copy_(mean)
+        model.motion_std.copy_(std)
+    codec = None if args.wan else puppet.Codec.from_state({k: v.to(device) for k, v in extra.items()})
+    return model, codec
+
+
+def save_record(args: argparse.Namespace, model: DualDiT, world: World, bf16: bool, first_step: int) -> None:
+    """RUN/run.json: options, command, versions, network and machines of the run's last start."""
+    record = {
+        "command": sys.argv,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "first_step": first_step,
+        "bf16": bf16,
+        "ranks": world.ranks,
+        "device": str(world.device),
+        "config": dataclasses.asdict(model.config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    with whole_file(args.out / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,167 @@
+"""Losses on held-out samples, always the same with the same noise, and pictures of what a run makes."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import flow
+from dual_dit import DualDiT
+from flow import Draw, Role, Task
+from kit import data, parallel, puppet, render
+from kit.parallel import World, local
+from kit.sources import Source
+from motion_tokens import decode_smpl
+
+SAMPLES = 16
+TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels, a quarter of the samples at each
+TASKS = {1: (Task.MOTION_ONLY,), 2: (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION)}  # of a stage
+SAMPLING = {"steps": 12, "guidance_text": 1.5, "guidance_condition": 1.5, "shift": data.SHIFT}
+PICTURE = 160  # height of a skeleton, pixels
+
+
+class HeldOut(NamedTuple):
+    """What a rank measures losses on, n samples."""
+
+    video: Tensor | None  # (n c t h w) latents
+    motion: Tensor  # (n f 235) normalised
+    text: Tensor  # (n l text_dim)
+    null_text: Tensor  # (n l text_dim)
+    noise_video: Tensor | None
+    noise_motion: Tensor
+    t: Tensor  # (n,)
+    counts: Tensor  # (n,) 1, or 0 for what only makes every rank's share the same size
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.noise_video, self.noise_motion, self.t, self.t)
+
+    def rows(self, first: int, end: int) -> "HeldOut":
+        return HeldOut(*(x if x is None else x[first:end] for x in self))
+
+
+def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[tuple[Source, int]]]:
+    """Take 16 samples, at most a twentieth, from each source -> what is left, and those (source, number).
+
+    Of an endless source they are seeds that training does not draw.
+    """
+    training, held = [], []
+    for source in sources:
+        if source.count is None:
+            numbers = torch.randint(2**62, (SAMPLES,), generator=data.rng("held-out seeds")).tolist()
+        else:
+            numbers = range(source.count - min(SAMPLES, source.count // 20), source.count)
+            source = source._replace(count=numbers.start)
+        training.append(source)
+        held.append([(source, number) for number in numbers])
+    return training, [pair for pair in chain(*zip_longest(*held)) if pair]
+
+
+def read_held_out(
+    held: Sequence[tuple[Source, int]],
+    model: DualDiT,
+    stage: int,
+    frames: int,
+    codec: puppet.Codec | None,
+    world: World,
+) -> HeldOut | None:
+    """This rank's share of the first 16 that the stage can use; None if it can use none."""
+    held = [(source, number) for source, number in held if stage == 1 or source.paired][:SAMPLES]
+    if not held:
+        return None
+    samples = []
+    for i in range(world.rank, math.ceil(len(held) / world.ranks) * world.ranks, world.ranks):
+        source, number = held[i % len(held)]
+        read = source.read([number], frames, stage == 2, codec, world.device)
+        motion = (read.motion[0] - model.motion_mean) / model.motion_std
+        video = None if read.latents is None else read.latents[0]
+        text, null_text = source.null_text.float().clone(), source.null_text.float()
+        for caption in read.texts[0][:1]:
+            text[: len(caption)] = caption
+            text[len(caption) :] = 0
+        generator = data.rng("validation noise", i % len(held))
+        noise = [None if x is None else torch.randn(x.shape, generator=generator) for x in (video, motion)]
+        t, counts = torch.tensor(TIMES[i % len(held) % len(TIMES)]), torch.tensor(float(i < len(held)))
+        samples.append((video, motion, text, null_text, *noise, t, counts))
+    columns = zip(*samples, strict=True)
+    return HeldOut(*(None if c[0] is None else torch.stack(c).to(world.device) for c in columns))
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def averaged(model: DualDiT, ema: dict[str, Tensor]) -> Iterator[None]:
+    """The model has its averaged weights meanwhile."""
+    state = {name: local(value) for name, value in model.state_dict().items()}
+    trained = {name: value.clone() for name, value in state.items()}
+    for name, value in state.items():
+        value.copy_(local(ema[name]))
+    yield
+    for name, value in state.items():
+        value.copy_(trained[name])
+
+
+@torch.no_grad()
+def validate(
+    model: DualDiT, held: HeldOut, stage: int, chunk: int, bf16: bool, ranks: int
+) -> dict[str, float]:
+    """Losses on the samples of all ranks, `chunk` at a time: of each task and modality at each noise level
+    ("joint/video/0.125"), and over all levels ("joint/video")."""
+    levels, losses = held.t.new_tensor(TIMES), {}
+    for task in TASKS[stage]:
+        sums = held.t.new_zeros(2, 2, len(TIMES))  # modality; errors, samples; noise level
+        for first in range(0, len(held.t), chunk):
+            part = held.rows(first, first + chunk)
+            at_level = (part.t[:, None] == levels) * part.counts[:, None]
+            with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
+                errors = flow.loss(model, part.video, part.motion, part.text, task, part.draw)
+            for modality, error in enumerate(errors):
+                if error is not None:
+                    sums[modality] += torch.stack([error @ at_level, at_level.sum(0)])
+        for name, (error, count) in zip(
+            ("video", "motion"), parallel.mean_over_ranks(sums, ranks), strict=True
+        ):
+            if count.sum():
+                key = f"{task.name.lower()}/{name}"
+                losses[key] = (error.sum() / count.sum()).item()
+                losses |= {
+                    f"{key}/{t}": (error[i] / count[i]).item() for i, t in enumerate(TIMES) if count[i]
+                }
+    return losses
+
+
+@torch.no_grad()
+def picture(
+    path: Path | None, model: DualDiT, held: HeldOut, stage: int, codec: puppet.Codec, bf16: bool
+) -> None:
+    """A contact sheet of the first held-out sample, as it is and as each task makes it; None: no file."""
+    rows, titles = [], []
+
+    def show(title: str, video: Tensor | None, motion: Tensor | None) -> None:
+        if video is not None:
+            rows.append(render.to_frames(codec.decode(video.float())[0].cpu()))
+            titles.append(f"{title}: video")
+        if motion is not None:
+            joints = decode_smpl((motion.float() * model.motion_std + model.motion_mean).cpu())["joints"][0]
+            rows.append(render.draw_skeleton(joints, puppet.body().parents, puppet.project, PICTURE))
+            titles.append(f"{title}: motion")
+
+    one = held.rows(0, 1)
+    show("held out", one.video, one.motion)
+    for task in TASKS[stage]:
+        given = ((one.video, one.noise_video, task.video), (one.motion, one.noise_motion, task.motion))
+        inputs = [{Role.NOISY: noise, Role.CLEAN: x, Role.ABSENT: None}[role] for x, noise, role in given]
+        with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
+            made = flow.sample(model, *inputs, one.text, one.null_text, task, **SAMPLING)
+        # a condition comes back as it went in: it is in the first rows
+        video, motion = (
+            x if role is Role.NOISY else None for x, (*_, role) in zip(made[:2], given, strict=True)
+        )
+        show(task.name.lower().replace("_", " "), video, motion)
+    if path:  # the other ranks only help
+        path.parent.mkdir(exist_ok=True)
+        render.contact_sheet(path, rows, titles)
