@@ -87,12 +87,19 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+class Prompt(NamedTuple):
+    """A text as the blocks read it: cross-attention's keys and values (b heads l k), a pair a block."""
+
+    video: list[tuple[Tensor, Tensor]]
+    motion: list[tuple[Tensor, Tensor]]
+
+
 class Stream(NamedTuple):
     """One modality on its way through the blocks."""
 
     x: Tensor  # (b n d) tokens
     time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
-    text: Tensor  # (b l d) projected text features
+    text: Tensor | tuple[Tensor, Tensor]  # (b l d) projected features, or a block's keys and values of them
     cos: Tensor  # (n k/2) the tokens' rotary table
     sin: Tensor
 
@@ -187,7 +194,8 @@ class ExpertBlock(nn.Module):
         attention_mod, ffn_mod = self.modulations(stream.time)
         x = gated(stream.x, attention_mod.gate, self.self_attn.o(attended))
         queries = self.cross_attn.queries(layer_norm(x, self.eps, self.norm3))
-        x = x + self.cross_attn.o(attend(queries, *self.cross_attn.keys_values(stream.text))).type_as(x)
+        text = stream.text if isinstance(stream.text, tuple) else self.cross_attn.keys_values(stream.text)
+        x = x + self.cross_attn.o(attend(queries, *text)).type_as(x)
         return gated(x, ffn_mod.gate, self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps)))
 
 
@@ -199,10 +207,16 @@ class DualBlock(nn.Module):
         self.video = ExpertBlock(config)
         self.motion = ExpertBlock(config)
 
+    def read_text(self, video: Tensor, motion: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Text projected by each expert (b l d) -> each expert's keys and values of it."""
+        return [self.video.cross_attn.keys_values(video), self.motion.cross_attn.keys_values(motion)]
+
     def forward(self, video: Stream | None, motion: Stream | None) -> tuple[Tensor | None, Tensor | None]:
         present = [(e, s) for e, s in ((self.video, video), (self.motion, motion)) if s is not None]
         qkv = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
-        attended = attend(*(torch.cat(parts, dim=2) for parts in qkv))  # (b n_video+n_motion d)
+        # alone, a stream needs no copy of its queries, keys and values
+        q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in qkv)
+        attended = attend(q, k, v)  # (b n_video+n_motion d)
         rows = iter(attended.split([stream.x.shape[1] for _, stream in present], dim=1))
         x_video = self.video.after_attention(video, next(rows)) if video is not None else None
         x_motion = self.motion.after_attention(motion, next(rows)) if motion is not None else None
@@ -272,7 +286,8 @@ class VideoExpert(Conditioning):
         x = rearrange(x, "b d t h w -> b t h w d")
         if self.place is not None:
             x = x + self.place.type_as(x)
-        return rearrange(x, "b t h w d -> b (t h w) d")
+        # a convolution's rows lie across memory, and every layer after it would keep them so
+        return rearrange(x, "b t h w d -> b (t h w) d").contiguous()
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (t, h, w), (pt, ph, pw) = grid, self.patch
@@ -391,19 +406,25 @@ class DualDiT(nn.Module):
                     f"{video.shape[2]} video latents span {frames} frames, but motion has {motion.shape[1]}"
                 )
 
+    def read_text(self, text: Tensor) -> Prompt:
+        """(b l text_dim) -> what forward takes as well, to read a text once and not in every step."""
+        embedded = self.video.embed_text(text), self.motion.embed_text(text)
+        return Prompt(*map(list, zip(*(block.read_text(*embedded) for block in self.blocks), strict=True)))
+
     def forward(
         self,
         video: Tensor | None,
         motion: Tensor | None,
         t_video: Tensor | None,
         t_motion: Tensor | None,
-        text: Tensor,
+        text: Tensor | Prompt,
         task: Tensor | int,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Velocities (d x_t / d t) of video and motion.
 
         video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,)
-        in [0, 1], text (b l text_dim), task a flow.Task or (b,) of them. An absent input gives None back.
+        in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
+        absent input gives None back.
         """
         self.check(video, motion)
         first = video if video is not None else motion
@@ -411,22 +432,27 @@ class DualDiT(nn.Module):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads
 
+        def stream(expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor, positions: Tensor):
+            """What the blocks get of a modality, and the time for its head."""
+            time, blocks_time = expert.embed_time(t)
+            words = None if isinstance(text, Prompt) else expert.embed_text(text)
+            x = expert.embed(x)
+            table = rope_table(positions.to(x.device), head_dim)
+            return Stream(x + hint.type_as(x), blocks_time, words, *table), time
+
         video_stream = motion_stream = None
         # without video, motion begins at (0, 0): attention sees differences of positions only
         t, h, w = self.video.grid(video) if video is not None else (0, 0, 0)
         if video is not None:
-            time_video, blocks_time = self.video.embed_time(t_video)
-            table = rope_table(video_positions(t, h, w).to(first.device), head_dim)
-            x = self.video.embed(video)
-            video_stream = Stream(x + hint.type_as(x), blocks_time, self.video.embed_text(text), *table)
+            video_stream, time_video = stream(self.video, video, t_video, video_positions(t, h, w))
         if motion is not None:
-            time_motion, blocks_time = self.motion.embed_time(t_motion)
             positions = motion_positions(motion.shape[1], h, w, synced=self.config.synced)
-            table = rope_table(positions.to(first.device), head_dim)
-            x = self.motion.embed(motion)
-            motion_stream = Stream(x + hint.type_as(x), blocks_time, self.motion.embed_text(text), *table)
+            motion_stream, time_motion = stream(self.motion, motion, t_motion, positions)
 
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if isinstance(text, Prompt):
+                video_stream = video_stream and video_stream._replace(text=text.video[i])
+                motion_stream = motion_stream and motion_stream._replace(text=text.motion[i])
             if self.checkpointing and torch.is_grad_enabled():
                 x_video, x_motion = recomputed(block, video_stream, motion_stream)
             else:

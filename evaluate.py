@@ -282,13 +282,16 @@ def main() -> None:
     parser.add_argument("--solver", choices=flow.SOLVERS, default="ab2")
     parser.add_argument("--guidance-text", type=float, default=1.5, metavar="W1")
     parser.add_argument("--guidance-condition", type=float, default=1.5, metavar="W2")
+    parser.add_argument(
+        "--lead", type=float, default=0.4, metavar="SHARE", help="of motion in joint sampling"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
     args = parser.parse_args()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights)
-    sampling = {"steps": args.steps, "solver": args.solver}
+    sampling = {"steps": args.steps, "solver": args.solver, "lead": args.lead}
     sampling["bf16"] = parallel.faster_in_bf16(torch.device("cpu"))
     sampling |= {"guidance_text": args.guidance_text, "guidance_condition": args.guidance_condition}
     result, rows, attention = measure(model, puppet.Codec.from_state(extra), args.clips, **sampling)

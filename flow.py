@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dual_dit import DualDiT
+from dual_dit import DualDiT, Prompt
 
 
 class Role(Enum):
@@ -137,51 +137,65 @@ class Velocity(NamedTuple):
     motion: Tensor | None
 
 
-def guided(
+class Branch(NamedTuple):
+    """One call of the network in every guided step: terms of the same tokens share a batch."""
+
+    task: Task
+    weights: list[float]  # of the n terms
+    text: Prompt  # of n·b rows, term by term; read once, as it does not depend on the step
+
+
+def branches(
     model: DualDiT,
-    video: Tensor | None,
-    motion: Tensor | None,
-    t: float,
     text: Tensor,
     null_text: Tensor,
     task: Task,
     guidance_text: float = 1.0,
     guidance_condition: float = 1.0,
-) -> Velocity:
-    """Guided velocity at time t (paper, section 3.4). With y the text, m the condition, ∅ "absent":
+) -> list[Branch]:
+    """In-context guidance (paper, section 3.4). With y the text, m the condition, ∅ "absent":
 
         given a condition:  u(x,∅,∅) + ω1·(u(x,m,y) - u(x,m,∅)) + ω2·(u(x,m,∅) - u(x,∅,∅))
         otherwise:          u(x,∅)   + ω1·(u(x,y) - u(x,∅))
 
     text and null_text (b l text_dim); guidance_text is ω1, guidance_condition is ω2. The formula is summed
-    by its terms, and a term that cancels costs no call: ω1 = ω2 = 1 is the plain conditional call.
+    by its terms, and a term that cancels is left out: ω1 = ω2 = 1 is the plain conditional call.
     """
-
-    def u(task: Task, text: Tensor) -> Velocity:
-        """One call of the network: what is absent in `task` is left out, a condition stays at t = 0."""
-        inputs, times = [], []
-        for x, role in ((video, task.video), (motion, task.motion)):
-            inputs.append(None if role is Role.ABSENT else x)
-            times.append(
-                None if role is Role.ABSENT else x.new_full(x.shape[:1], t if role is Role.NOISY else 0.0)
-            )
-        u_video, u_motion = model(*inputs, *times, text, task)
-        return Velocity(
-            u_video.float() if task.video is Role.NOISY else None,
-            u_motion.float() if task.motion is Role.NOISY else None,
-        )
-
     w1, w2 = guidance_text, guidance_condition
     if task.unconditional is task:
         w2 = 1.0  # there is no condition to guide by
-    terms = [(w1, task, text), (w2 - w1, task, null_text), (1 - w2, task.unconditional, null_text)]
-    weights = [weight for weight, _, _ in terms if weight]
-    velocities = [u(*given) for weight, *given in terms if weight]
+    given = [(w, words) for w, words in ((w1, text), (w2 - w1, null_text)) if w]
+    without = [(1 - w2, null_text)] if w2 != 1 else []
+    return [
+        Branch(of, [w for w, _ in terms], model.read_text(torch.cat([words for _, words in terms])))
+        for of, terms in ((task, given), (task.unconditional, without))
+        if terms
+    ]
 
-    def total(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-        return None if parts[0] is None else sum(w * part for w, part in zip(weights, parts, strict=True))
 
-    return Velocity(*(total(parts) for parts in zip(*velocities, strict=True)))
+def guided(
+    model: DualDiT,
+    video: Tensor | None,
+    motion: Tensor | None,
+    t_video: float,
+    t_motion: float,
+    branches: list[Branch],
+) -> Velocity:
+    """The velocity of what is generated, summed over `branches`; a condition stays at t = 0."""
+    total = [None, None]
+    for branch in branches:
+        n, inputs, times = len(branch.weights), [], []
+        roles = branch.task.video, branch.task.motion
+        for x, t, role in zip((video, motion), (t_video, t_motion), roles, strict=True):
+            x = None if role is Role.ABSENT else torch.cat([x] * n)
+            inputs.append(x)
+            times.append(None if x is None else x.new_full(x.shape[:1], t if role is Role.NOISY else 0.0))
+        outputs = model(*inputs, *times, branch.text, branch.task)
+        for j, (u, role) in enumerate(zip(outputs, roles, strict=True)):
+            if role is Role.NOISY:
+                terms = zip(branch.weights, u.float().chunk(n), strict=True)
+                total[j] = sum((w * term for w, term in terms), start=0 if total[j] is None else total[j])
+    return Velocity(*total)
 
 
 # ---------------------------------------------------------------- solvers and sampling
@@ -194,7 +208,7 @@ def euler(u: Tensor, previous_u: Tensor | None, step: float, previous_step: floa
 
 def adams_bashforth(u: Tensor, previous_u: Tensor | None, step: float, previous_step: float) -> Tensor:
     """Second order, multistep: extrapolate the velocity to the middle of the step, at no extra call."""
-    if previous_u is None:
+    if not previous_step:
         return step * u
     return step * (u + (u - previous_u) * (step / (2 * previous_step)))
 
@@ -206,6 +220,18 @@ class Sample(NamedTuple):
     video: Tensor | None
     motion: Tensor | None
     trajectory: list[tuple[Tensor | None, Tensor | None]]  # states from noise to sample, if asked for
+
+
+def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
+    """(t_video, t_motion) before, between and after `steps` steps, each from 1 to 0.
+
+    Video is pure noise for the first share `lead` of the way, and motion is done for the last: 0 is one clock
+    for both, with 0.5 motion is made first, and then video as if from given motion.
+    """
+    way = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
+    t_motion = 1 - (way / (1 - lead)).clamp(max=1)
+    return list(zip(*(shift_time(t, shift).tolist() for t in (t_video, t_motion)), strict=True))
 
 
 @torch.no_grad()
@@ -220,6 +246,7 @@ def sample(
     guidance_text: float = 1.0,
     guidance_condition: float = 1.0,
     shift: float = 1.0,
+    lead: float = 0.0,
     solver: str = "ab2",
     keep_trajectory: bool = False,
     progress: bool = False,
@@ -227,27 +254,30 @@ def sample(
     """Follow the guided velocity from t = 1 to t = 0.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where
-    absent; a condition comes back as it went in. The solvers see one modality at a time, both on the
-    same clock.
+    absent; a condition comes back as it went in. The solvers see one modality at a time. `lead` is how far
+    motion is ahead of video where both are generated (see clocks).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    if not 0 <= lead <= 0.5:
+        raise ValueError(f"lead must be from 0 (one clock) to 0.5 (motion first, then video), got {lead}")
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
             raise ValueError(
                 f"{task.name}: {name} is {role.value}, got {'nothing' if x is None else 'a tensor'}"
             )
-    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
-    state, previous, previous_step = (video, motion), (None, None), 0.0
+    plan = branches(model, text, null_text, task, guidance_text, guidance_condition)
+    times = clocks(steps, shift, lead if task is Task.JOINT else 0.0)
+    state, previous, previous_step = (video, motion), (None, None), (0.0, 0.0)
     trajectory = [state] if keep_trajectory else []
     for t, t_next in tqdm(list(pairwise(times)), desc="denoising", disable=not progress):
-        velocity = guided(model, *state, t, text, null_text, task, guidance_text, guidance_condition)
-        step = t_next - t
+        velocity = guided(model, *state, *t, plan)
+        step = [after - before for before, after in zip(t, t_next, strict=True)]
         state = tuple(
-            x if u is None else x + SOLVERS[solver](u, last, step, previous_step)
-            for x, u, last in zip(state, velocity, previous, strict=True)
+            x if u is None else x + SOLVERS[solver](u, *last)
+            for x, u, *last in zip(state, velocity, previous, step, previous_step, strict=True)
         )
         previous, previous_step = velocity, step
         if keep_trajectory:
@@ -257,12 +287,20 @@ def sample(
 
 if __name__ == "__main__":
 
-    def toy(video, motion, t_video, t_motion, text, task):
+    class Toy:
         """Stands for the network and says what it was given."""
-        print(f"  u(x, {'∅' if motion is None else 'm'}, {'y' if text.any() else '∅'}) at t = {t_video[0]:g}")
-        return torch.zeros_like(video), None if motion is None else torch.zeros_like(motion)
+
+        def read_text(self, text):
+            return text
+
+        def __call__(self, video, motion, t_video, t_motion, text, task):
+            for y in text:
+                m, y = ("∅" if motion is None else "m"), ("y" if y.any() else "∅")
+                print(f"  u(x, {m}, {y}) at t = {t_video[0]:g}")
+            return torch.zeros_like(video), None if motion is None else torch.zeros_like(motion)
 
     video, motion, text = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, 235), torch.ones(1, 16, 64)
     for w1, w2 in ((1.0, 1.0), (1.5, 1.5), (5.0, 1.5)):
         print(f"motion to video, ω1 = {w1}, ω2 = {w2}: the terms that do not cancel")
-        guided(toy, video, motion, 0.5, text, torch.zeros_like(text), Task.MOTION_TO_VIDEO, w1, w2)
+        terms = branches(Toy(), text, torch.zeros_like(text), Task.MOTION_TO_VIDEO, w1, w2)
+        guided(Toy(), video, motion, 0.5, 0.0, terms)

@@ -4,12 +4,8 @@ Without arguments the shipped puppet weights make one sample of each; `--wan FOL
 """
 
 import argparse
-import json
-import platform
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +16,7 @@ from kit import backbone, cli, data, puppet, results
 from kit.backbone import Backbone, Defaults
 from kit.body import Body
 from kit.conditions import read_motion, read_video
-from kit.files import whole_file
+from kit.files import write_record
 from kit.geometry import geometry
 from kit.results import Job
 from motion_tokens import MOTION_DIM
@@ -55,6 +51,13 @@ def options() -> argparse.Namespace:
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 5")
     add("--guidance-condition", type=float, metavar="W2", help="default: 1.5")
+    add(
+        "--lead",
+        type=float,
+        metavar="SHARE",
+        help="of the way, how far motion is ahead of video in joint sampling, "
+        "0 to 0.5; default: puppet 0.4, Wan 0",
+    )
     add("--seed", type=int, default=0, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default %(default)s")
@@ -216,16 +219,7 @@ def main() -> None:
         made = results.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
         prompts[job.name] = job.prompt
         print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record |= {"prompts": prompts, "command": sys.argv}
-    record["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(args.out / "run.json", args, prompts=prompts)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from kit import checkpoints, cli, data, monitor, parallel, render, run, validation
+from kit.muon import Muon
 from kit.parallel import local
 
+RUN = Path("runs/puppet")
 STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
@@ -38,62 +40,40 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", choices=("1", "2", "both"), default="both")
     add("--steps", type=int, default=5000, metavar="N", help="in all (default %(default)s)")
-    add(
-        "--batch",
-        type=int,
-        default=16,
-        metavar="N",
-        help="clips a step, over all ranks (default %(default)s)",
-    )
-    add("--out", type=Path, default=Path("runs/puppet"), metavar="RUN", help="default %(default)s")
-    add("--resume", nargs="?", const="must", choices=("must", "auto"),
-        help="go on from the last checkpoint in RUN; auto: or start, if there is none")  # fmt: skip
+    add("--batch", type=int, default=16, metavar="N", help="clips a step, of all ranks (default %(default)s)")
+    add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
+    what = "go on from RUN's last checkpoint; auto: start, if there is none"
+    add("--resume", nargs="?", const="must", choices=("must", "auto"), help=what)
     add("--save-every", type=int, default=250, metavar="STEPS", help="default %(default)s")
-    add("--keep", type=int, default=3, metavar="N", help="checkpoints (default %(default)s)")
-    add("--validate-every", type=int, default=500, metavar="STEPS",
-        help="losses on held-out clips, pictures of the puppet; 0: never (default %(default)s)")  # fmt: skip
+    add("--keep", type=int, default=3, metavar="N", help="of the last checkpoints (default %(default)s)")
+    what = "losses on held-out clips, pictures of the puppet; 0: never (default %(default)s)"
+    add("--validate-every", type=int, default=500, metavar="STEPS", help=what)
     add("--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet preset")
+    what = "of --wan: from its video expert or not"
+    add("--init-motion", choices=("copy", "fresh"), default="copy", help=what)
     add(
-        "--init-motion",
-        choices=("copy", "fresh"),
-        default="copy",
-        help="of --wan: from its video expert or not",
-    )
-    add(
-        "--data",
-        action="append",
-        metavar="SPEC",
-        help="KIND:WHERE@WEIGHT, see kit/datasets.py; may be repeated",
+        "--data", action="append", metavar="SPEC", help="KIND:WHERE@WEIGHT, as in kit/datasets.py; repeatable"
     )
     add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
     add("--frames", type=int, metavar="N", help="clips of this length throughout, instead of growing ones")
     add("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 5e-5")
     add("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
+    what = "ablation: one noise level for both modalities"
+    add("--shared-noise", action="store_true", help=what)
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    add(
-        "--parallel",
-        choices=("ddp", "fsdp"),
-        help="of several ranks; default: fsdp from a billion parameters on",
-    )
-    add(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split each rank's share of a batch, to save memory",
-    )
+    what = "how ranks share the work; default: fsdp from a billion parameters on"
+    add("--parallel", choices=("ddp", "fsdp"), help=what)
+    what = "microbatches a step on each rank, to save memory"
+    add("--accumulate", type=int, default=1, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
     verbs = parser.add_subparsers(dest="verb", metavar="export")
-    export = verbs.add_parser(
-        "export", help="write the averaged weights of a run's last checkpoint to a file"
-    )
-    export.add_argument(
-        "--out", type=Path, default=Path("runs/puppet"), metavar="RUN", help="default %(default)s"
-    )
+    what = "write the averaged weights of a run's last checkpoint to a file"
+    export = verbs.add_parser("export", help=what)
+    export.add_argument("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     return parser.parse_args()
 
@@ -130,8 +110,9 @@ def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
-    # with this adjustment Muon's steps have AdamW's size, so that one learning rate serves both
-    muon = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(
+        matrices, weight_decay=WEIGHT_DECAY
+    )  # its steps have AdamW's size: one learning rate for both
     muon.register_step_pre_hook(parallel.gather_gradients)
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)]
 
@@ -147,10 +128,9 @@ def train(args: argparse.Namespace) -> None:
     """Both stages, or what is left of them."""
     device, rank, ranks = world = parallel.start(args.device)
     run.check(args, ranks)
-    stopping = parallel.terminated()
     found = run.resumed(args, world)
     sources, shape = run.open_data(args, rank)
-    sources, held = validation.hold_out(sources)
+    sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
     steps = plan(args.stage, args.steps, shape.frames if args.wan else args.frames)
     share = args.batch // ranks
     micro = share // args.accumulate
@@ -178,7 +158,7 @@ def train(args: argparse.Namespace) -> None:
         if log:
             log.validation(step, losses)
 
-    done = first_step
+    stopping, done = parallel.terminated(), first_step
     for step in range(first_step, len(steps)):
         now = steps[step]
         if step == first_step or now.step == 0:
@@ -191,8 +171,9 @@ def train(args: argparse.Namespace) -> None:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:
                     checkpoints.load(found.folder, model, ema, opts if now.step else [], world)
-            held_out = validation.read_held_out(held, model, now.stage, shape.frames, codec, world)
-        if held_out and args.validate_every and step % args.validate_every == 0:
+            watched = held if args.validate_every else []
+            held_out = validation.read_held_out(watched, model, now.stage, shape.frames, codec, world)
+        if held_out and step % args.validate_every == 0:
             validate(step, now.stage)
         start, waited, values = time.perf_counter(), 0.0, 0.0
         # ------------------------------------------------------------------ one step
@@ -201,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
             batch = data.batch(
                 sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
                 frames=now.frames, batch=args.batch, samples=range(first, first + micro), device=device,
-                codec=codec,
+                codec=codec, shared_noise=args.shared_noise,
             )  # fmt: skip
             waited += time.perf_counter() - asked
             with parallel.exchange(wrapped, last=part == args.accumulate - 1):
@@ -251,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
         if stop:
             break
     writer.wait()
-    if first_step < len(steps) == done and held_out and args.validate_every:
+    if first_step < len(steps) == done and held_out:
         validate(done, now.stage)
     if log:
         log.close()

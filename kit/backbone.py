@@ -26,6 +26,7 @@ class Defaults(NamedTuple):
     guidance_text: float
     guidance_condition: float
     shift: float
+    lead: float  # of motion ahead of video in joint sampling (flow.clocks)
 
 
 class Backbone(NamedTuple):
@@ -44,7 +45,7 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
     codec = puppet.Codec.from_state(extra)
     return Backbone(
         PUPPET,
-        Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT),
+        Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.4),
         puppet.body(),
         lambda: puppet.encode_text,
         lambda: codec,
@@ -67,7 +68,7 @@ def wan_backbone(
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echomotion" / "text"
     return Backbone(
         geometry,
-        Defaults(steps=50, guidance_text=5.0, guidance_condition=1.5, shift=5.0),
+        Defaults(steps=50, guidance_text=5.0, guidance_condition=1.5, shift=5.0, lead=0.0),
         body,
         lambda: wan.TextEncoder(folder, dtype, device, cache),
         lambda: wan.VideoVAE(folder, device=device),

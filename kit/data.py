@@ -161,11 +161,13 @@ def batch(
     samples: range,
     device: torch.device,
     codec: puppet.Codec | None = None,
+    shared_noise: bool = False,
 ) -> Batch:
     """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
 
-    Stage 2 uses the sources with video; `codec` makes latents of what is not cached. ValueError if no source
-    has video, or one has fewer frames than asked for.
+    Each modality has a noise level of its own, or both have the same if `shared_noise`. Stage 2 uses the
+    sources with video; `codec` makes latents of what is not cached. ValueError if no source has video, or one
+    has fewer frames than asked for.
     """
     task, drop_both = draw_task(seed, step, stage)
     sources = [source for source in sources if stage == 1 or source.paired]
@@ -182,7 +184,9 @@ def batch(
 
     generators = [rng("noise", seed, stage, step, i) for i in samples]
     drop = [drop_both or torch.rand(1, generator=g).item() < DROP_TEXT for g in generators]
-    t = shift_time(torch.cat([torch.rand(1, generator=g) for g in generators]), SHIFT).to(device)
+
+    def noise_level() -> Tensor:
+        return shift_time(torch.cat([torch.rand(1, generator=g) for g in generators]), SHIFT).to(device)
 
     def noise_like(x: Tensor | None) -> Tensor | None:
         return (
@@ -191,8 +195,9 @@ def batch(
             else torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
         )
 
-    # paper is silent: in joint training both modalities have the same noise level, as in sampling
-    draw = Draw(noise_like(video), noise_like(motion), t, t)
+    draw = Draw(noise_like(video), noise_like(motion), noise_level(), noise_level())
+    if shared_noise:
+        draw = draw._replace(t_motion=draw.t_video)
     text = torch.stack([sources[0].null_text.float()] * len(samples))
     for row, captions, dropped, i in zip(text, texts, drop, samples, strict=True):
         if captions and not dropped:

@@ -1,9 +1,16 @@
-"""Writing files so that a reader sees the old one or the new one, whole."""
+"""Writing files so that a reader sees the old one or the new one, whole; and the record of a result."""
 
+import json
 import os
+import platform
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+import torch
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
@@ -26,3 +33,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_record(path: Path, options: Namespace, **more: object) -> None:
+    """How a result was made, as JSON: command, options, versions, and what else is to be known of it.
+
+    Creates the folder of `path`.
+    """
+    record = {
+        "command": sys.argv,
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record | more, indent=2) + "\n")

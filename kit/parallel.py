@@ -20,7 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,6 +64,8 @@ def start(device: str) -> World:
 
 
 def stop() -> None:
+    """Leave the process group; SIGTERM ends the process again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -105,6 +112,8 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     # resharded after each forward pass: validation has no backward pass, and weights change after it
     fully_shard(model, mesh=mesh, mp_policy=ends, reshard_after_forward=True)
+    for module in (*model.blocks, model):
+        register_fsdp_forward_method(module, "read_text")
     if world.device.type == "cpu":  # gloo takes an average for a sum
         for module in (model, *model.blocks):
             module.set_force_sum_reduction_for_comms(True)

@@ -3,19 +3,16 @@
 import argparse
 import dataclasses
 import json
-import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from kit import checkpoints, data, puppet, wan, weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
-from kit.files import whole_file
+from kit.files import write_record
 from kit.geometry import Geometry, geometry
 from kit.parallel import World
 from kit.sources import Source, cached_geometry
@@ -108,21 +105,13 @@ def build(
 
 def save_record(args: argparse.Namespace, model: DualDiT, world: World, bf16: bool, first_step: int) -> None:
     """RUN/run.json: options, command, versions, network and machines of the run's last start."""
-    record = {
-        "command": sys.argv,
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "first_step": first_step,
-        "bf16": bf16,
-        "ranks": world.ranks,
-        "device": str(world.device),
-        "config": dataclasses.asdict(model.config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.out / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(
+        args.out / "run.json",
+        args,
+        first_step=first_step,
+        bf16=bf16,
+        ranks=world.ranks,
+        device=str(world.device),
+        config=dataclasses.asdict(model.config),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )

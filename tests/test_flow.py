@@ -43,7 +43,11 @@ class Spy:
     """
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.read = [], []
+
+    def read_text(self, text):
+        self.read.append(text)
+        return text
 
     def __call__(self, video, motion, t_video, t_motion, text, task):
         first = video if video is not None else motion
@@ -67,6 +71,21 @@ class Spy:
         """The rows without their tensors: (task, video there?, motion there?, t_video, t_motion, text)."""
         rows = [(row[0].name, row[1] is not None, row[2] is not None, *row[3:]) for row in self.rows]
         return sorted(rows, key=str)
+
+
+class Knows(Spy):
+    """A model with this velocity, a function of what the network is given."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.velocity = velocity
+
+    def __call__(self, *given):
+        return self.velocity(*given)
+
+
+def guided(model, video, motion, task: Task, *weights: float) -> flow.Velocity:
+    return flow.guided(model, video, motion, 0.75, 0.75, flow.branches(model, TEXT, NULL, task, *weights))
 
 
 def answer(task, video, motion, t_video, t_motion, text):
@@ -187,7 +206,7 @@ TERMS = {
 @every_task
 def test_guidance_asks_for_the_terms_of_the_paper_once_each(task):
     spy = Spy()
-    flow.guided(spy, *randn(task.video, task.motion), 0.75, TEXT, NULL, task, 3.0, 2.0)
+    guided(spy, *randn(task.video, task.motion), task, 3.0, 2.0)
     expected = [(*term[:-1], i + 1.0 if term[-1] else 0.0) for term in TERMS[task] for i in range(B)]
     assert spy.terms() == sorted(expected, key=str)
 
@@ -196,7 +215,7 @@ def test_guidance_asks_for_the_terms_of_the_paper_once_each(task):
 @pytest.mark.parametrize(("w1", "w2"), [(3.0, 2.0), (1.0, 2.0), (3.0, 1.0), (0.0, 0.0), (5.0, 0.0)])
 def test_guidance_combines_them_by_the_formula(task, w1, w2):
     video, motion = randn(task.video, task.motion)
-    got = flow.guided(Spy(), video, motion, 0.75, TEXT, NULL, task, w1, w2)
+    got = guided(Spy(), video, motion, task, w1, w2)
     for i in range(B):
 
         def u(term: tuple, i=i) -> tuple[Tensor | None, Tensor | None]:
@@ -219,12 +238,59 @@ def test_guidance_combines_them_by_the_formula(task, w1, w2):
 @every_task
 def test_guidance_of_one_is_the_conditional_call(task):
     inputs, spy = randn(task.video, task.motion), Spy()
-    got = flow.guided(spy, *inputs, 0.75, TEXT, NULL, task)
+    got = guided(spy, *inputs, task)
     assert {row[0] for row in spy.rows} == {task} and {row[-1] for row in spy.rows} == {1, 2, 3}
     for i in range(B):
         _, *question = spy.rows[i]
         for u, expected, role in zip(got, answer(task, *question), (task.video, task.motion), strict=True):
             assert u is None if role is not Role.NOISY else torch.equal(u[i], expected)
+
+
+@every_task
+def test_text_is_read_once_a_prompt(task):
+    spy = Spy()
+    solve(spy, randn(task.video, task.motion), task, steps=5, guidance_text=3.0, guidance_condition=2.0)
+    assert len(spy.read) == len({row[0] for row in spy.rows})
+
+
+def network() -> DualDiT:
+    config = DualDiTConfig(layers=2, width=48, heads=4, ffn=80, channels=4, text_dim=8, freq_dim=16)
+    model = DualDiT(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@every_task
+@torch.no_grad()
+def test_guidance_of_the_network_is_the_sum_of_plain_calls(task):
+    # catches rows that get another term's text, time or weight when they share a batch
+    model, w1, w2 = network().double(), 3.0, 2.0
+    video, motion = torch.randn(B, 4, 2, 4, 4).double(), torch.randn(B, 5, MOTION_DIM).double()
+    text, t = torch.randn(B, 6, 8).double(), torch.full((B,), 0.75).double()
+    given = [
+        x if role is not Role.ABSENT else None for x, role in ((video, task.video), (motion, task.motion))
+    ]
+    plan = flow.branches(model, text, 0 * text, task, w1, w2)
+    got = flow.guided(model, *given, 0.75, 0.75, plan)
+
+    def u(task: Task, text: Tensor) -> list[Tensor | None]:
+        """One term by a plain call of the network."""
+        roles = task.video, task.motion
+        inputs = [None if role is Role.ABSENT else x for x, role in zip((video, motion), roles, strict=True)]
+        return model(*inputs, *(0 * t if role is Role.CLEAN else t for role in roles), text, task)
+
+    alone = task.unconditional
+    for x, full, textless, bare, role in zip(
+        got, u(task, text), u(task, 0 * text), u(alone, 0 * text), (task.video, task.motion), strict=True
+    ):
+        if role is not Role.NOISY:
+            assert x is None
+            continue
+        expected = textless + w1 * (full - textless)
+        if alone is not task:
+            expected = bare + w1 * (full - textless) + w2 * (textless - bare)
+        torch.testing.assert_close(x, expected.float(), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the solvers
@@ -236,9 +302,11 @@ def clock(x: Tensor | None, t: Tensor | None, velocity) -> Tensor | None:
 
 def ode(velocity_video, velocity_motion):
     """A model that knows two ordinary differential equations."""
-    return lambda video, motion, t_video, t_motion, text, task: (
-        clock(video, t_video, velocity_video),
-        clock(motion, t_motion, velocity_motion),
+    return Knows(
+        lambda video, motion, t_video, t_motion, text, task: (
+            clock(video, t_video, velocity_video),
+            clock(motion, t_motion, velocity_motion),
+        )
     )
 
 
@@ -246,21 +314,22 @@ def solve(model, state: list[Tensor | None], task=Task.JOINT, **options) -> flow
     return flow.sample(model, *state, TEXT, NULL, task, **options)
 
 
+@pytest.mark.parametrize("lead", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
-def test_order_of_convergence(solver, order, shift):
+def test_order_of_convergence(solver, order, shift, lead):
     # u = x² cos t has 1/x(0) = 1/x(1) + sin 1, and u = -2tx has x(0) = e·x(1)
     model = ode(lambda x, t: x.square() * t.cos(), lambda x, t: -2 * t * x)
     start = [x.abs().double() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
     exact = 1 / (1 / start[0] + math.sin(1)), math.e * start[1]
     errors = []
     for steps in (16, 32, 64):
-        got = solve(model, start, steps=steps, shift=shift, solver=solver)
+        got = solve(model, start, steps=steps, shift=shift, solver=solver, lead=lead)
         errors.append([(x - y).abs().max().item() for x, y in zip(got, exact, strict=False)])
     for video_and_motion in pairwise(errors):
         for coarse, fine in zip(*video_and_motion, strict=True):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
-    assert max(errors[-1]) < 0.1**order
+    assert max(errors[-1]) < (0.1 / (1 - lead)) ** order
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
@@ -282,7 +351,7 @@ def test_ab2_is_exact_for_linear_velocities_after_its_first_step(shift):
 def test_velocity_of_the_path_leads_from_noise_to_data(task, solver, steps, shift):
     data, state = randn(task.video, task.motion), randn(task.video, task.motion)
     velocity = [None if x is None else noise - x for x, noise in zip(data, state, strict=True)]
-    got = solve(lambda *_: velocity, state, task, steps=steps, shift=shift, solver=solver)
+    got = solve(Knows(lambda *_: velocity), state, task, steps=steps, shift=shift, solver=solver)
     assert got.trajectory == []
     for x, x0, entered, role in zip(got, data, state, (task.video, task.motion), strict=False):
         if role is Role.ABSENT:
@@ -298,7 +367,7 @@ def test_trajectory_runs_from_noise_to_sample_in_straight_steps(task):
     state = randn(task.video, task.motion)
     before = [None if x is None else x.clone() for x in state]
     velocity = randn(task.video, task.motion)
-    got = solve(lambda *_: velocity, state, task, steps=4, shift=3.0, keep_trajectory=True)
+    got = solve(Knows(lambda *_: velocity), state, task, steps=4, shift=3.0, keep_trajectory=True)
     assert len(got.trajectory) == 5
     # t = 1, ¾, ½, ¼, 0 after the shift s·t / (1 + (s-1)·t)
     for visited, t in zip(got.trajectory, (1, 0.9, 0.75, 0.5, 0), strict=True):
@@ -320,13 +389,29 @@ def test_sampling_asks_at_the_shifted_times_and_guides_every_step():
     assert len(spy.rows) == 4 * 2 * B
 
 
+@pytest.mark.parametrize(
+    ("lead", "t_video", "t_motion"),
+    [
+        (0.0, (1, 0.75, 0.5, 0.25), (1, 0.75, 0.5, 0.25)),
+        (0.25, (1, 1, 2 / 3, 1 / 3), (1, 2 / 3, 1 / 3, 0)),
+        (0.5, (1, 1, 1, 0.5), (1, 0.5, 0, 0)),
+    ],
+)
+def test_in_joint_sampling_motion_is_ahead(lead, t_video, t_motion):
+    spy, noise = Spy(), randn(Role.NOISY, Role.NOISY)
+    solve(spy, noise, steps=4, lead=lead, guidance_text=2.0)
+    assert [row[3] for row in spy.rows[:: 2 * B]] == pytest.approx(t_video)
+    assert [row[4] for row in spy.rows[:: 2 * B]] == pytest.approx(t_motion)
+    # nothing is ahead of a condition: both clocks of the other tasks are the plain one
+    spy = Spy()
+    solve(spy, noise, Task.MOTION_TO_VIDEO, steps=4, lead=lead)
+    assert [row[3] for row in spy.rows[::B]] == [1, 0.75, 0.5, 0.25]
+
+
 @every_task
 @every_solver
 def test_same_noise_gives_the_same_sample(task, solver):
-    config = DualDiTConfig(layers=2, width=48, heads=4, ffn=80, channels=4, text_dim=8, freq_dim=16)
-    model = DualDiT(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15)
+    model = network()
     noise = [
         None if task.video is Role.ABSENT else torch.randn(B, 4, 2, 4, 4),
         None if task.motion is Role.ABSENT else torch.randn(B, 5, MOTION_DIM),
@@ -347,6 +432,7 @@ def test_same_noise_gives_the_same_sample(task, solver):
     [
         (Task.JOINT, (), {"solver": "heun"}, "unknown solver 'heun': choose one of euler, ab2"),
         (Task.JOINT, (), {"steps": 0}, "steps must be at least 1, got 0"),
+        (Task.JOINT, (), {"lead": 0.6}, "lead must be from 0 .* to 0.5 .*, got 0.6"),
         (Task.MOTION_TO_VIDEO, ("motion",), {}, "MOTION_TO_VIDEO: motion is condition.*got nothing"),
         (Task.VIDEO_TO_MOTION, ("video",), {}, "VIDEO_TO_MOTION: video is condition.*got nothing"),
         (Task.JOINT, ("video",), {}, "JOINT: video is generated, got nothing"),
