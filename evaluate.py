@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--guidance-text", type=float, default=1.5, metavar="W1")
     parser.add_argument("--guidance-condition", type=float, default=1.5, metavar="W2")
     parser.add_argument(
-        "--lead", type=float, default=0.4, metavar="SHARE", help="of motion in joint sampling"
+        "--lead", type=float, default=0.5, metavar="SHARE", help="of motion in joint sampling"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")

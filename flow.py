@@ -223,12 +223,12 @@ class Sample(NamedTuple):
 
 
 def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
-    """(t_video, t_motion) before, between and after `steps` steps, each from 1 to 0.
+    """(t_video, t_motion) on the way from (1, 1) to (0, 0), on which each takes `steps` steps.
 
     Video is pure noise for the first share `lead` of the way, and motion is done for the last: 0 is one clock
     for both, with 0.5 motion is made first, and then video as if from given motion.
     """
-    way = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
     t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
     t_motion = 1 - (way / (1 - lead)).clamp(max=1)
     return list(zip(*(shift_time(t, shift).tolist() for t in (t_video, t_motion)), strict=True))

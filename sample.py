@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
         type=float,
         metavar="SHARE",
         help="of the way, how far motion is ahead of video in joint sampling, "
-        "0 to 0.5; default: puppet 0.4, Wan 0",
+        "0 to 0.5; default: puppet 0.5, Wan 0",
     )
     add("--seed", type=int, default=0, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

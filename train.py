@@ -110,9 +110,7 @@ def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
-    muon = Muon(
-        matrices, weight_decay=WEIGHT_DECAY
-    )  # its steps have AdamW's size: one learning rate for both
+    muon = Muon(matrices, WEIGHT_DECAY)  # its steps have AdamW's size: one learning rate serves both
     muon.register_step_pre_hook(parallel.gather_gradients)
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)]
 
@@ -236,13 +234,18 @@ def train(args: argparse.Namespace) -> None:
         validate(done, now.stage)
     if log:
         log.close()
-        if done == len(steps):
-            checkpoints.export(checkpoints.folder_of(args.out, done), args.out / "weights.safetensors")
-            render.loss_picture(args.out / "metrics.jsonl", args.out / "loss.png")
-            print(f"wrote {args.out}/weights.safetensors, metrics.jsonl and loss.png")
-        else:
-            print(f"SIGTERM: {args.out} is saved at step {done}; go on with --resume")
+        leave(args.out, done, complete=done == len(steps))
     parallel.stop()
+
+
+def leave(out: Path, done: int, complete: bool) -> None:
+    """What a run leaves behind when it ends."""
+    if not complete:
+        print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
+        return
+    checkpoints.export(checkpoints.folder_of(out, done), out / "weights.safetensors")
+    render.loss_picture(out / "metrics.jsonl", out / "loss.png")
+    print(f"wrote {out}/weights.safetensors, metrics.jsonl and loss.png")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
     codec = puppet.Codec.from_state(extra)
     return Backbone(
         PUPPET,
-        Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.4),
+        Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.5),
         puppet.body(),
         lambda: puppet.encode_text,
         lambda: codec,

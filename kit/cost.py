@@ -6,6 +6,8 @@ memory traffic, not arithmetic.
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,46 @@ def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
     }
 
 
+class Product(NamedTuple):
+    """(rows inner) times (inner columns); or, with heads, attention of `rows` queries on `columns` keys."""
+
+    rows: int
+    inner: int
+    columns: int
+    heads: int = 0
+
+    @property
+    def flops(self) -> int:
+        return (4 * self.heads or 2) * self.rows * self.inner * self.columns
+
+
+def products(config: DualDiTConfig, tokens: Tokens) -> Counter[Product]:
+    """What forward_flops counts, product by product: how often each occurs in a call on one sample."""
+    d, head_dim, counted = config.width, config.width // config.heads, Counter()
+    patch = math.prod(config.patch) * config.channels
+    frames, present = tokens.motion // TOKENS_PER_FRAME, [n for n in tokens[:2] if n]
+    for n in present:
+        counted[Product(n, d, d)] += 6 * config.layers
+        counted[Product(tokens.text, d, d)] += 2 * config.layers + 1
+        counted[Product(n, d, config.ffn)] += config.layers
+        counted[Product(n, config.ffn, d)] += config.layers
+        counted[Product(n, head_dim, tokens.text, config.heads)] += config.layers
+        counted[Product(tokens.text, config.text_dim, d)] += 1
+        counted.update((Product(1, config.freq_dim, d), Product(1, d, d), Product(1, d, 6 * d)))
+    counted[Product(sum(present), head_dim, sum(present), config.heads)] += config.layers
+    if tokens.video:
+        counted.update((Product(tokens.video, patch, d), Product(tokens.video, d, patch)))
+    for count, numbers in GROUPS.values() if frames else ():
+        counted[Product(frames * count, d, d)] += 2
+        counted.update((Product(frames * count, numbers, d), Product(frames * count, d, numbers)))
+    return counted
+
+
+def floor_seconds(counted: Mapping[Product, int], rates: Mapping[Product, float]) -> float:
+    """What a call takes at least, if each product runs at its rate (FLOP/s) and all else takes no time."""
+    return sum(count * product.flops / rates[product] for product, count in counted.items())
+
+
 def step_flops(config: DualDiTConfig, tokens: Tokens, checkpointing: bool) -> int:
     """FLOPs of one training step on one sample: forward, backward (twice that), and what is recomputed."""
     parts = forward_flops(config, tokens)
@@ -70,8 +112,10 @@ def parameter_count(config: DualDiTConfig) -> int:
         return sum(p.numel() for p in DualDiT(config).parameters())
 
 
-def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int) -> int:
-    """Bytes that a joint call under bf16 autocast keeps for its backward pass; grid (t h w) of the latents.
+def saved_bytes(
+    config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int, bf16: bool = True
+) -> int:
+    """Bytes that a joint call keeps for its backward pass, under bf16 autocast or not; grid (t h w) latents.
 
     The network itself says so: it runs on fake tensors, which have shapes but no memory.
     """
@@ -91,7 +135,7 @@ def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, t
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-            torch.autocast("cpu", torch.bfloat16),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):
             model(video, motion, time, time, features, 0)
         return sum(storage.nbytes() for storage in kept.values())

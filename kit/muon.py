@@ -34,8 +34,8 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             momentum, lr = group["momentum"], group["lr"]
             trained = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: tuple(p.shape))
-            for shape, same in groupby(trained, key=lambda p: tuple(p.shape)):
-                same, updates = list(same), []
+            for shape, group_of_shape in groupby(trained, key=lambda p: tuple(p.shape)):
+                same, updates = list(group_of_shape), []
                 for p in same:
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                     buffer.lerp_(p.grad, 1 - momentum)

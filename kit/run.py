@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 

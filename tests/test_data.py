@@ -24,8 +24,8 @@ def batch(tiny_weights):
     given = {"codec": puppet.Codec.from_state(extra), "frames": 5, "device": CPU}
     sources = data.open_sources(["puppet"], PUPPET, puppet.body())
 
-    def make(seed: int = 0, step: int = 0, stage: int = 2, samples: range = range(4)) -> data.Batch:
-        where = {"seed": seed, "step": step, "stage": stage, "samples": samples, "batch": 8}
+    def make(seed: int = 0, step: int = 0, stage: int = 2, samples: range = range(4), **more) -> data.Batch:
+        where = {"seed": seed, "step": step, "stage": stage, "samples": samples, "batch": 8} | more
         return data.batch(sources, model.motion_mean, model.motion_std, **where, **given)
 
     return make
@@ -73,15 +73,16 @@ def test_the_puppets_stream_stays_what_it_was(batch, tiny_weights):
     clips = puppet.clips(seeds, frames=5)
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     motion = (data.puppet_motion(clips) - model.motion_mean) / model.motion_std
-    t, noise_video, noise_motion = [], [], []
+    t_video, t_motion, noise_video, noise_motion = [], [], [], []
     for i in (1, 2):
         generator = rng("noise", 0, 2, 3, i)
         torch.rand(1, generator=generator)  # whether the text is dropped
-        t.append(shift_time(torch.rand(1, generator=generator), 3.0))
         noise_video.append(torch.randn(video.shape[1:], generator=generator))
         noise_motion.append(torch.randn(motion.shape[1:], generator=generator))
+        for times in (t_video, t_motion):
+            times.append(shift_time(torch.rand(1, generator=generator), 3.0))
     expected = {
-        "video": video, "motion": motion, "t_video": torch.cat(t), "t_motion": torch.cat(t),
+        "video": video, "motion": motion, "t_video": torch.cat(t_video), "t_motion": torch.cat(t_motion),
         "noise_video": torch.stack(noise_video), "noise_motion": torch.stack(noise_motion),
     }  # fmt: skip
     found = tensors(batch(step=3, samples=range(1, 3)))
@@ -163,12 +164,15 @@ def test_dropped_text_is_the_empty_caption_and_kept_text_the_clips(batch, monkey
     assert 0.04 < dropped.float().mean() < 0.18  # DROP_TEXT is 0.1, 200 samples
 
 
-def test_times_are_shifted_and_shared_by_both_modalities(batch):
+def test_times_are_shifted_and_each_modality_has_its_own(batch):
     # the median of s·t / (1 + (s-1)·t) for uniform t and s = 3 is 0.75, unshifted 0.5
     draw = batch(stage=1, samples=range(200)).draw
     assert 0.66 < draw.t_motion.median() < 0.83
     assert 0 <= draw.t_motion.min() < 0.2 and 0.95 < draw.t_motion.max() <= 1
-    assert torch.equal(draw.t_video, draw.t_motion)
+    # each modality has its own, unless they are to share it
+    assert torch.corrcoef(torch.stack(draw[2:]))[0, 1].abs() < 0.2
+    shared = batch(stage=1, samples=range(200), shared_noise=True).draw
+    assert torch.equal(shared.t_video, shared.t_motion) and torch.equal(shared.t_video, draw.t_video)
 
 
 @pytest.mark.parametrize("task", (Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION))

@@ -323,13 +323,13 @@ def test_order_of_convergence(solver, order, shift, lead):
     start = [x.abs().double() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
     exact = 1 / (1 / start[0] + math.sin(1)), math.e * start[1]
     errors = []
-    for steps in (16, 32, 64):
+    for steps in (12, 24, 48):
         got = solve(model, start, steps=steps, shift=shift, solver=solver, lead=lead)
         errors.append([(x - y).abs().max().item() for x, y in zip(got, exact, strict=False)])
     for video_and_motion in pairwise(errors):
         for coarse, fine in zip(*video_and_motion, strict=True):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
-    assert max(errors[-1]) < (0.1 / (1 - lead)) ** order
+    assert max(errors[-1]) < 0.1**order
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
@@ -399,7 +399,7 @@ def test_sampling_asks_at_the_shifted_times_and_guides_every_step():
 )
 def test_in_joint_sampling_motion_is_ahead(lead, t_video, t_motion):
     spy, noise = Spy(), randn(Role.NOISY, Role.NOISY)
-    solve(spy, noise, steps=4, lead=lead, guidance_text=2.0)
+    solve(spy, noise, steps=round(4 * (1 - lead)), lead=lead, guidance_text=2.0)
     assert [row[3] for row in spy.rows[:: 2 * B]] == pytest.approx(t_video)
     assert [row[4] for row in spy.rows[:: 2 * B]] == pytest.approx(t_motion)
     # nothing is ahead of a condition: both clocks of the other tasks are the plain one

@@ -1,0 +1,126 @@
+"""Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
+
+import contextlib
+import ctypes
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dual_dit import DualDiT, DualDiTConfig
+from kit.weights import stored_dtype
+
+ROUNDS = 9  # more make no figure better
+
+
+class Figure(NamedTuple):
+    """What a measurement says, and how far its rounds are apart."""
+
+    median: float
+    low: float
+    high: float
+
+
+def figure(values: Sequence[float]) -> Figure:
+    return Figure(statistics.median(values), min(values), max(values))
+
+
+def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> Figure:
+    """Of the times of two calls, round by round, over `by`."""
+    return figure([a / b / by for a, b in zip(above, below, strict=True)])
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], budget: float, least: int = 3, most: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round, A B A B ..., after a round that warms up.
+
+    Rounds go on while the next one is likely to end within `budget` seconds, but there are `least` of them.
+    """
+    begin, times = time.perf_counter(), {name: [] for name in calls}
+    for rounds in range(most + 1):
+        spent = time.perf_counter() - begin
+        if rounds > least and spent * (rounds + 1) / rounds > budget:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in times.items()}
+
+
+def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
+    """Median time of a call after one that warms up (or the only one, where it takes minutes)."""
+    times = []
+    for _ in range(repeats + (repeats > 1)):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[repeats > 1 :])
+
+
+def matmul_rate(dtype: torch.dtype, rows: int = 64, width: int = 1536) -> float:
+    """FLOP/s of this CPU in a layer of this width, on few rows: quick also where a dtype has no units."""
+    x, weight = (torch.ones(n, width, dtype=dtype) for n in (rows, width))
+    times = interleaved({"product": lambda: x @ weight.mT}, budget=0.5)["product"]
+    return 2 * rows * width**2 / statistics.median(times)
+
+
+def peak_gib(device: str) -> float:
+    """Most memory used so far: of the GPU, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def added_bytes(call: Callable[[], object]) -> int | None:
+    """By how much a call raises this process's memory at its peak; None where the system does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to be used again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = _status_bytes("VmRSS")
+        call()
+        return _status_bytes("VmHWM") - before
+    return None
+
+
+def _status_bytes(field: str) -> int:
+    """A field of Linux's record of this process."""
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", known)
+    return f"{torch.get_num_threads()} threads of {name[1] if name else 'this CPU'}"
+
+
+def random_model(config: DualDiTConfig, device: str, dtype: torch.dtype) -> DualDiT:
+    """A network of this size with random weights, stored as a loaded one, made without a second copy.
+
+    As in a fresh one the task hint is zero: a video-only call is Wan's.
+    """
+    with torch.device("meta"):
+        model = DualDiT(config)
+    state = {
+        name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device=device)
+        for name, tensor in model.state_dict().items()
+    }
+    for name, tensor in state.items():
+        if "norm" in name and name.endswith("weight"):
+            tensor.fill_(1)
+        else:
+            tensor.normal_(std=0.0 if "task_hint" in name else 0.02)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
