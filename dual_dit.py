@@ -432,7 +432,9 @@ class DualDiT(nn.Module):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads
 
-        def stream(expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor, positions: Tensor):
+        def stream(
+            expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor, positions: Tensor
+        ) -> tuple[Stream, Tensor]:
             """What the blocks get of a modality, and the time for its head."""
             time, blocks_time = expert.embed_time(t)
             words = None if isinstance(text, Prompt) else expert.embed_text(text)

@@ -19,6 +19,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import cli, data, parallel, puppet, render, weights
+from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
@@ -278,22 +279,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=SHIPPED, metavar="FILE")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="solver steps (default %(default)s)")
+    usual = PUPPET_DEFAULTS
+    parser.add_argument("--steps", type=int, default=usual.steps, help="solver steps (default %(default)s)")
     parser.add_argument("--solver", choices=flow.SOLVERS, default="ab2")
-    parser.add_argument("--guidance-text", type=float, default=1.5, metavar="W1")
-    parser.add_argument("--guidance-condition", type=float, default=1.5, metavar="W2")
-    parser.add_argument(
-        "--lead", type=float, default=0.5, metavar="SHARE", help="of motion in joint sampling"
-    )
+    parser.add_argument("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
+    parser.add_argument("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
+    what = "of motion in joint sampling (default %(default)s)"
+    parser.add_argument("--lead", type=float, default=usual.lead, metavar="SHARE", help=what)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
     args = parser.parse_args()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights)
-    sampling = {"steps": args.steps, "solver": args.solver, "lead": args.lead}
+    sampling = {name: getattr(args, name) for name in ("solver", *usual._fields) if name != "shift"}
     sampling["bf16"] = parallel.faster_in_bf16(torch.device("cpu"))
-    sampling |= {"guidance_text": args.guidance_text, "guidance_condition": args.guidance_condition}
     result, rows, attention = measure(model, puppet.Codec.from_state(extra), args.clips, **sampling)
     print_table(rows)
     if args.json:

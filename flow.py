@@ -179,11 +179,11 @@ def guided(
     motion: Tensor | None,
     t_video: float,
     t_motion: float,
-    branches: list[Branch],
+    plan: list[Branch],
 ) -> Velocity:
-    """The velocity of what is generated, summed over `branches`; a condition stays at t = 0."""
+    """The velocity of what is generated, summed over `branches` of the task; a condition stays at t = 0."""
     total = [None, None]
-    for branch in branches:
+    for branch in plan:
         n, inputs, times = len(branch.weights), [], []
         roles = branch.task.video, branch.task.motion
         for x, t, role in zip((video, motion), (t_video, t_motion), roles, strict=True):
@@ -254,8 +254,8 @@ def sample(
     """Follow the guided velocity from t = 1 to t = 0.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where
-    absent; a condition comes back as it went in. The solvers see one modality at a time. `lead` is how far
-    motion is ahead of video where both are generated (see clocks).
+    absent; a condition comes back as it went in. The solvers see one modality at a time. Each takes `steps`
+    steps; `lead` is how far motion is ahead of video where both are generated (see clocks).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -22,11 +22,14 @@ from kit.geometry import PUPPET, Geometry
 class Defaults(NamedTuple):
     """How a backbone is sampled unless told otherwise."""
 
-    steps: int
+    steps: int  # of each modality
     guidance_text: float
     guidance_condition: float
     shift: float
     lead: float  # of motion ahead of video in joint sampling (flow.clocks)
+
+
+PUPPET_DEFAULTS = Defaults(12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.5)
 
 
 class Backbone(NamedTuple):
@@ -45,7 +48,7 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
     codec = puppet.Codec.from_state(extra)
     return Backbone(
         PUPPET,
-        Defaults(steps=12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.5),
+        PUPPET_DEFAULTS,
         puppet.body(),
         lambda: puppet.encode_text,
         lambda: codec,

@@ -41,26 +41,6 @@ def tokens_of(
     return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames * motion, text)
 
 
-def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
-    """FLOPs of one forward call on one sample, by part; a backward pass costs twice as much again."""
-    d, ffn, layers = config.width, config.ffn, config.layers
-    present = [n for n in tokens[:2] if n]
-    n = sum(present)
-    # the text's keys and values, and its embedding, are computed by each expert that is there
-    text_rows = tokens.text * len(present)
-    patch = math.prod(config.patch) * config.channels
-    per_frame = sum(count * (numbers * d + d * d) for count, numbers in GROUPS.values())
-    ends = 2 * (tokens.video * patch * d) + 2 * tokens.motion // TOKENS_PER_FRAME * per_frame
-    time = len(present) * (config.freq_dim * d + 7 * d * d)
-    return {
-        "projections": layers * 2 * d * d * (4 * n + 2 * n + 2 * text_rows),
-        "feed-forward": layers * 4 * n * d * ffn,
-        "self-attention": layers * 4 * n * n * d,
-        "cross-attention": layers * 4 * n * tokens.text * d,
-        "ends": 2 * (ends + time + text_rows * (config.text_dim * d + d * d)),
-    }
-
-
 class Product(NamedTuple):
     """(rows inner) times (inner columns); or, with heads, attention of `rows` queries on `columns` keys."""
 
@@ -74,26 +54,39 @@ class Product(NamedTuple):
         return (4 * self.heads or 2) * self.rows * self.inner * self.columns
 
 
-def products(config: DualDiTConfig, tokens: Tokens) -> Counter[Product]:
-    """What forward_flops counts, product by product: how often each occurs in a call on one sample."""
-    d, head_dim, counted = config.width, config.width // config.heads, Counter()
-    patch = math.prod(config.patch) * config.channels
-    frames, present = tokens.motion // TOKENS_PER_FRAME, [n for n in tokens[:2] if n]
-    for n in present:
-        counted[Product(n, d, d)] += 6 * config.layers
-        counted[Product(tokens.text, d, d)] += 2 * config.layers + 1
-        counted[Product(n, d, config.ffn)] += config.layers
-        counted[Product(n, config.ffn, d)] += config.layers
-        counted[Product(n, head_dim, tokens.text, config.heads)] += config.layers
-        counted[Product(tokens.text, config.text_dim, d)] += 1
-        counted.update((Product(1, config.freq_dim, d), Product(1, d, d), Product(1, d, 6 * d)))
-    counted[Product(sum(present), head_dim, sum(present), config.heads)] += config.layers
+def products(config: DualDiTConfig, tokens: Tokens) -> dict[str, Counter[Product]]:
+    """The products of one forward call on one sample, by part, and how often each occurs."""
+    d, head_dim, layers = config.width, config.width // config.heads, config.layers
+    patch, frames = math.prod(config.patch) * config.channels, tokens.motion // TOKENS_PER_FRAME
+    names = ("projections", "feed-forward", "self-attention", "cross-attention", "ends")
+    projections, ffn, self_attention, cross_attention, ends = parts = tuple(Counter() for _ in names)
+    present = [n for n in tokens[:2] if n]
+    for n in present:  # each expert reads the text for itself
+        projections[Product(n, d, d)] += 6 * layers
+        projections[Product(tokens.text, d, d)] += 2 * layers
+        ffn[Product(n, d, config.ffn)] += layers
+        ffn[Product(n, config.ffn, d)] += layers
+        cross_attention[Product(n, head_dim, tokens.text, config.heads)] += layers
+        ends.update((Product(tokens.text, config.text_dim, d), Product(tokens.text, d, d)))
+        ends.update((Product(1, config.freq_dim, d), Product(1, d, d), Product(1, d, 6 * d)))
+    self_attention[Product(sum(present), head_dim, sum(present), config.heads)] += layers
     if tokens.video:
-        counted.update((Product(tokens.video, patch, d), Product(tokens.video, d, patch)))
+        ends.update((Product(tokens.video, patch, d), Product(tokens.video, d, patch)))
     for count, numbers in GROUPS.values() if frames else ():
-        counted[Product(frames * count, d, d)] += 2
-        counted.update((Product(frames * count, numbers, d), Product(frames * count, d, numbers)))
-    return counted
+        ends[Product(frames * count, d, d)] += 2
+        ends.update((Product(frames * count, numbers, d), Product(frames * count, d, numbers)))
+    return dict(zip(names, parts, strict=True))
+
+
+def all_products(config: DualDiTConfig, tokens: Tokens) -> Counter[Product]:
+    """Of all parts together."""
+    return sum(products(config, tokens).values(), Counter())
+
+
+def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
+    """FLOPs of one forward call on one sample, by part; a backward pass costs twice as much again."""
+    parts = products(config, tokens).items()
+    return {name: sum(count * p.flops for p, count in part.items()) for name, part in parts}
 
 
 def floor_seconds(counted: Mapping[Product, int], rates: Mapping[Product, float]) -> float:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit.cost import floor_seconds, products, saved_bytes
+from kit.cost import all_products, floor_seconds, saved_bytes
 from kit.files import whole_file
 from kit.speed import Shape, plain
 from kit.timing import added_bytes, device_name, interleaved, random_model
@@ -74,7 +74,7 @@ def measure(points: Sequence[Point], budget: float = BUDGET) -> dict[Point, Meas
     """
     models = {width: random_model(p.config, "cpu", torch.float32) for p in points for width in [p.width]}
     calls = {str(point): functools.partial(forward, models[point.width], point) for point in points}
-    base = products(BASE.config, BASE.shape.tokens(motion=True))
+    base = all_products(BASE.config, BASE.shape.tokens(motion=True))
     alone = {str(product): plain(product, torch.float32) for product in base}
     with torch.no_grad():
         times = interleaved(calls | alone, budget, least=2, most=4)
@@ -86,7 +86,7 @@ def measure(points: Sequence[Point], budget: float = BUDGET) -> dict[Point, Meas
     measured = {}
     for point in tqdm(points, desc="memory"):
         model = models[point.width].requires_grad_(True)
-        counted = products(point.config, point.shape.tokens(motion=True))
+        counted = all_products(point.config, point.shape.tokens(motion=True))
         floor = point.batch * floor_seconds(counted, {p: rate[bool(p.heads)] for p in counted})
         kept = saved_bytes(point.config, point.grid, point.batch, point.shape.text, bf16=False)
         added = added_bytes(functools.partial(forward, model, point))

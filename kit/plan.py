@@ -33,7 +33,8 @@ def plan(args: argparse.Namespace) -> dict:
         f"{args.preset}, {count / 1e9:.2f} billion parameters; {frames} frames of {size[0]}x{size[1]}: "
         f"{tokens.video} video and {tokens.motion} motion tokens a clip"
     )
-    node = min(args.gpus, args.node)  # several nodes have all slices each (HSDP), as in kit/parallel.py
+    # several nodes of several GPUs have all slices each (HSDP), as in kit/parallel.py
+    node = args.node if 1 < args.node < args.gpus else args.gpus
     if args.gpus % node:
         raise ValueError(f"--gpus {args.gpus} must be a multiple of --node {args.node}, the GPUs of a node")
     nodes = args.gpus // node
@@ -56,7 +57,8 @@ def plan(args: argparse.Namespace) -> dict:
     print("TFLOP of one clip's forward call: " + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in parts.items()))
     # bf16 weights are gathered twice and fp32 gradients scattered; their slices are then summed over nodes
     inside, across = 8 * count * (node - 1) / node, 8 * count / node * (nodes - 1) / nodes
-    print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB inside its node, {across / 1e9:.1f} outside")
+    if args.gpus > 1:
+        print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB to those {node}, {across / 1e9:.1f} GB beyond")
     seconds = total[True] / (args.peak_tflops * 1e12 * args.mfu * args.gpus)
     days = args.steps * seconds / 86400
     print(

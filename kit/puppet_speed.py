@@ -14,7 +14,7 @@ from kit import data, parallel, puppet, weights
 from kit.geometry import PUPPET
 from kit.muon import Muon
 from kit.speed import Row, Setting
-from kit.timing import figure, matmul_rate, ratio
+from kit.timing import figure, ratio
 from motion_tokens import MOTION_DIM
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
@@ -63,7 +63,8 @@ def training(setting: Setting, optimizers: Callable) -> list[Row]:
     model, extra = weights.load_weights(WEIGHTS)
     model.train().requires_grad_(True)
     codec = puppet.Codec.from_state(extra)
-    device, bf16 = torch.device("cpu"), matmul_rate(torch.bfloat16) > matmul_rate(torch.float32)
+    device = torch.device("cpu")
+    bf16 = parallel.faster_in_bf16(device)
     sources = data.open_sources(["puppet"], PUPPET, puppet.body())
     opts, step, made = optimizers(model, pretrained=False), count(), []
 

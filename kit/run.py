@@ -34,7 +34,14 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         raise ValueError(f"{args.out} has checkpoints: add --resume to go on, or choose another --out")
 
 
-PLAN = ("stage", "steps", "batch", "seed", "frames")  # options that a run keeps when it goes on
+PLAN = (
+    "stage",
+    "steps",
+    "batch",
+    "seed",
+    "frames",
+    "shared_noise",
+)  # options that a run keeps when it goes on
 
 
 def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
@@ -48,9 +55,15 @@ def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
             f"nothing to resume: no checkpoint in {args.out}; start without --resume, or point --out at a run"
         )
     if found and (other := {k: v for k, v in found.record["plan"].items() if v != getattr(args, k)}):
-        wanted = " ".join(f"--{name} {value}" for name, value in other.items())
+        wanted = " ".join(_flag(name, value) for name, value in other.items())
         raise ValueError(f"{found.folder} is of a run with {wanted}: resume with the same")
     return found
+
+
+def _flag(name: str, value: object) -> str:
+    """An option as it was given on the command line, or that it was not."""
+    flag = "--" + name.replace("_", "-")
+    return {True: flag, False: f"no {flag}"}[value] if isinstance(value, bool) else f"{flag} {value}"
 
 
 def progress(args: argparse.Namespace, model: DualDiT, **more: object) -> dict:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import flow
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
-from kit.cost import Product, Tokens, floor_seconds, forward_flops, products
+from kit.cost import Product, Tokens, all_products, floor_seconds, forward_flops
+from kit.parallel import matmul_rate
 from kit.peer import diffusers_twin
-from kit.timing import Figure, added_bytes, figure, interleaved, matmul_rate, random_model, ratio
+from kit.timing import Figure, added_bytes, figure, interleaved, random_model, ratio
 from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
@@ -81,7 +82,7 @@ class Setting(NamedTuple):
 
     def fitting(self, dtype: torch.dtype, forwards: float, budget: float) -> Shape:
         """The largest shape of which a round of so many forward calls takes a sixth of the budget."""
-        rate = matmul_rate(dtype, width=self.config.width)
+        rate = matmul_rate(torch.device("cpu"), dtype)
         for shape in self.shapes:
             flops = forwards * sum(forward_flops(self.config, shape.tokens()).values())
             if flops / rate < budget * self.share / 6:
@@ -166,7 +167,7 @@ def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
 
 def compared(key: str, dtype: torch.dtype, shape: Shape, times: dict[str, list[float]]) -> list[Row]:
     """diffusers' time over ours."""
-    what = f"diffusers / ours, {str(dtype)[6:]}, {shape}; ours {figure(times['ours']).median:.3g} s"
+    what = f"diffusers / ours, {NAMES[dtype]}, {shape}; ours {figure(times['ours']).median:.3g} s"
     return [Row(key, what, ratio(times["peer"], times["ours"]))]
 
 
@@ -209,7 +210,7 @@ def limits(setting: Setting, dtype: torch.dtype) -> list[Row]:
     """A forward against its matrix products alone, and the price of motion tokens."""
     shape = setting.fitting(dtype, 3, LIMITS)
     without, beside = shape.tokens(), shape.tokens(motion=True)
-    counted, both = products(setting.config, without), sides(setting.config, dtype)
+    counted, both = all_products(setting.config, without), sides(setting.config, dtype)
     calls = {"ours": both.calls(shape)["ours"], "joint": both.joint(shape)}
     times = setting.rounds(calls | {str(product): plain(product, dtype) for product in counted}, LIMITS)
     rounds = range(len(times["ours"]))

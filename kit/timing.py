@@ -68,13 +68,6 @@ def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times[repeats > 1 :])
 
 
-def matmul_rate(dtype: torch.dtype, rows: int = 64, width: int = 1536) -> float:
-    """FLOP/s of this CPU in a layer of this width, on few rows: quick also where a dtype has no units."""
-    x, weight = (torch.ones(n, width, dtype=dtype) for n in (rows, width))
-    times = interleaved({"product": lambda: x @ weight.mT}, budget=0.5)["product"]
-    return 2 * rows * width**2 / statistics.median(times)
-
-
 def peak_gib(device: str) -> float:
     """Most memory used so far: of the GPU, or of this process."""
     if device == "cuda":

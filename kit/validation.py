@@ -14,6 +14,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Draw, Role, Task
 from kit import data, parallel, puppet, render
+from kit.backbone import PUPPET_DEFAULTS
 from kit.parallel import World, local
 from kit.sources import Source
 from motion_tokens import decode_smpl
@@ -21,7 +22,6 @@ from motion_tokens import decode_smpl
 SAMPLES = 16
 TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels, a quarter of the samples at each
 TASKS = {1: (Task.MOTION_ONLY,), 2: (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION)}  # of a stage
-SAMPLING = {"steps": 12, "guidance_text": 1.5, "guidance_condition": 1.5, "shift": data.SHIFT}
 PICTURE = 160  # height of a skeleton, pixels
 
 
@@ -156,7 +156,7 @@ def picture(
         given = ((one.video, one.noise_video, task.video), (one.motion, one.noise_motion, task.motion))
         inputs = [{Role.NOISY: noise, Role.CLEAN: x, Role.ABSENT: None}[role] for x, noise, role in given]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
-            made = flow.sample(model, *inputs, one.text, one.null_text, task, **SAMPLING)
+            made = flow.sample(model, *inputs, one.text, one.null_text, task, **PUPPET_DEFAULTS._asdict())
         # a condition comes back as it went in: it is in the first rows
         video, motion = (
             x if role is Role.NOISY else None for x, (*_, role) in zip(made[:2], given, strict=True)

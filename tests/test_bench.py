@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dual_dit import PRESETS
-from kit import cost, growth, puppet_speed, speed, timing
+from kit import cost, growth, plan, puppet_speed, speed, timing
 
 TINY = speed.Setting(
     dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2, width=96, heads=2, ffn=160, text_dim=32),
@@ -68,7 +68,7 @@ def test_shapes_keep_the_proportion_of_81_frames_of_480x832():
 
 def test_floor_of_one_block_by_hand():
     config = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=1)
-    counted = cost.products(config, cost.Tokens(video=100, motion=0, text=7))
+    counted = cost.all_products(config, cost.Tokens(video=100, motion=0, text=7))
     d, rate, attention_rate = 1536.0, 2e9, 5e8
     block = 6 * 100 * d * d + 2 * 7 * d * d + 2 * 100 * d * 8960  # projections of tokens and text, FFN
     ends = 2 * 100 * 64 * d + 7 * 4096 * d + 7 * d * d + 256 * d + d * d + 6 * d * d
@@ -78,11 +78,21 @@ def test_floor_of_one_block_by_hand():
     assert cost.floor_seconds(counted, rates) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("tokens", [(48, 0, 7), (48, 255, 7), (0, 255, 7)])
-def test_products_are_all_that_is_counted(tokens):
-    counted = cost.products(TINY.config, cost.Tokens(*tokens))
-    flops = sum(count * product.flops for product, count in counted.items())
-    assert flops == sum(cost.forward_flops(TINY.config, cost.Tokens(*tokens)).values())
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(("gpus", "node", "shards"), ((4, 8, 4), (16, 8, 8), (16, 1, 16)))
+def test_plan_shards_as_training_does(gpus, node, shards, capsys):
+    # kit.parallel shards over the ranks of a node, and over all where nodes have one rank each
+    args = argparse.Namespace(
+        preset="puppet", gpus=gpus, node=node, batch=2 * gpus, frames=5, size=None, steps=10,
+        peak_tflops=312.0, mfu=0.4, check=False,
+    )  # fmt: skip
+    found = plan.plan(args)["gib"]
+    for checkpointing in (False, True):
+        counted = cost.training_memory(PRESETS["puppet"], (2, 8, 8), 2, shards, checkpointing)
+        assert found[str(checkpointing)] == pytest.approx(sum(counted) / 2**30)
+    assert f"sharded over {shards};" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the runs

@@ -16,26 +16,33 @@ GRID, TEXT = (3, 4, 6), 7
 FRAMES = 4 * (GRID[0] - 1) + 1
 
 
-def call(model: DualDiT, batch: int, motion: bool = True):
-    t = torch.rand(batch)
+def call(model: DualDiT, batch: int, video: bool = True, motion: bool = True):
+    t, text = torch.rand(batch), torch.randn(batch, TEXT, model.config.text_dim)
+    seen = (torch.randn(batch, model.config.channels, *GRID), t) if video else (None, None)
     moving = (torch.randn(batch, FRAMES, 235), t) if motion else (None, None)
-    video, text = (
-        torch.randn(batch, model.config.channels, *GRID),
-        torch.randn(batch, TEXT, model.config.text_dim),
-    )
-    return model(video, moving[0], t, moving[1], text, Task.JOINT)
+    return model(seen[0], moving[0], seen[1], moving[1], text, Task.JOINT)
 
 
-@pytest.mark.parametrize("motion", (True, False))
-def test_flops_are_torchs_own_count(motion):
+@pytest.mark.parametrize(("video", "motion"), ((True, True), (True, False), (False, True)))
+def test_flops_are_torchs_own_count(video, motion):
     model = DualDiT(SMALL)
     # torch's counter knows matrix products; this backend is made of them
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        call(model, 2, motion)
-    tokens = cost.Tokens(GRID[0] * 2 * 3, 51 * FRAMES * motion, TEXT)
+        call(model, 2, video, motion)
+    tokens = cost.Tokens(GRID[0] * 2 * 3 * video, 51 * FRAMES * motion, TEXT)
     counted = 2 * sum(cost.forward_flops(SMALL, tokens).values())
     hint = 2 * 2 * 2 * SMALL.width**2  # the task hint's MLP, left out as too small to show
     assert counter.get_total_flops() == pytest.approx(counted + hint, rel=1e-3)
+
+
+def test_parts_are_what_their_names_say():
+    # catches products that are counted, but as another part
+    n, d, tokens = 48 + 255, SMALL.width, cost.Tokens(48, 255, TEXT)
+    parts = cost.forward_flops(SMALL, tokens)
+    assert parts["projections"] == 2 * 2 * d * d * (6 * n + 4 * TEXT)
+    assert parts["feed-forward"] == 2 * 4 * n * d * SMALL.ffn
+    assert parts["self-attention"] == 2 * 4 * n * n * d
+    assert parts["cross-attention"] == 2 * 4 * n * TEXT * d
 
 
 def test_a_step_is_three_forwards_and_a_recomputation():

@@ -397,6 +397,30 @@ def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("shared", (False, True))
+def test_both_modalities_share_their_noise_level_if_asked_to(
+    verb, tiny_weights, tmp_path, monkeypatch, shared
+):
+    made, batch = [], data.batch
+    monkeypatch.setattr(data, "batch", lambda *a, **k: made.append(batch(*a, **k)) or made[-1])
+    call = (
+        "--init",
+        tiny_weights,
+        "--stage",
+        2,
+        "--steps",
+        1,
+        "--batch",
+        1,
+        *PLAIN,
+        "--out",
+        tmp_path / "run",
+    )
+    assert verb(train, *call, *["--shared-noise"] * shared).code == 0
+    (draw,) = (one.draw for one in made)
+    assert torch.equal(draw.t_video, draw.t_motion) == shared
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
@@ -404,8 +428,9 @@ def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, mon
         (("--resume", "--steps", 2), "of a run with --steps 1: resume with the same"),
         (("--resume", "--stage", 1), "of a run with --stage 2: resume with the same"),
         (("--resume", "auto", "--seed", 1), "of a run with --seed 0: resume with the same"),
+        (("--resume", "--shared-noise"), "of a run with no --shared-noise: resume with the same"),
     ),
-    ids=("started anew", "other steps", "another stage", "other data"),
+    ids=("started anew", "other steps", "another stage", "other data", "other noise"),
 )
 def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, arguments, words):
     before = contents(one_step)
