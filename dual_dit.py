@@ -102,6 +102,7 @@ class Stream(NamedTuple):
     text: Tensor | tuple[Tensor, Tensor]  # (b l d) projected features, or a block's keys and values of them
     cos: Tensor  # (n k/2) the tokens' rotary table
     sin: Tensor
+    wanted: bool = True  # False: the block reads these tokens, but need not say what they become
 
 
 def layer_norm(x: Tensor, eps: float, affine: nn.LayerNorm | None = None) -> Tensor:
@@ -213,13 +214,15 @@ class DualBlock(nn.Module):
 
     def forward(self, video: Stream | None, motion: Stream | None) -> tuple[Tensor | None, Tensor | None]:
         present = [(e, s) for e, s in ((self.video, video), (self.motion, motion)) if s is not None]
-        qkv = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
+        q, k, v = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
+        q = [queries for queries, (_, stream) in zip(q, present, strict=True) if stream.wanted]
         # alone, a stream needs no copy of its queries, keys and values
-        q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in qkv)
-        attended = attend(q, k, v)  # (b n_video+n_motion d)
-        rows = iter(attended.split([stream.x.shape[1] for _, stream in present], dim=1))
-        x_video = self.video.after_attention(video, next(rows)) if video is not None else None
-        x_motion = self.motion.after_attention(motion, next(rows)) if motion is not None else None
+        attended = attend(*(x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (q, k, v)))
+        rows = iter(attended.split([queries.shape[2] for queries in q], dim=1))  # each (b n d)
+        x_video, x_motion = (
+            expert.after_attention(stream, next(rows)) if stream is not None and stream.wanted else None
+            for expert, stream in ((self.video, video), (self.motion, motion))
+        )
         return x_video, x_motion
 
 
@@ -424,19 +427,21 @@ class DualDiT(nn.Module):
 
         video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,)
         in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
-        absent input gives None back.
+        absent input gives None back, and so does one without a time: it is a clean condition, at t = 0.
         """
         self.check(video, motion)
+        if t_video is None and t_motion is None:
+            raise ValueError("t_video or t_motion is needed: a modality without a time is a clean condition")
         first = video if video is not None else motion
         with torch.autocast(first.device.type, enabled=False):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads
 
         def stream(
-            expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor, positions: Tensor
+            expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor | None, positions: Tensor
         ) -> tuple[Stream, Tensor]:
             """What the blocks get of a modality, and the time for its head."""
-            time, blocks_time = expert.embed_time(t)
+            time, blocks_time = expert.embed_time(x.new_zeros(len(x)) if t is None else t)
             words = None if isinstance(text, Prompt) else expert.embed_text(text)
             x = expert.embed(x)
             table = rope_table(positions.to(x.device), head_dim)
@@ -455,6 +460,9 @@ class DualDiT(nn.Module):
             if isinstance(text, Prompt):
                 video_stream = video_stream and video_stream._replace(text=text.video[i])
                 motion_stream = motion_stream and motion_stream._replace(text=text.motion[i])
+            if i == len(self.blocks) - 1:  # a clean condition has been read when this block has read it
+                video_stream = video_stream and video_stream._replace(wanted=t_video is not None)
+                motion_stream = motion_stream and motion_stream._replace(wanted=t_motion is not None)
             if self.checkpointing and torch.is_grad_enabled():
                 x_video, x_motion = recomputed(block, video_stream, motion_stream)
             else:
@@ -462,8 +470,8 @@ class DualDiT(nn.Module):
             video_stream = video_stream and video_stream._replace(x=x_video)
             motion_stream = motion_stream and motion_stream._replace(x=x_motion)
 
-        u_video = video_stream and self.video.predict(video_stream.x, time_video, (t, h, w))
-        u_motion = motion_stream and self.motion.predict(motion_stream.x, time_motion)
+        u_video = None if x_video is None else self.video.predict(x_video, time_video, (t, h, w))
+        u_motion = None if x_motion is None else self.motion.predict(x_motion, time_motion)
         return u_video, u_motion
 
 

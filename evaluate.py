@@ -179,7 +179,7 @@ def generate_all(
         )
         given = {"latents": latents[part], "motion": motion[part], "grid": latents.shape[2:], "seed": start}
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            made, moved = denoise(model, task, text, null_text, shift=data.SHIFT, **given, **sampling)
+            made, moved = denoise(model, task, text, null_text, **given, **sampling)
         parts.append((codec.decode(made), moved))
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
@@ -293,7 +293,7 @@ def main() -> None:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights)
     sampling = {name: getattr(args, name) for name in ("solver", *usual._fields) if name != "shift"}
-    sampling["bf16"] = parallel.faster_in_bf16(torch.device("cpu"))
+    sampling |= {"shift": usual.shift, "bf16": parallel.faster_in_bf16(torch.device("cpu"))}
     result, rows, attention = measure(model, puppet.Codec.from_state(extra), args.clips, **sampling)
     print_table(rows)
     if args.json:

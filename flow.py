@@ -103,7 +103,7 @@ def enter(x0: Tensor, noise: Tensor, t: Tensor, role: Role) -> tuple[Tensor | No
     if role is Role.ABSENT:
         return None, None
     if role is Role.CLEAN:
-        return x0, torch.zeros_like(t)
+        return x0, None  # the network takes it at t = 0, and gives nothing back
     return noised(x0, noise, t), t
 
 
@@ -189,7 +189,7 @@ def guided(
         for x, t, role in zip((video, motion), (t_video, t_motion), roles, strict=True):
             x = None if role is Role.ABSENT else torch.cat([x] * n)
             inputs.append(x)
-            times.append(None if x is None else x.new_full(x.shape[:1], t if role is Role.NOISY else 0.0))
+            times.append(x.new_full(x.shape[:1], t) if role is Role.NOISY else None)
         outputs = model(*inputs, *times, branch.text, branch.task)
         for j, (u, role) in enumerate(zip(outputs, roles, strict=True)):
             if role is Role.NOISY:

@@ -29,6 +29,7 @@ STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 5e-5}
+SHIFT = {"puppet": 1.0, "wan": 3.0}
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
@@ -58,6 +59,8 @@ def options() -> argparse.Namespace:
     add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
     add("--frames", type=int, metavar="N", help="clips of this length throughout, instead of growing ones")
     add("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 5e-5")
+    what = "of noise levels, toward noise (flow.shift_time); default: puppet 1, Wan 3"
+    add("--shift", type=float, help=what)
     add("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
     what = "ablation: one noise level for both modalities"
     add("--shared-noise", action="store_true", help=what)
@@ -75,7 +78,10 @@ def options() -> argparse.Namespace:
     export = verbs.add_parser("export", help=what)
     export.add_argument("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shift is None:
+        args.shift = SHIFT["wan" if args.wan else "puppet"]
+    return args
 
 
 class Step(NamedTuple):
@@ -180,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
             batch = data.batch(
                 sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
                 frames=now.frames, batch=args.batch, samples=range(first, first + micro), device=device,
-                codec=codec, shared_noise=args.shared_noise,
+                codec=codec, shift=args.shift, shared_noise=args.shared_noise,
             )  # fmt: skip
             waited += time.perf_counter() - asked
             with parallel.exchange(wrapped, last=part == args.accumulate - 1):

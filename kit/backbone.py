@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dual_dit import DualDiT
-from kit import data, puppet, wan, weights
+from kit import puppet, wan, weights
 from kit.body import Body
 from kit.geometry import PUPPET, Geometry
 
@@ -29,7 +29,7 @@ class Defaults(NamedTuple):
     lead: float  # of motion ahead of video in joint sampling (flow.clocks)
 
 
-PUPPET_DEFAULTS = Defaults(12, guidance_text=1.5, guidance_condition=1.5, shift=data.SHIFT, lead=0.5)
+PUPPET_DEFAULTS = Defaults(12, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
 
 
 class Backbone(NamedTuple):

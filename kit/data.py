@@ -30,7 +30,6 @@ from kit.preview import preview
 from kit.sources import Read, Source, open_sources  # noqa: F401 (for callers)
 from motion_tokens import motion_statistics
 
-SHIFT = 3.0  # of the timestep, in training and sampling
 DROP_TEXT = 0.1  # share of samples trained without their text
 DROP_BOTH = 0.1  # share of conditional steps trained without condition and text
 BLOCK = 1024  # positions in which every source has exactly its share
@@ -161,13 +160,14 @@ def batch(
     samples: range,
     device: torch.device,
     codec: puppet.Codec | None = None,
+    shift: float = 1.0,
     shared_noise: bool = False,
 ) -> Batch:
     """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
 
-    Each modality has a noise level of its own, or both have the same if `shared_noise`. Stage 2 uses the
-    sources with video; `codec` makes latents of what is not cached. ValueError if no source has video, or one
-    has fewer frames than asked for.
+    Each modality has a noise level of its own, or both have the same if `shared_noise`; `shift` is
+    flow.shift_time's. Stage 2 uses the sources with video; `codec` makes latents of what is not cached.
+    ValueError if no source has video, or one has fewer frames than asked for.
     """
     task, drop_both = draw_task(seed, step, stage)
     sources = [source for source in sources if stage == 1 or source.paired]
@@ -186,7 +186,7 @@ def batch(
     drop = [drop_both or torch.rand(1, generator=g).item() < DROP_TEXT for g in generators]
 
     def noise_level() -> Tensor:
-        return shift_time(torch.cat([torch.rand(1, generator=g) for g in generators]), SHIFT).to(device)
+        return shift_time(torch.cat([torch.rand(1, generator=g) for g in generators]), shift).to(device)
 
     def noise_like(x: Tensor | None) -> Tensor | None:
         return (

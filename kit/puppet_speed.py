@@ -11,6 +11,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import data, parallel, puppet, weights
+from kit.backbone import PUPPET_DEFAULTS
 from kit.geometry import PUPPET
 from kit.muon import Muon
 from kit.speed import Row, Setting
@@ -30,7 +31,7 @@ def naive_sample(
     """In-context guidance from motion to video as its formula says: three calls a step."""
     w1, w2 = TEXT, CONDITION
     still = torch.zeros(len(video))
-    for t, t_next in pairwise(flow.shift_time(torch.linspace(1, 0, steps + 1), data.SHIFT)):
+    for t, t_next in pairwise(flow.shift_time(torch.linspace(1, 0, steps + 1), PUPPET_DEFAULTS.shift)):
         now = t.expand(len(video))
         full = model(video, motion, now, still, text, Task.MOTION_TO_VIDEO)[0]
         no_text = model(video, motion, now, still, null_text, Task.MOTION_TO_VIDEO)[0]
@@ -46,7 +47,8 @@ def guidance(setting: Setting) -> list[Row]:
     noise, motion = torch.randn(1, puppet.LATENT_CHANNELS, 5, 8, 8), torch.randn(1, puppet.FRAMES, MOTION_DIM)
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
     given = noise, motion, text, null_text
-    options = {"guidance_text": TEXT, "guidance_condition": CONDITION, "shift": data.SHIFT, "solver": "euler"}
+    options = {"guidance_text": TEXT, "guidance_condition": CONDITION, "shift": PUPPET_DEFAULTS.shift}
+    options["solver"] = "euler"
     calls = {
         "ours": lambda: flow.sample(model, *given, Task.MOTION_TO_VIDEO, STEPS, **options),
         "peer": lambda: naive_sample(model, *given, STEPS),

@@ -21,6 +21,8 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     for name in ("steps", "save_every", "keep", "accumulate"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
+    if args.shift <= 0:
+        raise ValueError(f"--shift is more than 0, got {args.shift:g}")
     if args.validate_every < 0:
         raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
     if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
@@ -34,14 +36,8 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         raise ValueError(f"{args.out} has checkpoints: add --resume to go on, or choose another --out")
 
 
-PLAN = (
-    "stage",
-    "steps",
-    "batch",
-    "seed",
-    "frames",
-    "shared_noise",
-)  # options that a run keeps when it goes on
+# options that a run keeps when it goes on
+PLAN = ("stage", "steps", "batch", "seed", "frames", "shared_noise", "shift")
 
 
 def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:

@@ -85,7 +85,7 @@ def test_the_puppets_stream_stays_what_it_was(batch, tiny_weights):
         "video": video, "motion": motion, "t_video": torch.cat(t_video), "t_motion": torch.cat(t_motion),
         "noise_video": torch.stack(noise_video), "noise_motion": torch.stack(noise_motion),
     }  # fmt: skip
-    found = tensors(batch(step=3, samples=range(1, 3)))
+    found = tensors(batch(step=3, samples=range(1, 3), shift=3.0))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=0, rtol=0, msg=name)
 
@@ -166,12 +166,13 @@ def test_dropped_text_is_the_empty_caption_and_kept_text_the_clips(batch, monkey
 
 def test_times_are_shifted_and_each_modality_has_its_own(batch):
     # the median of s·t / (1 + (s-1)·t) for uniform t and s = 3 is 0.75, unshifted 0.5
-    draw = batch(stage=1, samples=range(200)).draw
+    draw = batch(stage=1, samples=range(200), shift=3.0).draw
     assert 0.66 < draw.t_motion.median() < 0.83
     assert 0 <= draw.t_motion.min() < 0.2 and 0.95 < draw.t_motion.max() <= 1
     # each modality has its own, unless they are to share it
     assert torch.corrcoef(torch.stack(draw[2:]))[0, 1].abs() < 0.2
-    shared = batch(stage=1, samples=range(200), shared_noise=True).draw
+    assert 0.41 < batch(stage=1, samples=range(200)).draw.t_motion.median() < 0.59
+    shared = batch(stage=1, samples=range(200), shift=3.0, shared_noise=True).draw
     assert torch.equal(shared.t_video, shared.t_motion) and torch.equal(shared.t_video, draw.t_video)
 
 

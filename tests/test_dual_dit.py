@@ -257,6 +257,30 @@ def test_every_input_reaches_both_outputs(model, changed):
         assert ((u - v).flatten(1).abs().amax(dim=1) > 1e-3).all()  # in every sample
 
 
+@pytest.mark.parametrize("condition", ["video", "motion"])
+def test_without_a_time_a_modality_is_clean_and_only_read(model, condition):
+    # catches a condition that is not read in the last block, or whose tokens are at another time than 0
+    asked = {"video": "motion", "motion": "video"}[condition]
+    call = inputs() | {f"t_{condition}": torch.zeros(3)}
+    full = dict(zip(("video", "motion"), model(**call), strict=True))
+    given = dict(zip(("video", "motion"), model(**call | {f"t_{condition}": None}), strict=True))
+    assert given[condition] is None
+    torch.testing.assert_close(given[asked], full[asked])
+    gradients = []
+    for u in (full, given):
+        model.zero_grad()
+        u[asked].square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        without = gradients[1].get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(without, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_without_any_time_there_is_nothing_to_denoise(model):
+    with pytest.raises(ValueError, match="t_video or t_motion is needed"):
+        model(**inputs() | {"t_video": None, "t_motion": None})
+
+
 @torch.no_grad()
 def test_each_stream_attends_to_both(model):
     streams = [

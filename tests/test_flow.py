@@ -58,14 +58,16 @@ class Spy:
                 Task(row_task),
                 None if video is None else video[i],
                 None if motion is None else motion[i],
-                None if t_video is None else t_video[i].item(),
-                None if t_motion is None else t_motion[i].item(),
+                *(
+                    None if x is None else 0.0 if t is None else t[i].item()
+                    for x, t in ((video, t_video), (motion, t_motion))
+                ),
                 text[i].mean().item(),
             )
             self.rows.append(row)
             answers.append(answer(*row))
-        parts = zip(*answers, strict=True)
-        return tuple(None if part[0] is None else torch.stack(part) for part in parts)
+        parts = zip(zip(*answers, strict=True), (t_video, t_motion), strict=True)
+        return tuple(None if t is None else torch.stack(part) for part, t in parts)
 
     def terms(self) -> list[tuple]:
         """The rows without their tensors: (task, video there?, motion there?, t_video, t_motion, text)."""
