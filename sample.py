@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 import flow
-from dual_dit import DualDiT
-from flow import Role, Task
+from flow import Task
 from kit import backbone, cli, data, puppet, results
 from kit.backbone import Backbone, Defaults
 from kit.body import Body
 from kit.conditions import read_motion, read_video
 from kit.files import write_record
+from kit.generate import denoise
 from kit.geometry import geometry
 from kit.results import Job
-from motion_tokens import MOTION_DIM
 
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
@@ -64,39 +63,6 @@ def options() -> argparse.Namespace:
     add("--mesh", choices=("npz", "obj"), help="also write the body's mesh: vertices, or a folder of frames")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
-
-
-def denoise(
-    model: DualDiT,
-    task: Task,
-    text: Tensor,
-    null_text: Tensor,
-    seed: int,
-    grid: tuple[int, int, int],
-    latents: Tensor | None = None,
-    motion: Tensor | None = None,
-    **sampling,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sample a batch of one task -> latents (b c t h w) and motion (b f 235), not normalised.
-
-    text (b l text_dim), grid (t h w) of the latents; `latents` or `motion` is the condition, in the same
-    units. It comes back as it was given, an absent modality as None. `sampling` goes to flow.sample.
-    """
-    b, device = len(text), model.motion_mean.device
-    frames = 4 * (grid[0] - 1) + 1
-    generator = data.rng("sample", seed)  # on the CPU, so that a seed means the same on every device
-    x_video = torch.randn((b, model.config.channels, *grid), generator=generator).to(device)
-    x_motion = torch.randn((b, frames, MOTION_DIM), generator=generator).to(device)
-    if task.video is Role.CLEAN:
-        x_video = latents.to(device)
-    if task.motion is Role.CLEAN:
-        x_motion = (motion.to(device) - model.motion_mean) / model.motion_std
-    x_video = None if task.video is Role.ABSENT else x_video
-    x_motion = None if task.motion is Role.ABSENT else x_motion
-    result = flow.sample(model, x_video, x_motion, text.to(device), null_text.to(device), task, **sampling)
-    if task.motion is Role.NOISY:
-        motion = result.motion * model.motion_std + model.motion_mean
-    return result.video, motion if task.motion is not Role.ABSENT else None
 
 
 # ---------------------------------------------------------------- conditions
