@@ -87,7 +87,7 @@ def bench_wan(args: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     verbs = parser.add_subparsers(dest="what", metavar="growth, wan, plan, ranks, stall")
@@ -118,7 +118,11 @@ def main() -> None:
     counted.add_argument("--peak-tflops", type=float, default=plan.A100 / 1e12, help=what)
     counted.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
     counted.add_argument("--check", action="store_true", help="measure small runs beside the counted memory")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     called = {None: bench_all, "growth": growth.growth, "wan": bench_wan, "plan": plan.plan}
     called |= {"ranks": bench_train.ranks, "stall": bench_train.stall}
     result = called[args.what](args)

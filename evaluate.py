@@ -1,6 +1,7 @@
 """The measures: how good are trained weights on puppet clips they have never seen?
 
     python evaluate.py [--weights FILE] [--clips 64] [--json FILE] [--attention FILE.png]
+    python evaluate.py ablate [--steps 5000] [--seeds 3] [--runs DIR]       the paper's claims at small scale
 
 Each measure stands beside its baseline (what knowing nothing gives) and its ceiling (what the codec, or
 real motion, gives).
@@ -16,7 +17,7 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import cli, data, parallel, puppet, render, weights
+from kit import ablation, cli, data, parallel, puppet, render, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.generate import CHUNK, generate_all
@@ -39,7 +40,9 @@ from kit.measures import (
 )  # fmt: skip
 from motion_tokens import decode_smpl
 from sample import SHIPPED
+from train import STAGE_1_SHARE
 
+ABLATION = SHIPPED.with_name("ablation.json")
 BANK_CLIPS = 2048  # real clips that stand for "the data": mean motion, nearest neighbours
 
 
@@ -134,25 +137,46 @@ def print_table(rows: list[tuple]) -> None:
         print(f"{name:33}{value:>9.3g}{low:>10} {baseline_name:16}{ceiling:>9.3g} {ceiling_name}")
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=SHIPPED, metavar="FILE")
-    parser.add_argument("--clips", type=int, default=64, help="held-out clips (default %(default)s)")
+    add = parser.add_argument
+    add("--weights", type=Path, default=SHIPPED, metavar="FILE")
+    add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
     usual = PUPPET_DEFAULTS
-    parser.add_argument("--steps", type=int, default=usual.steps, help="solver steps (default %(default)s)")
-    parser.add_argument("--solver", choices=flow.SOLVERS, default="ab2")
-    parser.add_argument("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
-    parser.add_argument("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
+    add("--steps", type=int, default=usual.steps, help="solver steps (default %(default)s)")
+    add("--solver", choices=flow.SOLVERS, default="ab2")
+    add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
+    add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
     what = "of motion in joint sampling (default %(default)s)"
-    parser.add_argument("--lead", type=float, default=usual.lead, metavar="SHARE", help=what)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
-    args = parser.parse_args()
+    add("--lead", type=float, default=usual.lead, metavar="SHARE", help=what)
+    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    add("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
+    verbs = parser.add_subparsers(dest="verb", metavar="ablate")
+    what = "train networks that differ in one thing, and measure them alike"
+    add = verbs.add_parser("ablate", help=what, description=what).add_argument
+    add("--steps", type=int, default=5000, metavar="N", help="of training (default %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="clips a step (default %(default)s)")
+    add("--frames", type=int, default=puppet.FRAMES, metavar="N", help="of a clip (default %(default)s)")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
+    add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains")
+    what = "trained networks, and where to put them (default %(default)s)"
+    add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help=what)
+    add("--out", type=Path, default=ABLATION, metavar="FILE", help="default: assets/ablation.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
+    if args.verb == "ablate":
+        plan = ablation.Plan(args.steps, args.batch, args.frames, STAGE_1_SHARE, args.device)
+        ablation.print_table(ablation.ablate(plan, range(args.seeds), args.clips, args.runs, args.out))
+        return
     model, extra = weights.load_weights(args.weights)
-    sampling = {name: getattr(args, name) for name in ("solver", *usual._fields) if name != "shift"}
-    sampling |= {"shift": usual.shift, "bf16": parallel.faster_in_bf16(torch.device("cpu"))}
+    sampling = {name: getattr(args, name) for name in ("solver", *PUPPET_DEFAULTS._fields) if name != "shift"}
+    sampling |= {"shift": PUPPET_DEFAULTS.shift, "bf16": parallel.faster_in_bf16(torch.device("cpu"))}
     result, rows, attention = measure(model, puppet.Codec.from_state(extra), args.clips, **sampling)
     print_table(rows)
     if args.json:

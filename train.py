@@ -64,6 +64,8 @@ def options() -> argparse.Namespace:
     add("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
     what = "ablation: one noise level for both modalities"
     add("--shared-noise", action="store_true", help=what)
+    what = "ablation: video tuning, stage 2 without any motion"
+    add("--video-only", action="store_true", help=what)
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -187,6 +189,7 @@ def train(args: argparse.Namespace) -> None:
                 sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
                 frames=now.frames, batch=args.batch, samples=range(first, first + micro), device=device,
                 codec=codec, shift=args.shift, shared_noise=args.shared_noise,
+                video_only=args.video_only,
             )  # fmt: skip
             waited += time.perf_counter() - asked
             with parallel.exchange(wrapped, last=part == args.accumulate - 1):

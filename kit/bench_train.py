@@ -160,4 +160,4 @@ def _save_now(writer: checkpoints.Writer, record: dict, state: dict[str, Tensor]
     dcp.save(state, checkpoint_id=temporary, no_dist=True)
     written = Future()
     written.set_result(None)
-    writer._finish(written, temporary, record)
+    writer.finish(written, temporary, record)

@@ -152,7 +152,7 @@ class Writer:
         written = dcp.async_save(
             state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None
         )
-        self.pending = self.thread.submit(self._finish, written, temporary, record)
+        self.pending = self.thread.submit(self.finish, written, temporary, record)
 
     def failed(self) -> bool:
         """Whether a checkpoint could not be written; wait() says why."""
@@ -164,7 +164,7 @@ class Writer:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def _finish(self, written: Future, temporary: Path, record: dict) -> None:
+    def finish(self, written: Future, temporary: Path, record: dict) -> None:
         """What remains once the slices are being written, in the writing thread."""
         rank = self.world.rank
 

@@ -162,14 +162,16 @@ def batch(
     codec: puppet.Codec | None = None,
     shift: float = 1.0,
     shared_noise: bool = False,
+    video_only: bool = False,
 ) -> Batch:
     """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
 
     Each modality has a noise level of its own, or both have the same if `shared_noise`; `shift` is
     flow.shift_time's. Stage 2 uses the sources with video; `codec` makes latents of what is not cached.
+    `video_only` takes the task VIDEO_ONLY instead of the step's.
     ValueError if no source has video, or one has fewer frames than asked for.
     """
-    task, drop_both = draw_task(seed, step, stage)
+    task, drop_both = (Task.VIDEO_ONLY, False) if video_only else draw_task(seed, step, stage)
     sources = [source for source in sources if stage == 1 or source.paired]
     if not sources:
         raise ValueError("stage 2 needs video, and no data set has any: add paired clips, or train stage 1")

@@ -48,8 +48,11 @@ def denoise(
 
 def generate_all(
     model, codec, clips: puppet.Clips, task: Task, video: Tensor, motion: Tensor, bf16: bool, **sampling
-) -> tuple[Tensor, Tensor]:
-    """Samples conditioned on these clips, some at a time -> video (n 3 f h w), motion (n f 235)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Samples, some at a time, of these clips' captions, given their video or motion if the task is.
+
+    -> video (n 3 f h w), motion (n f 235) or None.
+    """
     latents, parts = codec.encode(video), []
     for start in tqdm(range(0, len(video), CHUNK), desc=task.name.lower()):
         part = slice(start, start + CHUNK)
@@ -60,4 +63,4 @@ def generate_all(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             made, moved = denoise(model, task, text, null_text, **given, **sampling)
         parts.append((codec.decode(made), moved))
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))

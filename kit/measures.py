@@ -15,11 +15,10 @@ OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
 ATTENTION_TIME = 0.5  # noise level of the motion whose attention is measured
 
 
-def held_out(count: int, stream: str = "held out") -> puppet.Clips:
+def held_out(count: int, stream: str = "held out", frames: int = puppet.FRAMES) -> puppet.Clips:
     """Clips from a stream of seeds that training never draws from."""
-    return puppet.clips(
-        [int(torch.randint(2**62, (1,), generator=data.rng(stream, i))) for i in range(count)]
-    )
+    seeds = [int(torch.randint(2**62, (1,), generator=data.rng(stream, i))) for i in range(count)]
+    return puppet.clips(seeds, frames)
 
 
 # ---------------------------------------------------------------- measures of motion

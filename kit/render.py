@@ -29,6 +29,7 @@ from kit.files import whole_file
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
 SUPERSAMPLING = 4
+FACE = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 TILE_HEIGHT = 160  # pixels of one frame on a contact sheet
 ENCODERS = {
     "libx264": {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"},
@@ -218,8 +219,7 @@ def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str
         raise ValueError(f"{len(rows)} rows, {len(titles)} titles, {columns} columns; expected a title a row")
     for row in rows:
         _check_frames(row, "row")
-    face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    large, small = ImageFont.truetype(face, 16), ImageFont.truetype(face, 12)
+    large, small = ImageFont.truetype(FACE, 16), ImageFont.truetype(FACE, 12)
     margin, strip, line = 8, 18, 22  # pixels: between tiles, under a tile, of one line of title
     tile = max(round(TILE_HEIGHT * row.shape[2] / row.shape[1]) for row in rows)
     width = margin + columns * (tile + margin)
@@ -267,7 +267,7 @@ def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title
     layers, frames, latents = attention.shape
     columns = min(layers, 6)
     rows = math.ceil(layers / columns)
-    figure = _figure(2.3 * columns + 1.2, 2.0 * rows + 0.7)
+    figure = blank_figure(2.3 * columns + 1.2, 2.0 * rows + 0.7)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     maps = rearrange(attention.float().cpu().numpy(), "l f t -> l t f")
     for layer, panel in enumerate(panels.flat):
@@ -285,7 +285,7 @@ def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title
     figure.supxlabel("motion frame f", fontsize=8)
     figure.supylabel("latent frame t", fontsize=8)
     figure.colorbar(heat, ax=panels, fraction=0.06 / columns, pad=0.02).ax.tick_params(labelsize=7)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -307,7 +307,7 @@ def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
             raise ValueError(f"{metrics_path} line {number}: expected step, stage, task and loss") from error
     if not stages:
         raise ValueError(f"{metrics_path} holds no loss yet; expected at least one training step")
-    figure = _figure(5.5 * len(stages), 3.6)
+    figure = blank_figure(5.5 * len(stages), 3.6)
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for panel, (stage, tasks) in zip(panels, sorted(stages.items()), strict=True):
         for index, (task, losses) in enumerate(sorted(tasks.items())):
@@ -321,7 +321,7 @@ def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
         panel.minorticks_off()
         panel.grid(color="0.92")
         panel.legend(frameon=False)
-    _save_figure(figure, png_path)
+    save_figure(figure, png_path)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -335,11 +335,11 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return averages
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
     """An empty figure, inches, that belongs to no pyplot state."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
-def _save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it

@@ -23,6 +23,8 @@ def check(args: argparse.Namespace, ranks: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
     if args.shift <= 0:
         raise ValueError(f"--shift is more than 0, got {args.shift:g}")
+    if args.video_only and args.stage != "2":
+        raise ValueError("--video-only trains no motion expert: add --stage 2, or leave --video-only out")
     if args.validate_every < 0:
         raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
     if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
@@ -37,7 +39,7 @@ def check(args: argparse.Namespace, ranks: int) -> None:
 
 
 # options that a run keeps when it goes on
-PLAN = ("stage", "steps", "batch", "seed", "frames", "shared_noise", "shift")
+PLAN = ("stage", "steps", "batch", "seed", "frames", "shared_noise", "video_only", "shift")
 
 
 def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:

@@ -380,6 +380,8 @@ MISUSE = {
     "uneven microbatches": (("--batch", 5, "--accumulate", 2), "3 ranks x 2 microbatches; the nearest is 6"),
     "validation backwards": (("--validate-every", -1), "--validate-every"),
     "6 frames": (("--frames", 6), "4n\\+1, got 6; the nearest is 5"),
+    "no shift": (("--shift", 0), "--shift is more than 0, got 0"),
+    "no video to tune": (("--video-only",), "add --stage 2, or leave --video-only out"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "uneven ranks": (("--batch", 4), "multiple of 3 ranks; the nearest is 3"),
 }
@@ -397,28 +399,39 @@ def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("shared", (False, True))
-def test_both_modalities_share_their_noise_level_if_asked_to(
-    verb, tiny_weights, tmp_path, monkeypatch, shared
-):
+@pytest.mark.parametrize(
+    ("flags", "shared", "tasks"),
+    (
+        ((), False, {"JOINT", "MOTION_TO_VIDEO", "VIDEO_TO_MOTION", "VIDEO_ONLY", "MOTION_ONLY"}),
+        (
+            ("--shared-noise",),
+            True,
+            {"JOINT", "MOTION_TO_VIDEO", "VIDEO_TO_MOTION", "VIDEO_ONLY", "MOTION_ONLY"},
+        ),
+        (("--video-only",), False, {"VIDEO_ONLY"}),
+    ),
+    ids=("as it is", "one noise level", "video tuning"),
+)
+def test_ablations_reach_the_batch(verb, tiny_weights, tmp_path, monkeypatch, flags, shared, tasks):
     made, batch = [], data.batch
     monkeypatch.setattr(data, "batch", lambda *a, **k: made.append(batch(*a, **k)) or made[-1])
-    call = (
-        "--init",
-        tiny_weights,
-        "--stage",
-        2,
-        "--steps",
-        1,
-        "--batch",
-        1,
-        *PLAIN,
-        "--out",
-        tmp_path / "run",
-    )
-    assert verb(train, *call, *["--shared-noise"] * shared).code == 0
-    (draw,) = (one.draw for one in made)
-    assert torch.equal(draw.t_video, draw.t_motion) == shared
+    call = ("--init", tiny_weights, "--stage", 2, "--steps", 4, "--frames", 5, "--batch", 1, "--shift", 2)
+    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run", *flags).code == 0
+    assert len(made) == 4 and {one.task.name for one in made} <= tasks
+    for one in made:
+        assert torch.equal(one.draw.t_video, one.draw.t_motion) == shared
+    # the same clips and noise, whatever is ablated: the first draws of the step's generators
+    expected = data.rng("noise", 0, 2, 0, 0)
+    torch.rand(1, generator=expected)
+    assert torch.equal(made[0].draw.noise_video[0], torch.randn(made[0].video.shape[1:], generator=expected))
+
+
+def test_video_tuning_leaves_the_motion_expert_alone(verb, tiny_weights, tmp_path):
+    call = ("--init", tiny_weights, "--stage", 2, "--video-only", "--steps", 2, "--frames", 5, "--batch", 1)
+    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run").code == 0
+    before, after = (load_file(path) for path in (tiny_weights, tmp_path / "run" / "weights.safetensors"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("motion" in name.split(".") for name in changed)
 
 
 @pytest.mark.parametrize(

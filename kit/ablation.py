@@ -1,0 +1,219 @@
+"""Ablations: networks that differ in one thing, trained on the same clips and measured alike.
+
+Each is `train.py` with one more option, as a process of its own, in RUNS/VARIANT-SEED. A run that is already
+there goes on where it was, or is taken as it is.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dual_dit import PRESETS, DualDiT
+from flow import Task
+from kit import cost, data, measures, puppet, weights
+from kit.backbone import PUPPET_DEFAULTS
+from kit.files import whole_file
+from kit.generate import generate_all
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+REAL_CLIPS = 1024  # among which the nearest silhouette of a generated video is looked for
+GUIDANCE = (1.0, 1.5, 3.0)  # of ω1 and of ω2; ω2 = 1 is guidance by text alone
+
+
+class Variant(NamedTuple):
+    flags: tuple[str, ...]  # of train.py
+    motion: bool = True  # whether it has learned of any
+
+
+VARIANTS = {
+    "echomotion": Variant(()),
+    "unsynced": Variant(("--unsynced",)),
+    "shared noise": Variant(("--shared-noise",)),
+    "stage 2 alone": Variant(("--stage", "2")),
+    "video tuning": Variant(("--stage", "2", "--video-only"), motion=False),
+}
+
+
+class Plan(NamedTuple):
+    """What all runs share."""
+
+    steps: int  # of echomotion, both stages
+    batch: int
+    frames: int
+    stage_1_share: float  # of these steps
+    device: str
+
+
+# ---------------------------------------------------------------- training
+
+
+def steps_of(name: str, plan: Plan) -> int:
+    """Steps of a variant: as many clips in pairs for video tuning, as many FLOPs for stage 2 alone."""
+    first = round(plan.steps * plan.stage_1_share)
+    if name == "video tuning":
+        return plan.steps - first
+    if name == "stage 2 alone":
+        config = PRESETS["puppet"]
+        both = cost.tokens_of(config, plan.frames, (puppet.SIZE, puppet.SIZE), 8, puppet.TEXT_LEN)
+        alone, pair = (cost.step_flops(config, tokens, False) for tokens in (both._replace(video=0), both))
+        return plan.steps - first + round(first * alone / pair)
+    return plan.steps
+
+
+def trained(name: str, seed: int, plan: Plan, runs: Path) -> Path:
+    """The weights of a variant, trained now unless they are there; ValueError if they are of another plan."""
+    out = runs / f"{name.replace(' ', '-')}-{seed}"
+    options = {"steps": steps_of(name, plan), "batch": plan.batch, "frames": plan.frames, "seed": seed}
+    if (out / "run.json").is_file():
+        found = json.loads((out / "run.json").read_text())["options"]
+        if other := {key: found[key] for key, value in options.items() if found[key] != value}:
+            raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
+    if not (out / "weights.safetensors").is_file():
+        flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        flags += ["--validate-every", "0", "--resume", "auto", "--keep", "1", "--device", plan.device]
+        print(f"{name}, seed {seed}", flush=True)
+        command = [sys.executable, str(TRAIN), *VARIANTS[name].flags, *flags, "--out", str(out)]
+        if subprocess.run(command).returncode:
+            raise ValueError(f"training stopped: {' '.join(command)}")
+    return out / "weights.safetensors"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class HeldOut(NamedTuple):
+    """Real clips that every variant is measured on."""
+
+    clips: puppet.Clips
+    motion: Tensor  # (b f 235)
+    video: Tensor  # (b 3 f h w)
+    bank: puppet.Clips  # other real clips
+    shapes: Tensor  # (n f h w) their silhouettes
+
+
+def held_out(count: int, frames: int) -> HeldOut:
+    clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
+    video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
+    return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others))
+
+
+def of_video(video: Tensor, real: HeldOut) -> dict[str, float]:
+    """What a video shows by itself: how near its silhouettes come to a real clip's, steadiness, sharpness."""
+    shape, others = (x.flatten(1).float() for x in (puppet.silhouette(video), real.shapes))
+    common = shape @ others.mT
+    nearest = common / (shape.sum(1, keepdim=True) + others.sum(1) - common).clamp_min(1)
+    return {
+        "video_nearest_iou": nearest.amax(dim=1).mean().item(),
+        "video_jerk_ratio": unsteadiness(video) / unsteadiness(real.video),
+        "video_sharpness": sharpness(video) / sharpness(real.video),
+    }
+
+
+def unsteadiness(video: Tensor) -> float:
+    """Mean size of the third difference of pixels over frames: flicker, and limbs that jump."""
+    return video.diff(n=3, dim=2).abs().mean().item()
+
+
+def sharpness(video: Tensor) -> float:
+    """Mean difference of neighbouring pixels: the proxy for aesthetics, as far as a puppet has any."""
+    return (video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean()).item()
+
+
+def scores(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> dict[str, float]:
+    """The measures of one network, by name; one without motion has those of its videos only."""
+    given = (real.video, real.motion, False)
+    sampling = PUPPET_DEFAULTS._asdict()
+    if not motion:
+        video, _ = generate_all(model, codec, real.clips, Task.VIDEO_ONLY, *given, **sampling)
+        return of_video(video, real)
+    video, moved = generate_all(model, codec, real.clips, Task.JOINT, *given, **sampling)
+    m2v, _ = generate_all(model, codec, real.clips, Task.MOTION_TO_VIDEO, *given, **sampling)
+    _, v2m = generate_all(model, codec, real.clips, Task.VIDEO_TO_MOTION, *given, **sampling)
+    offsets = measures.iou_by_offset(
+        puppet.silhouette(video), measures.silhouettes_of_motion(moved, real.clips.shirt)
+    )
+    joints, read = (measures.decode_smpl(x)["joints"] for x in (moved, v2m))
+    noise = torch.randn(real.motion.shape, generator=data.rng("attention"))
+    maps = measures.attention_map(
+        model,
+        codec.encode(real.video),
+        (real.motion - model.motion_mean) / model.motion_std,
+        puppet.encode_text(real.clips.caption),
+        noise,
+    )
+    shape = puppet.silhouette(real.video)
+    return {
+        "attention_41_share_best": measures.attention_share(maps).max().item(),
+        "joint_sync_peak_rate": measures.peak_rate(offsets),
+        "joint_iou": offsets[:, measures.OFFSETS.index(0)].mean().item(),
+        "v2m_mpjpe_mm": measures.mpjpe(read, real.clips.joints).mean().item(),
+        "m2v_iou": measures.iou(puppet.silhouette(m2v), shape).mean().item(),
+        "text_action_accuracy": (measures.nearest_action(joints, real.bank) == real.clips.action)
+        .float()
+        .mean()
+        .item(),
+        "motion_jerk_ratio": measures.jerk(joints) / measures.jerk(real.clips.joints),
+        **of_video(video, real),
+    }
+
+
+def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
+    """IoU of motion to video over ω1 and ω2."""
+    shape, found = puppet.silhouette(real.video), {}
+    for w1 in GUIDANCE:
+        for w2 in GUIDANCE:
+            sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
+            video, _ = generate_all(
+                model, codec, real.clips, Task.MOTION_TO_VIDEO, real.video, real.motion, False, **sampling
+            )
+            found[f"m2v_iou_{w1:g}_{w2:g}"] = measures.iou(puppet.silhouette(video), shape).mean().item()
+    return found
+
+
+def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of each measure over seeds."""
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    return {
+        name: {"mean": statistics.mean(column), "std": statistics.stdev(column) if len(column) > 1 else 0.0}
+        for name, column in columns.items()
+    }
+
+
+def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) -> dict:
+    """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}."""
+    real, variants = held_out(clips, plan.frames), {}
+    for name, variant in VARIANTS.items():
+        rows = []
+        for seed in seeds:
+            model, extra = weights.load_weights(trained(name, seed, plan, runs))
+            codec = puppet.Codec.from_state(extra)
+            rows.append(scores(model, codec, variant.motion, real))
+            if name == "echomotion":
+                rows[-1] |= guidance_grid(model, codec, real)
+        variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
+        result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
+        with whole_file(out) as temporary:  # after each variant: the whole takes hours
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def print_table(result: dict) -> None:
+    """A line a measure, a column a variant: mean ± standard deviation over seeds."""
+    variants = result["variants"]
+    names = dict.fromkeys(
+        name for found in variants.values() for name in found if name not in ("seeds", "steps")
+    )
+    print(f"{'':25}" + "".join(f"{name:>18}" for name in variants))
+    for name in names:
+        cells = [
+            f"{found[name]['mean']:.3g} ± {found[name]['std']:.2g}" if name in found else ""
+            for found in variants.values()
+        ]
+        print(f"{name:25}" + "".join(f"{cell:>18}" for cell in cells))

@@ -1,0 +1,144 @@
+"""Ablations: equal terms for all variants, runs taken up where they are, means and spreads by hand."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import evaluate
+import train
+from dual_dit import PRESETS
+from flow import Task
+from kit import ablation, cost, measures, puppet
+from kit.ablation import VARIANTS, Plan
+from kit.files import write_record
+from kit.run import check
+
+PLAN = Plan(steps=4, batch=1, frames=5, stage_1_share=0.5, device="cpu")
+
+
+def test_stage_2_alone_computes_as_much_as_both_stages_and_video_tuning_sees_as_many_pairs():
+    plan = Plan(5000, 16, 17, stage_1_share=0.1, device="cpu")
+
+    def flops(video: bool) -> int:
+        tokens = cost.Tokens(320 * video, 867, puppet.TEXT_LEN)
+        return cost.step_flops(PRESETS["puppet"], tokens, checkpointing=False)
+
+    both = 500 * flops(video=False) + 4500 * flops(video=True)
+    assert ablation.steps_of("stage 2 alone", plan) * flops(video=True) == pytest.approx(both, rel=1e-3)
+    assert 4500 < ablation.steps_of("stage 2 alone", plan) < 5000
+    assert ablation.steps_of("video tuning", plan) == 4500
+    for name in ("echomotion", "unsynced", "shared noise"):
+        assert ablation.steps_of(name, plan) == 5000
+
+
+@pytest.fixture
+def few_real(monkeypatch) -> None:
+    monkeypatch.setattr(ablation, "REAL_CLIPS", 24)
+
+
+@pytest.fixture
+def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
+    """The options of each training; instead of an hour's work it leaves tiny weights behind."""
+    options = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        assert Path(command[1]).samefile(train.__file__)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = train.options()
+        try:
+            check(args, ranks=1)
+        except ValueError:
+            return subprocess.CompletedProcess(command, 2)
+        options.append(args)
+        write_record(args.out / "run.json", args)
+        shutil.copy(tiny_weights, args.out / "weights.safetensors")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablation.subprocess, "run", run)
+    return options
+
+
+def test_variants_differ_in_one_thing(trainings, tmp_path):
+    for name in VARIANTS:
+        ablation.trained(name, 3, PLAN, tmp_path)
+    first, *others = ({**vars(args), "out": None} for args in trainings)
+    changes = [{name for name, value in other.items() if value != first[name]} for other in others]
+    assert changes == [{"unsynced"}, {"shared_noise"}, {"stage", "steps"}, {"stage", "steps", "video_only"}]
+
+
+def test_a_variant_is_trained_once_and_only_taken_for_what_it_is(trainings, tmp_path):
+    first = ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
+    assert first.parent.name == "stage-2-alone-3" and first.is_file()
+    assert ablation.trained("stage 2 alone", 3, PLAN, tmp_path) == first and len(trainings) == 1
+    with pytest.raises(ValueError, match=r"trained with \{'batch': 1\}, expected .*choose another --runs"):
+        ablation.trained("stage 2 alone", 3, PLAN._replace(batch=4), tmp_path)
+    with pytest.raises(ValueError, match="training stopped"):
+        ablation.trained("unsynced", 4, PLAN._replace(frames=6), tmp_path)
+
+
+def test_spread_by_hand():
+    found = ablation.spread([{"a": 1.0}, {"a": 2.0}, {"a": 6.0}])
+    assert found == {"a": {"mean": 3.0, "std": pytest.approx(math.sqrt(7))}}
+    assert ablation.spread([{"a": 1.0}])["a"]["std"] == 0
+
+
+def test_real_videos_are_as_good_as_real(few_real):
+    # catches a measure that would not give a perfect network its due
+    real = ablation.held_out(6, frames=17)
+    found = ablation.of_video(real.video, real)
+    assert found["video_jerk_ratio"] == found["video_sharpness"] == 1
+    noisy = ablation.of_video((real.video + 0.5 * torch.randn(real.video.shape)).clamp(-1, 1), real)
+    assert noisy["video_sharpness"] > 2 and noisy["video_jerk_ratio"] > 2
+    assert noisy["video_nearest_iou"] < found["video_nearest_iou"]
+
+
+def test_nearest_iou_finds_a_clip_among_the_others(few_real):
+    real = ablation.held_out(3, frames=5)
+    there = real._replace(shapes=torch.cat((real.shapes, puppet.silhouette(real.video))))
+    assert ablation.of_video(real.video, there)["video_nearest_iou"] == 1
+    assert ablation.of_video(real.video, real)["video_nearest_iou"] < 1
+
+
+def test_ablate_writes_every_variant_with_mean_and_spread(
+    few_real, tiny_weights, tmp_path, verb, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(ablation, "trained", lambda *given: asked.append(given[:2]) or tiny_weights)
+    monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
+    out = tmp_path / "ablation.json"
+    call = ("--frames", 5, "--seeds", 2, "--clips", 2, "--runs", tmp_path, "--out", out)
+    ended = verb(evaluate, "ablate", *call)
+    assert ended.code == 0, ended.err
+    assert asked == [(name, seed) for name in VARIANTS for seed in (0, 1)]
+    result = json.loads(out.read_text())
+    assert result["variants"].keys() == VARIANTS.keys()
+    for name, found in result["variants"].items():
+        assert found.pop("seeds") == [0, 1] and found.pop("steps") > 0
+        assert ("attention_41_share_best" in found) == ("m2v_iou" in found) == VARIANTS[name].motion
+        assert ("m2v_iou_1.5_3" in found) == (name == "echomotion")
+        for measure in found.values():
+            assert math.isfinite(measure["mean"]) and measure["std"] == 0  # the same weights twice
+
+
+def test_video_tuning_is_asked_for_videos_without_motion(few_real, monkeypatch):
+    tasks, generate = [], ablation.generate_all
+    monkeypatch.setattr(ablation, "generate_all", lambda *a, **k: tasks.append(a[3]) or generate(*a, **k))
+    monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
+    codec, real = puppet.Codec.fit(range(8)), ablation.held_out(2, frames=5)
+    ablation.scores(tiny_model(), codec, False, real)
+    assert tasks == [Task.VIDEO_ONLY]
+    ablation.scores(tiny_model(), codec, True, real)
+    assert set(tasks[1:]) == {Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION}
+
+
+def test_held_out_clips_are_not_those_of_the_bank():
+    one, other = measures.held_out(4), measures.held_out(4, "bank")
+    assert not torch.equal(one.joints, other.joints)
