@@ -17,13 +17,14 @@ from torch import Tensor
 
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import cost, data, measures, puppet, weights
+from kit import cost, data, measures, pose, puppet, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.generate import generate_all
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 REAL_CLIPS = 1024  # among which the nearest silhouette of a generated video is looked for
+READ_CLIPS = 128  # of them whose elbows and knees say what is usual
 GUIDANCE = (1.0, 1.5, 3.0)  # of ω1 and of ω2; ω2 = 1 is guidance by text alone
 
 
@@ -96,20 +97,24 @@ class HeldOut(NamedTuple):
     video: Tensor  # (b 3 f h w)
     bank: puppet.Clips  # other real clips
     shapes: Tensor  # (n f h w) their silhouettes
+    bends: Tensor  # (m 4) of their elbows and knees
 
 
 def held_out(count: int, frames: int) -> HeldOut:
     clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
     video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
-    return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others))
+    bends = pose.read_pose(others[:READ_CLIPS]).bend.flatten(0, 1)
+    return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others), bends)
 
 
 def of_video(video: Tensor, real: HeldOut) -> dict[str, float]:
-    """What a video shows by itself: how near its silhouettes come to a real clip's, steadiness, sharpness."""
+    """What a video shows by itself: anatomy, likeness to a real clip, steadiness, sharpness."""
     shape, others = (x.flatten(1).float() for x in (puppet.silhouette(video), real.shapes))
     common = shape @ others.mT
     nearest = common / (shape.sum(1, keepdim=True) + others.sum(1) - common).clamp_min(1)
+    read = pose.anatomy(pose.read_pose(video), real.bends)
     return {
+        **{f"video_{name}": value for name, value in read.items()},
         "video_nearest_iou": nearest.amax(dim=1).mean().item(),
         "video_jerk_ratio": unsteadiness(video) / unsteadiness(real.video),
         "video_sharpness": sharpness(video) / sharpness(real.video),
@@ -187,13 +192,18 @@ def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) -> dict:
-    """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}."""
+    """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}.
+
+    "real" are real videos, through the codec.
+    """
     real, variants = held_out(clips, plan.frames), {}
     for name, variant in VARIANTS.items():
         rows = []
         for seed in seeds:
             model, extra = weights.load_weights(trained(name, seed, plan, runs))
             codec = puppet.Codec.from_state(extra)
+            if not variants:  # what can be reached
+                variants["real"] = spread([of_video(codec.decode(codec.encode(real.video)), real)])
             rows.append(scores(model, codec, variant.motion, real))
             if name == "echomotion":
                 rows[-1] |= guidance_grid(model, codec, real)
