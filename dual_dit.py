@@ -251,6 +251,7 @@ class Conditioning(nn.Module):
         super().__init__()
         d = config.width
         self.freq_dim = config.freq_dim
+        # paper is silent: each expert projects the text for itself
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
         )
@@ -277,7 +278,7 @@ class VideoExpert(Conditioning):
         self.patch = config.patch
         self.patch_embedding = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
         self.head = Head(config, nn.Linear(config.width, math.prod(config.patch) * config.channels))
-        # a network trained from scratch on few clips is slow to learn where a token is from RoPE alone
+        # paper is silent: a small network from scratch is slow to learn from RoPE alone where a token is
         self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
 
     def grid(self, video: Tensor) -> tuple[int, int, int]:

@@ -228,6 +228,7 @@ def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
     Video is pure noise for the first share `lead` of the way, and motion is done for the last: 0 is one clock
     for both, with 0.5 motion is made first, and then video as if from given motion.
     """
+    # paper is silent: one clock, or motion first; a network with a time for each modality can do both
     way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
     t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
     t_motion = 1 - (way / (1 - lead)).clamp(max=1)

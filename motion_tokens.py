@@ -96,6 +96,7 @@ def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(given[name].shape)}")
         if not given[name].isfinite().all():
             raise ValueError(f"{name} contains NaN or infinity: repair or drop those frames first")
+    # paper is silent: η is absolute, so that it projects onto pixels
     joints = body.joints(global_orient, body_pose, betas[:, None], transl)  # (b f j 3)
     rotations = matrix_to_6d(axis_angle_to_matrix(torch.cat((global_orient[:, :, None], body_pose), dim=2)))
     return torch.cat(

@@ -29,6 +29,7 @@ STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 5e-5}
+# paper is silent: the shift of noise levels in training
 SHIFT = {"puppet": 1.0, "wan": 3.0}
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
@@ -114,6 +115,7 @@ def learning_rate(peak: float, now: Step) -> float:
 def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else; a pretrained Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # paper is silent: the optimizer
     if pretrained:  # Muon's steps have full rank: they would wash out what the video expert knows
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]

@@ -30,6 +30,7 @@ from kit.preview import preview
 from kit.sources import Read, Source, open_sources  # noqa: F401 (for callers)
 from motion_tokens import motion_statistics
 
+# paper is silent: how often
 DROP_TEXT = 0.1  # share of samples trained without their text
 DROP_BOTH = 0.1  # share of conditional steps trained without condition and text
 BLOCK = 1024  # positions in which every source has exactly its share
@@ -197,6 +198,7 @@ def batch(
             else torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
         )
 
+    # paper is silent: in joint training each modality has a noise level of its own
     draw = Draw(noise_like(video), noise_like(motion), noise_level(), noise_level())
     if shared_noise:
         draw = draw._replace(t_motion=draw.t_video)

@@ -83,6 +83,7 @@ def load_transformer(
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 ours = expert_name(wan_name(name))
                 _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
+    # paper is silent: what the motion expert starts from
     if init_motion == "copy":
         copy_video_to_motion(model)
     return model.eval().requires_grad_(False)

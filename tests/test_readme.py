@@ -116,6 +116,12 @@ def test_the_paper_imports_nothing_but_itself():
         assert imported(name) <= set(names)
 
 
+def test_every_choice_is_marked_in_the_code():
+    rows = section("Choices where the paper is silent").count("\n| ") - 2  # head and rule
+    marks = sum((ROOT / name).read_text().count("# paper is silent: ") for name in reading_list())
+    assert marks == rows
+
+
 # ---------------------------------------------------------------- run
 
 
