@@ -21,8 +21,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python sample.py
 
+# two files at a time, each on one core: most tests are too small to share
 test: .venv/wan
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

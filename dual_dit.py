@@ -61,7 +61,7 @@ class DualDiTConfig:
 
 PRESETS = {
     "puppet": DualDiTConfig(
-        layers=4,
+        layers=6,
         width=128,
         heads=2,
         ffn=512,

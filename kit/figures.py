@@ -264,7 +264,7 @@ def trajectory(path: Path, world: World) -> None:
 def guidance(path: Path, world: World) -> None:
     """The middle frame of the same motion and noise, over ω1 (text) and ω2 (motion)."""
     clip, frame = puppet.clips([CLIP]), puppet.FRAMES // 2
-    figure = render.blank_figure(6.4, 6.0)
+    figure = render.blank_figure(4.6, 4.3)
     panels = figure.subplots(len(OMEGAS[1]), len(OMEGAS[0]))
     for row, w2 in enumerate(OMEGAS[1]):
         for column, w1 in enumerate(OMEGAS[0]):

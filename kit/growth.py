@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit.cost import all_products, floor_seconds, saved_bytes
-from kit.files import whole_file
+from kit.render import blank_figure, save_figure
 from kit.speed import Shape, plain
 from kit.timing import added_bytes, device_name, interleaved, random_model
 from motion_tokens import MOTION_DIM
@@ -104,7 +103,7 @@ def forward(model: DualDiT, point: Point) -> None:
 
 def picture(curves: Curves, measured: dict[Point, Measured], path: Path) -> None:
     """Time above, memory below, a column for each direction; both axes logarithmic."""
-    drawing = Figure(figsize=(11, 5.4), dpi=150, layout="constrained", facecolor="white")
+    drawing = blank_figure(11, 5.4)
     panels = drawing.subplots(2, len(curves), sharex="col", sharey="row", squeeze=False)
     for column, (name, points) in zip(panels.T, curves.items(), strict=True):
         found = [measured[point] for point in points.values()]
@@ -133,8 +132,7 @@ def picture(curves: Curves, measured: dict[Point, Measured], path: Path) -> None
         f"{h}x{w} tokens each of {t} latents, {text} of text, width {BASE.width}, batch {BASE.batch}",
         fontsize=9,
     )
-    with whole_file(path) as temporary:
-        drawing.savefig(temporary, format="png", metadata={"Software": None})  # no version in it
+    save_figure(drawing, path)
 
 
 def growth(args: argparse.Namespace) -> dict:
