@@ -23,7 +23,7 @@ demo: setup
 
 # two files at a time, each on one core: most tests are too small to share
 test: .venv/wan
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
