@@ -387,8 +387,6 @@ class DualDiT(nn.Module):
 
     def check(self, video: Tensor | None, motion: Tensor | None) -> None:
         """Raise ValueError where shapes do not fit the configuration or each other."""
-        if video is None and motion is None:
-            raise ValueError("give video latents, motion, or both: there is nothing to denoise")
         if video is not None:
             _, ph, pw = self.config.patch
             if video.ndim != 5 or video.shape[1] != self.config.channels:
@@ -430,9 +428,9 @@ class DualDiT(nn.Module):
         in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
         absent input gives None back, and so does one without a time: it is a clean condition, at t = 0.
         """
+        if (video is None or t_video is None) and (motion is None or t_motion is None):
+            raise ValueError("nothing to denoise: give video with t_video, motion with t_motion, or both")
         self.check(video, motion)
-        if t_video is None and t_motion is None:
-            raise ValueError("t_video or t_motion is needed: a modality without a time is a clean condition")
         first = video if video is not None else motion
         with torch.autocast(first.device.type, enabled=False):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]

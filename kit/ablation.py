@@ -17,14 +17,18 @@ from torch import Tensor
 
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import cost, data, measures, pose, puppet, weights
+from kit import checkpoints, cost, data, measures, parallel, pose, puppet, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.generate import generate_all
+from kit.scores import scores
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 REAL_CLIPS = 1024  # among which the nearest silhouette of a generated video is looked for
 READ_CLIPS = 128  # of them whose elbows and knees say what is usual
+SCORES = (  # of kit/scores.py
+    "joint_sync_peak_rate", "joint_iou", "v2m_mpjpe_mm", "m2v_iou", "text_action_accuracy", "jerk_ratio",
+)  # fmt: skip
 GUIDANCE = (1.0, 1.5, 3.0)  # of ω1 and of ω2; ω2 = 1 is guidance by text alone
 
 
@@ -76,7 +80,7 @@ def trained(name: str, seed: int, plan: Plan, runs: Path) -> Path:
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
-    if not (out / "weights.safetensors").is_file():
+    if not checkpoints.folder_of(out, options["steps"]).is_dir():  # weights of earlier steps may be there
         flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         flags += ["--validate-every", "0", "--resume", "auto", "--keep", "1", "--device", plan.device]
         print(f"{name}, seed {seed}", flush=True)
@@ -131,53 +135,29 @@ def sharpness(video: Tensor) -> float:
     return (video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean()).item()
 
 
-def scores(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> dict[str, float]:
+def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> dict[str, float]:
     """The measures of one network, by name; one without motion has those of its videos only."""
-    given = (real.video, real.motion, False)
-    sampling = PUPPET_DEFAULTS._asdict()
+    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": parallel.faster_in_bf16(torch.device("cpu"))}
     if not motion:
+        given = (real.video, real.motion)
         video, _ = generate_all(model, codec, real.clips, Task.VIDEO_ONLY, *given, **sampling)
         return of_video(video, real)
-    video, moved = generate_all(model, codec, real.clips, Task.JOINT, *given, **sampling)
-    m2v, _ = generate_all(model, codec, real.clips, Task.MOTION_TO_VIDEO, *given, **sampling)
-    _, v2m = generate_all(model, codec, real.clips, Task.VIDEO_TO_MOTION, *given, **sampling)
-    offsets = measures.iou_by_offset(
-        puppet.silhouette(video), measures.silhouettes_of_motion(moved, real.clips.shirt)
-    )
-    joints, read = (measures.decode_smpl(x)["joints"] for x in (moved, v2m))
-    noise = torch.randn(real.motion.shape, generator=data.rng("attention"))
-    maps = measures.attention_map(
-        model,
-        codec.encode(real.video),
-        (real.motion - model.motion_mean) / model.motion_std,
-        puppet.encode_text(real.clips.caption),
-        noise,
-    )
-    shape = puppet.silhouette(real.video)
+    found = scores(model, codec, real.clips, real.bank, **sampling)
     return {
-        "attention_41_share_best": measures.attention_share(maps).max().item(),
-        "joint_sync_peak_rate": measures.peak_rate(offsets),
-        "joint_iou": offsets[:, measures.OFFSETS.index(0)].mean().item(),
-        "v2m_mpjpe_mm": measures.mpjpe(read, real.clips.joints).mean().item(),
-        "m2v_iou": measures.iou(puppet.silhouette(m2v), shape).mean().item(),
-        "text_action_accuracy": (measures.nearest_action(joints, real.bank) == real.clips.action)
-        .float()
-        .mean()
-        .item(),
-        "motion_jerk_ratio": measures.jerk(joints) / measures.jerk(real.clips.joints),
-        **of_video(video, real),
+        "attention_41_share_best": max(found.values["attention_41_share"]),
+        **{name: found.values[name] for name in SCORES},
+        **of_video(found.video, real),
     }
 
 
 def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
     """IoU of motion to video over ω1 and ω2."""
     shape, found = puppet.silhouette(real.video), {}
+    given = (real.video, real.motion, parallel.faster_in_bf16(torch.device("cpu")))
     for w1 in GUIDANCE:
         for w2 in GUIDANCE:
             sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
-            video, _ = generate_all(
-                model, codec, real.clips, Task.MOTION_TO_VIDEO, real.video, real.motion, False, **sampling
-            )
+            video, _ = generate_all(model, codec, real.clips, Task.MOTION_TO_VIDEO, *given, **sampling)
             found[f"m2v_iou_{w1:g}_{w2:g}"] = measures.iou(puppet.silhouette(video), shape).mean().item()
     return found
 
@@ -204,7 +184,7 @@ def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) 
             codec = puppet.Codec.from_state(extra)
             if not variants:  # what can be reached
                 variants["real"] = spread([of_video(codec.decode(codec.encode(real.video)), real)])
-            rows.append(scores(model, codec, variant.motion, real))
+            rows.append(measured(model, codec, variant.motion, real))
             if name == "echomotion":
                 rows[-1] |= guidance_grid(model, codec, real)
         variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}

@@ -30,7 +30,7 @@ from kit.preview import preview
 from kit.sources import Read, Source, open_sources  # noqa: F401 (for callers)
 from motion_tokens import motion_statistics
 
-# paper is silent: how often
+# paper is silent: how often text, and condition and text, are dropped
 DROP_TEXT = 0.1  # share of samples trained without their text
 DROP_BOTH = 0.1  # share of conditional steps trained without condition and text
 BLOCK = 1024  # positions in which every source has exactly its share
@@ -169,8 +169,8 @@ def batch(
 
     Each modality has a noise level of its own, or both have the same if `shared_noise`; `shift` is
     flow.shift_time's. Stage 2 uses the sources with video; `codec` makes latents of what is not cached.
-    `video_only` takes the task VIDEO_ONLY instead of the step's.
-    ValueError if no source has video, or one has fewer frames than asked for.
+    `video_only` takes the task VIDEO_ONLY instead of the step's. ValueError if no source has video, or
+    one has fewer frames than asked for.
     """
     task, drop_both = (Task.VIDEO_ONLY, False) if video_only else draw_task(seed, step, stage)
     sources = [source for source in sources if stage == 1 or source.paired]

@@ -39,7 +39,10 @@ from rope import (
 )
 
 ASSETS = Path(__file__).parent.parent / "assets"
-VIDEO, MOTION, SHARED = "#2a78b5", "#d65827", "#5f5f69"  # the sides' colours of kit/render.py
+INK, VIDEO, MOTION, SHARED = (
+    "#{:02x}{:02x}{:02x}".format(*colour)
+    for colour in (render.INK, *(render.SIDE_COLOURS[side] for side in ("left", "right", "middle")))
+)
 CLIP, SEED = 7, 0  # the puppet clip that conditions, and the noise
 PROMPT = "a person in a red shirt waves the left hand"
 SHOWN = 10  # motion tokens of a frame in the lattice
@@ -65,7 +68,7 @@ def box(
     corner = (x - width / 2, y - height / 2)
     style = {"boxstyle": "round,pad=0.02,rounding_size=0.08", "linewidth": 1.2}
     axes.add_patch(FancyBboxPatch(corner, width, height, edgecolor=colour, facecolor=colour + "22", **style))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9, color="#2d2d32")
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = SHARED) -> None:

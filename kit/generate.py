@@ -47,7 +47,14 @@ def denoise(
 
 
 def generate_all(
-    model, codec, clips: puppet.Clips, task: Task, video: Tensor, motion: Tensor, bf16: bool, **sampling
+    model: DualDiT,
+    codec: puppet.Codec,
+    clips: puppet.Clips,
+    task: Task,
+    video: Tensor,
+    motion: Tensor,
+    bf16: bool,
+    **sampling,
 ) -> tuple[Tensor, Tensor | None]:
     """Samples, some at a time, of these clips' captions, given their video or motion if the task is.
 

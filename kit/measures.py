@@ -132,7 +132,7 @@ def attention_map(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, n
 
     hooks = [block.register_forward_pre_hook(record) for block in model.blocks]
     try:
-        model(video, flow.noised(motion, noise, t), torch.zeros_like(t), t, text, Task.VIDEO_TO_MOTION)
+        model(video, flow.noised(motion, noise, t), None, t, text, Task.VIDEO_TO_MOTION)
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +22,8 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     for name in ("steps", "save_every", "keep", "accumulate"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
-    if args.shift <= 0:
-        raise ValueError(f"--shift is more than 0, got {args.shift:g}")
+    if not 0 < args.shift < math.inf:
+        raise ValueError(f"--shift is a number above 0, got {args.shift:g}")
     if args.video_only and args.stage != "2":
         raise ValueError("--video-only trains no motion expert: add --stage 2, or leave --video-only out")
     if args.validate_every < 0:

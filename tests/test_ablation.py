@@ -16,8 +16,9 @@ import evaluate
 import train
 from dual_dit import PRESETS
 from flow import Task
-from kit import ablation, cost, measures, puppet
+from kit import ablation, cost, measures, puppet, scores
 from kit.ablation import VARIANTS, Plan
+from kit.checkpoints import folder_of
 from kit.files import write_record
 from kit.run import check
 
@@ -60,6 +61,7 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
         options.append(args)
         write_record(args.out / "run.json", args)
         shutil.copy(tiny_weights, args.out / "weights.safetensors")
+        folder_of(args.out, args.steps).mkdir(parents=True)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(ablation.subprocess, "run", run)
@@ -78,6 +80,11 @@ def test_a_variant_is_trained_once_and_only_taken_for_what_it_is(trainings, tmp_
     first = ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
     assert first.parent.name == "stage-2-alone-3" and first.is_file()
     assert ablation.trained("stage 2 alone", 3, PLAN, tmp_path) == first and len(trainings) == 1
+    # weights are also there after a run that was cut short, but no checkpoint of its last step is
+    last = folder_of(first.parent, ablation.steps_of("stage 2 alone", PLAN))
+    last.rename(last.with_name("step-00000001"))
+    ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
+    assert len(trainings) == 2 and trainings[1].resume == "auto"
     with pytest.raises(ValueError, match=r"trained with \{'batch': 1\}, expected .*choose another --runs"):
         ablation.trained("stage 2 alone", 3, PLAN._replace(batch=4), tmp_path)
     with pytest.raises(ValueError, match="training stopped"):
@@ -131,12 +138,13 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
 
 def test_video_tuning_is_asked_for_videos_without_motion(few_real, monkeypatch):
     tasks, generate = [], ablation.generate_all
-    monkeypatch.setattr(ablation, "generate_all", lambda *a, **k: tasks.append(a[3]) or generate(*a, **k))
+    for module in (ablation, scores):
+        monkeypatch.setattr(module, "generate_all", lambda *a, **k: tasks.append(a[3]) or generate(*a, **k))
     monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
     codec, real = puppet.Codec.fit(range(8)), ablation.held_out(2, frames=5)
-    ablation.scores(tiny_model(), codec, False, real)
+    ablation.measured(tiny_model(), codec, False, real)
     assert tasks == [Task.VIDEO_ONLY]
-    ablation.scores(tiny_model(), codec, True, real)
+    ablation.measured(tiny_model(), codec, True, real)
     assert set(tasks[1:]) == {Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION}
 
 

@@ -276,9 +276,13 @@ def test_without_a_time_a_modality_is_clean_and_only_read(model, condition):
         torch.testing.assert_close(without, gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_without_any_time_there_is_nothing_to_denoise(model):
-    with pytest.raises(ValueError, match="t_video or t_motion is needed"):
-        model(**inputs() | {"t_video": None, "t_motion": None})
+@pytest.mark.parametrize("absent", [(), ("video",), ("motion",)])
+def test_without_a_time_there_is_nothing_to_denoise(model, absent):
+    given = inputs() | {"t_video": None, "t_motion": None}
+    given |= {name: None for name in absent}
+    given |= {f"t_{name}": torch.zeros(3) for name in absent}  # a time, but of nothing
+    with pytest.raises(ValueError, match="nothing to denoise"):
+        model(**given)
 
 
 @torch.no_grad()
