@@ -80,6 +80,8 @@ def options() -> argparse.Namespace:
     add("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
     add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains")
+    what = "start all from this network's video expert, such as one of train.py --video-only"
+    add("--init", metavar="FILE", help=what)
     what = "trained networks, and where to put them (default %(default)s)"
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help=what)
     add("--out", type=Path, default=ABLATION, metavar="FILE", help="default: assets/ablation.json")
@@ -91,7 +93,8 @@ def main() -> None:
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     if args.verb == "ablate":
-        plan = ablation.Plan(args.steps, args.batch, args.frames, STAGE_1_SHARE, args.device)
+        size = args.steps, args.batch, args.frames
+        plan = ablation.Plan(*size, STAGE_1_SHARE, args.device, args.init)
         ablation.print_table(ablation.ablate(plan, range(args.seeds), args.clips, args.runs, args.out))
         return
     model, extra = weights.load_weights(args.weights)

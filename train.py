@@ -52,8 +52,10 @@ def options() -> argparse.Namespace:
     add("--validate-every", type=int, default=500, metavar="STEPS", help=what)
     add("--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet preset")
-    what = "of --wan: from its video expert or not"
-    add("--init-motion", choices=("copy", "fresh"), default="copy", help=what)
+    what = (
+        "the motion expert: from the video expert or new (default: copy for --wan, --init's own for --init)"
+    )
+    add("--init-motion", choices=("copy", "fresh"), help=what)
     add(
         "--data", action="append", metavar="SPEC", help="KIND:WHERE@WEIGHT, as in kit/datasets.py; repeatable"
     )

@@ -54,6 +54,7 @@ class Plan(NamedTuple):
     frames: int
     stage_1_share: float  # of these steps
     device: str
+    init: str | None = None  # weights whose video expert both experts of all networks start from
 
 
 # ---------------------------------------------------------------- training
@@ -76,12 +77,14 @@ def trained(name: str, seed: int, plan: Plan, runs: Path) -> Path:
     """The weights of a variant, trained now unless they are there; ValueError if they are of another plan."""
     out = runs / f"{name.replace(' ', '-')}-{seed}"
     options = {"steps": steps_of(name, plan), "batch": plan.batch, "frames": plan.frames, "seed": seed}
+    options |= {"init": plan.init, "init_motion": "copy"} if plan.init else {"init": None}
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
     if not checkpoints.folder_of(out, options["steps"]).is_dir():  # weights of earlier steps may be there
-        flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        given = {key.replace("_", "-"): value for key, value in options.items() if value is not None}
+        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
         flags += ["--validate-every", "0", "--resume", "auto", "--keep", "1", "--device", plan.device]
         print(f"{name}, seed {seed}", flush=True)
         command = [sys.executable, str(TRAIN), *VARIANTS[name].flags, *flags, "--out", str(out)]
@@ -135,19 +138,28 @@ def sharpness(video: Tensor) -> float:
     return (video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean()).item()
 
 
-def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> dict[str, float]:
-    """The measures of one network, by name; one without motion has those of its videos only."""
+class Measured(NamedTuple):
+    """Of one network."""
+
+    values: dict[str, float]  # by name
+    attention: Tensor | None = None  # (f t) motion -> video, of the layer with the best 4:1 share
+
+
+def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> Measured:
+    """Measures of a network; one without motion has those of its videos only."""
     sampling = PUPPET_DEFAULTS._asdict() | {"bf16": parallel.faster_in_bf16(torch.device("cpu"))}
     if not motion:
         given = (real.video, real.motion)
         video, _ = generate_all(model, codec, real.clips, Task.VIDEO_ONLY, *given, **sampling)
-        return of_video(video, real)
+        return Measured(of_video(video, real))
     found = scores(model, codec, real.clips, real.bank, **sampling)
-    return {
-        "attention_41_share_best": max(found.values["attention_41_share"]),
+    shares = torch.tensor(found.values["attention_41_share"])
+    values = {
+        "attention_41_share_best": shares.max().item(),
         **{name: found.values[name] for name in SCORES},
         **of_video(found.video, real),
     }
+    return Measured(values, found.attention[shares.argmax()])
 
 
 def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
@@ -174,20 +186,23 @@ def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) -> dict:
     """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}.
 
-    "real" are real videos, through the codec.
+    "real" are real videos, through the codec. "attention" (f t) is the mean of all seeds' best layers.
     """
     real, variants = held_out(clips, plan.frames), {}
     for name, variant in VARIANTS.items():
-        rows = []
+        rows, maps = [], []
         for seed in seeds:
             model, extra = weights.load_weights(trained(name, seed, plan, runs))
             codec = puppet.Codec.from_state(extra)
             if not variants:  # what can be reached
                 variants["real"] = spread([of_video(codec.decode(codec.encode(real.video)), real)])
-            rows.append(measured(model, codec, variant.motion, real))
-            if name == "echomotion":
-                rows[-1] |= guidance_grid(model, codec, real)
+            values, attention = measured(model, codec, variant.motion, real)
+            grid = guidance_grid(model, codec, real) if name == "echomotion" else {}
+            rows.append(values | grid)
+            maps += [] if attention is None else [attention]
         variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
+        if maps:
+            variants[name]["attention"] = torch.stack(maps).mean(0).tolist()
         result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
         with whole_file(out) as temporary:  # after each variant: the whole takes hours
             temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -196,14 +211,14 @@ def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) 
 
 def print_table(result: dict) -> None:
     """A line a measure, a column a variant: mean ± standard deviation over seeds."""
-    variants = result["variants"]
-    names = dict.fromkeys(
-        name for found in variants.values() for name in found if name not in ("seeds", "steps")
-    )
-    print(f"{'':25}" + "".join(f"{name:>18}" for name in variants))
-    for name in names:
+    variants = {
+        name: {measure: x for measure, x in found.items() if isinstance(x, dict)}
+        for name, found in result["variants"].items()
+    }
+    print(f"{'':25}" + "".join(f"{name:>15}" for name in variants))
+    for measure in dict.fromkeys(measure for found in variants.values() for measure in found):
         cells = [
-            f"{found[name]['mean']:.3g} ± {found[name]['std']:.2g}" if name in found else ""
+            f"{found[measure]['mean']:.3g} ± {found[measure]['std']:.1g}" if measure in found else ""
             for found in variants.values()
         ]
-        print(f"{name:25}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"{measure:25}" + "".join(f"{cell:>15}" for cell in cells))

@@ -10,6 +10,7 @@ curves       the losses of a run (--run RUN)
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,7 @@ from rope import (
 )
 
 ASSETS = Path(__file__).parent.parent / "assets"
+ABLATION = ASSETS / "ablation.json"
 INK, VIDEO, MOTION, SHARED = (
     "#{:02x}{:02x}{:02x}".format(*colour)
     for colour in (render.INK, *(render.SIDE_COLOURS[side] for side in ("left", "right", "middle")))
@@ -183,6 +185,16 @@ def alignment(path: Path) -> None:
     panels[0].legend(fontsize=7, loc="lower right")
     figure.suptitle("Logits for equal content, by position alone; dotted: t = f/4", fontsize=10)
     render.save_figure(figure, path)
+
+
+def ablation(path: Path) -> None:
+    """Learned attention of motion to video, with MVS-RoPE and without, from assets/ablation.json."""
+    found = json.loads(ABLATION.read_text())["variants"]
+    names = {"echomotion": "MVS-RoPE", "unsynced": "unsynced"}
+    maps = torch.stack([torch.tensor(found[name]["attention"]) for name in names])
+    shares = torch.tensor([found[name]["attention_41_share_best"]["mean"] for name in names])
+    title = "motion → video attention, mean of three seeds' best layers"
+    render.attention_picture(path, maps, shares, title, tuple(names.values()))
 
 
 # ---------------------------------------------------------------- sampled

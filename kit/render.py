@@ -254,12 +254,14 @@ def _break_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[st
     return lines
 
 
-def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title: str) -> None:
+def attention_picture(
+    path: str | Path, attention: Tensor, shares: Tensor, title: str, names: Sequence[str] = ()
+) -> None:
     """Write a .png of motion -> video attention (layers f t), one panel per layer, on one colour scale.
 
     Entry (l, f, t) is the mass that motion frame f puts on latent frame t. The line is t = f/4, where
     MVS-RoPE puts frame f. `shares` (layers,) in [0, 1], the measured mass on the frame's own latent, is
-    printed above each panel. Raises ValueError for other shapes.
+    printed above each panel, after its name if there are any. Raises ValueError for other shapes.
     """
     if attention.ndim != 3 or not attention.numel() or tuple(shares.shape) != attention.shape[:1]:
         found = f"attention {tuple(attention.shape)} and shares {tuple(shares.shape)}"
@@ -279,7 +281,8 @@ def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title
         panel.set(xlim=(-0.5, frames - 0.5), ylim=(-0.5, latents - 0.5))
         stride = math.ceil(latents / 6)  # latent frames between ticks
         panel.set(yticks=range(0, latents, stride), xticks=range(0, frames, 4 * stride))
-        panel.set_title(f"layer {layer}: {100 * shares[layer]:.0f}% on own latent", fontsize=8)
+        name = names[layer] if names else f"layer {layer}"
+        panel.set_title(f"{name}: {100 * shares[layer]:.0f}% on own latent", fontsize=8)
         panel.tick_params(labelsize=7)
     figure.suptitle(f"{title} (chance {100 / latents:.0f}%)", fontsize=10)
     figure.supxlabel("motion frame f", fontsize=8)

@@ -26,6 +26,10 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         raise ValueError(f"--shift is a number above 0, got {args.shift:g}")
     if args.video_only and args.stage != "2":
         raise ValueError("--video-only trains no motion expert: add --stage 2, or leave --video-only out")
+    if args.init_motion and not args.wan and not (args.init and args.init_motion == "copy"):
+        raise ValueError(
+            "--init-motion copy needs --wan FOLDER or --init FILE, --init-motion fresh needs --wan"
+        )
     if args.validate_every < 0:
         raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
     if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
@@ -96,13 +100,17 @@ def build(
         model, extra = model.to_empty(device="cpu"), checkpoints.load_whole(found.folder, "codec")
     elif args.init:
         model, extra = weights.load_weights(args.init)
+        if args.init_motion == "copy":
+            wan.copy_video_to_motion(model)
     elif args.wan:
-        model, extra = wan.load_transformer(args.wan, init_motion=args.init_motion), {}
-        print(f"{args.wan}: the video expert is loaded, the motion expert is new ({args.init_motion})")
+        how = args.init_motion or "copy"
+        model, extra = wan.load_transformer(args.wan, init_motion=how), {}
+        print(f"{args.wan}: the video expert is loaded, the motion expert is new ({how})")
     else:
-        model = DualDiT(dataclasses.replace(PRESETS["puppet"], synced=not args.unsynced))
-        extra = puppet.Codec.fit().state()
+        model, extra = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state()
     if not found:
+        if args.unsynced:  # no weight depends on it
+            model.config = dataclasses.replace(model.config, synced=False)
         for p in model.parameters():  # in a file they lie anywhere: sums would end in other bits than resumed
             p.data = p.data.clone()
     if not found and not args.init:

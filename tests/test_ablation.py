@@ -76,6 +76,15 @@ def test_variants_differ_in_one_thing(trainings, tmp_path):
     assert changes == [{"unsynced"}, {"shared_noise"}, {"stage", "steps"}, {"stage", "steps", "video_only"}]
 
 
+def test_all_variants_can_start_from_the_same_video_expert(trainings, tiny_weights, tmp_path):
+    plan = PLAN._replace(init=str(tiny_weights))
+    for name in VARIANTS:
+        ablation.trained(name, 0, plan, tmp_path)
+    assert {(str(args.init), args.init_motion) for args in trainings} == {(str(tiny_weights), "copy")}
+    with pytest.raises(ValueError, match=r"trained with \{'init': .*choose another --runs"):
+        ablation.trained("echomotion", 0, PLAN, tmp_path)
+
+
 def test_a_variant_is_trained_once_and_only_taken_for_what_it_is(trainings, tmp_path):
     first = ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
     assert first.parent.name == "stage-2-alone-3" and first.is_file()
@@ -132,6 +141,9 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
         assert found.pop("seeds") == [0, 1] and found.pop("steps") > 0
         assert ("attention_41_share_best" in found) == ("m2v_iou" in found) == VARIANTS[name].motion
         assert ("m2v_iou_1.5_3" in found) == (name == "echomotion")
+        assert ("attention" in found) == VARIANTS[name].motion
+        rows = torch.tensor(found.pop("attention", [[1.0]]))
+        torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
         for measure in found.values():
             assert math.isfinite(measure["mean"]) and measure["std"] == 0  # the same weights twice
 

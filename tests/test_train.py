@@ -367,6 +367,19 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
         assert error < 0.25, f"{name}: {error:.3f}"
 
 
+@pytest.mark.parametrize("flags", ((), ("--unsynced",), ("--init-motion", "copy")), ids=" ".join)
+def test_what_a_run_starts_from(verb, tiny_weights, tmp_path, flags):
+    # catches ablations and copies that are dropped in silence where weights come from a file
+    call = ("--init", tiny_weights, "--stage", 1, "--steps", 1, "--frames", 5, "--batch", 1, "--lr", 1e-9)
+    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run", *flags).code == 0
+    source, model = (weights.load_weights(x)[0] for x in (tiny_weights, tmp_path / "run/weights.safetensors"))
+    assert model.config == dataclasses.replace(source.config, synced="--unsynced" not in flags)
+    expert = source.blocks[1].video if "copy" in flags else source.blocks[1].motion
+    for name, value in expert.state_dict().items():
+        torch.testing.assert_close(model.blocks[1].motion.state_dict()[name], value, rtol=0, atol=1e-6)
+    assert not torch.equal(source.blocks[1].video.ffn[0].weight, source.blocks[1].motion.ffn[0].weight)
+
+
 # ---------------------------------------------------------------- errors of use
 
 
@@ -383,6 +396,7 @@ MISUSE = {
     "no shift": (("--shift", 0), "--shift is a number above 0, got 0"),
     "shift is no number": (("--shift", "nan"), "--shift is a number above 0, got nan"),
     "no video to tune": (("--video-only",), "add --stage 2, or leave --video-only out"),
+    "motion from nowhere": (("--init-motion", "fresh"), "--init-motion fresh needs --wan"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "uneven ranks": (("--batch", 4), "multiple of 3 ranks; the nearest is 3"),
 }
