@@ -1,6 +1,7 @@
 """The embedded world's speed: a guided sample, a training step, the clips that feed it, the optimizer."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -21,15 +22,22 @@ from motion_tokens import MOTION_DIM
 WEIGHTS = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
 GUIDED, TRAINING, MUON = 15, 25, 8  # seconds
 STEPS = 12  # of a sample, as sample.py takes them
-TEXT, CONDITION = 5.0, 1.5  # ω1 and ω2: they differ, so that no term of the formula cancels
+DEFAULT = PUPPET_DEFAULTS.guidance_text, PUPPET_DEFAULTS.guidance_condition
+OMEGAS = {"iccfg_speedup": (5.0, 1.5), "iccfg_default_speedup": DEFAULT}  # where ω1 = ω2, a term cancels
 BATCH = 16  # clips a step, as train.py takes them
 
 
 def naive_sample(
-    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, null_text: Tensor, steps: int
+    model: DualDiT,
+    video: Tensor,
+    motion: Tensor,
+    text: Tensor,
+    null_text: Tensor,
+    w1: float,
+    w2: float,
+    steps: int,
 ) -> Tensor:
     """In-context guidance from motion to video as its formula says: three calls a step."""
-    w1, w2 = TEXT, CONDITION
     still = torch.zeros(len(video))
     for t, t_next in pairwise(flow.shift_time(torch.linspace(1, 0, steps + 1), PUPPET_DEFAULTS.shift)):
         now = t.expand(len(video))
@@ -46,18 +54,19 @@ def guidance(setting: Setting) -> list[Row]:
     model, _ = weights.load_weights(WEIGHTS)
     noise, motion = torch.randn(1, puppet.LATENT_CHANNELS, 5, 8, 8), torch.randn(1, puppet.FRAMES, MOTION_DIM)
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
-    given = noise, motion, text, null_text
-    options = {"guidance_text": TEXT, "guidance_condition": CONDITION, "shift": PUPPET_DEFAULTS.shift}
-    options["solver"] = "euler"
-    calls = {
-        "ours": lambda: flow.sample(model, *given, Task.MOTION_TO_VIDEO, STEPS, **options),
-        "peer": lambda: naive_sample(model, *given, STEPS),
-    }
-    times = setting.rounds(calls, GUIDED)
-    what = (
-        f"three calls a step / ours, {STEPS} guided steps, puppet: ours {figure(times['ours']).median:.3g} s"
-    )
-    return [Row("iccfg_speedup", what, ratio(times["peer"], times["ours"]))]
+    given, rows = (noise, motion, text, null_text), []
+    for name, omegas in OMEGAS.items():
+        options = dict(zip(("guidance_text", "guidance_condition"), omegas, strict=True))
+        options |= {"shift": PUPPET_DEFAULTS.shift, "solver": "euler"}
+        calls = {
+            "ours": partial(flow.sample, model, *given, Task.MOTION_TO_VIDEO, STEPS, **options),
+            "peer": partial(naive_sample, model, *given, *omegas, STEPS),
+        }
+        times = setting.rounds(calls, GUIDED)
+        what = f"three calls a step / ours, {STEPS} guided steps, ω1 = {omegas[0]:g}, ω2 = {omegas[1]:g}"
+        seconds = f"ours {figure(times['ours']).median:.3g} s"
+        rows.append(Row(name, f"{what}: {seconds}", ratio(times["peer"], times["ours"])))
+    return rows
 
 
 def training(setting: Setting, optimizers: Callable) -> list[Row]:

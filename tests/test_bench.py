@@ -20,7 +20,7 @@ TINY = speed.Setting(
 )
 KEYS = {
     "memory_ratio", "forward_ratio_fp32", "forward_ratio_bf16", "train_ratio_fp32", "train_ratio_bf16",
-    "floor_share", "motion_overhead", "sample_ratio", "iccfg_speedup",
+    "floor_share", "motion_overhead", "sample_ratio", "iccfg_speedup", "iccfg_default_speedup",
     "puppet_step_seconds", "puppet_data_ratio", "muon_speedup",
 }  # fmt: skip
 
