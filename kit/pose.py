@@ -153,10 +153,8 @@ def joined(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     which = distance.argmin(dim=1)
     rows = torch.arange(len(which))
     near_upper, far_upper = upper[rows, which // 2], upper[rows, 1 - which // 2]
-    joint, tip = (
-        lower[rows, which % 2],
-        lower[rows, 1 - which % 2],
-    )  # the lower segment is drawn over the upper
+    # the lower segment is drawn over the upper
+    joint, tip = lower[rows, which % 2], lower[rows, 1 - which % 2]
     (ux, uy), (lx, ly) = (near_upper - far_upper).unbind(-1), (tip - joint).unbind(-1)
     bend = torch.atan2(ux * ly - uy * lx, ux * lx + uy * ly)
     there = (upper[:, 0, :1] < FAR) & (lower[:, 0, :1] < FAR)
