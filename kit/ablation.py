@@ -8,19 +8,22 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import flow
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import checkpoints, cost, data, measures, parallel, pose, puppet, weights
+from kit import checkpoints, cost, data, measures, parallel, pose, puppet, validation, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
-from kit.generate import generate_all
+from kit.generate import CHUNK, generate_all
 from kit.scores import scores
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -30,6 +33,7 @@ SCORES = (  # of kit/scores.py
     "joint_sync_peak_rate", "joint_iou", "v2m_mpjpe_mm", "m2v_iou", "text_action_accuracy", "jerk_ratio",
 )  # fmt: skip
 GUIDANCE = (1.0, 1.5, 3.0)  # of ω1 and of ω2; ω2 = 1 is guidance by text alone
+GRID = "m2v_iou_{:g}_{:g}"  # the measure's name
 
 
 class Variant(NamedTuple):
@@ -105,13 +109,15 @@ class HeldOut(NamedTuple):
     bank: puppet.Clips  # other real clips
     shapes: Tensor  # (n f h w) their silhouettes
     bends: Tensor  # (m 4) of their elbows and knees
+    bf16: bool  # whether networks run in it
 
 
 def held_out(count: int, frames: int) -> HeldOut:
     clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
     video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
     bends = pose.read_pose(others[:READ_CLIPS]).bend.flatten(0, 1)
-    return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others), bends)
+    bf16 = parallel.faster_in_bf16(torch.device("cpu"))
+    return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others), bends, bf16)
 
 
 def of_video(video: Tensor, real: HeldOut) -> dict[str, float]:
@@ -138,39 +144,55 @@ def sharpness(video: Tensor) -> float:
     return (video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean()).item()
 
 
+@torch.no_grad()
+def errors(model: DualDiT, codec: puppet.Codec, tasks: Sequence[Task], real: HeldOut) -> dict[str, float]:
+    """Squared velocity errors of tasks, by modality: what is trained, and steadier than any sample."""
+    text = puppet.encode_text(real.clips.caption)
+    motion = (real.motion - model.motion_mean) / model.motion_std
+    given, generator, found = (codec.encode(real.video), motion), data.rng("ablation"), defaultdict(list)
+    noise = [torch.randn(x.shape, generator=generator) for x in given]
+    for task, level in product(tasks, validation.TIMES):
+        t = torch.full((len(motion),), level)
+        for columns in zip(*(x.split(CHUNK) for x in (*given, text, *noise, t, t)), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=real.bf16):
+                loss = flow.loss(model, *columns[:3], task, flow.Draw(*columns[3:]))
+            for modality, error in loss._asdict().items():
+                if error is not None:
+                    found[f"error_{task.name.lower()}_{modality}"] += error.tolist()
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
 class Measured(NamedTuple):
     """Of one network."""
 
     values: dict[str, float]  # by name
-    attention: Tensor | None = None  # (f t) motion -> video, of the layer with the best 4:1 share
+    attention: Tensor | None = None  # (layers f t) motion -> video
 
 
 def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> Measured:
     """Measures of a network; one without motion has those of its videos only."""
-    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": parallel.faster_in_bf16(torch.device("cpu"))}
+    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": real.bf16}
+    tasks = (Task.VIDEO_ONLY, *(validation.TASKS[2] if motion else ()))
+    values = errors(model, codec, tasks, real)
     if not motion:
         given = (real.video, real.motion)
         video, _ = generate_all(model, codec, real.clips, Task.VIDEO_ONLY, *given, **sampling)
-        return Measured(of_video(video, real))
+        return Measured(values | of_video(video, real))
     found = scores(model, codec, real.clips, real.bank, **sampling)
-    shares = torch.tensor(found.values["attention_41_share"])
-    values = {
-        "attention_41_share_best": shares.max().item(),
-        **{name: found.values[name] for name in SCORES},
-        **of_video(found.video, real),
-    }
-    return Measured(values, found.attention[shares.argmax()])
+    share = {"attention_41_share_best": max(found.values["attention_41_share"])}
+    values = share | values | {name: found.values[name] for name in SCORES} | of_video(found.video, real)
+    return Measured(values, found.attention)
 
 
 def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
     """IoU of motion to video over ω1 and ω2."""
     shape, found = puppet.silhouette(real.video), {}
-    given = (real.video, real.motion, parallel.faster_in_bf16(torch.device("cpu")))
+    given = (real.video, real.motion, real.bf16)
     for w1 in GUIDANCE:
         for w2 in GUIDANCE:
             sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
             video, _ = generate_all(model, codec, real.clips, Task.MOTION_TO_VIDEO, *given, **sampling)
-            found[f"m2v_iou_{w1:g}_{w2:g}"] = measures.iou(puppet.silhouette(video), shape).mean().item()
+            found[GRID.format(w1, w2)] = measures.iou(puppet.silhouette(video), shape).mean().item()
     return found
 
 
@@ -186,7 +208,7 @@ def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) -> dict:
     """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}.
 
-    "real" are real videos, through the codec. "attention" (f t) is the mean of all seeds' best layers.
+    "real" are real videos, through the codec. "attention" (layers f t) is the mean over seeds.
     """
     real, variants = held_out(clips, plan.frames), {}
     for name, variant in VARIANTS.items():
@@ -202,23 +224,27 @@ def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) 
             maps += [] if attention is None else [attention]
         variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
         if maps:
-            variants[name]["attention"] = torch.stack(maps).mean(0).tolist()
+            variants[name]["attention"] = torch.stack(maps).mean(0).round(decimals=4).tolist()
         result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
         with whole_file(out) as temporary:  # after each variant: the whole takes hours
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
+def cell(found: dict, measure: str) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{found[measure]['mean']:.3g} ± {found[measure]['std']:.2g}" if measure in found else ""
+
+
 def print_table(result: dict) -> None:
-    """A line a measure, a column a variant: mean ± standard deviation over seeds."""
-    variants = {
-        name: {measure: x for measure, x in found.items() if isinstance(x, dict)}
-        for name, found in result["variants"].items()
-    }
-    print(f"{'':25}" + "".join(f"{name:>15}" for name in variants))
-    for measure in dict.fromkeys(measure for found in variants.values() for measure in found):
-        cells = [
-            f"{found[measure]['mean']:.3g} ± {found[measure]['std']:.1g}" if measure in found else ""
-            for found in variants.values()
-        ]
-        print(f"{measure:25}" + "".join(f"{cell:>15}" for cell in cells))
+    """A line a measure, a column a variant; then the guidance grid."""
+    variants, whole = result["variants"], result["variants"]["echomotion"]
+    rows = [name for name, x in whole.items() if isinstance(x, dict)]
+    grid = [GRID.format(w1, w2) for w1, w2 in product(GUIDANCE, GUIDANCE)]
+    print(f"{'':29}" + "".join(f"{name:>16}" for name in variants))
+    for measure in [name for name in rows if name not in grid]:
+        print(f"{measure:29}" + "".join(f"{cell(found, measure):>16}" for found in variants.values()))
+    print(f"\n{'motion to video, IoU':29}" + "".join(f"{f'ω1 = {w1:g}':>16}" for w1 in GUIDANCE))
+    for w2 in GUIDANCE:
+        name = f"ω2 = {w2:g}" + (", text alone" if w2 == 1 else "")
+        print(f"{name:29}" + "".join(f"{cell(whole, GRID.format(w1, w2)):>16}" for w1 in GUIDANCE))

@@ -3,6 +3,7 @@
 blocks       the dual block
 lattice      where MVS-RoPE puts video and motion, and where they would be without it
 alignment    which latent a motion frame finds by position alone, with MVS-RoPE and without
+ablation     which latents motion frames have learned to look at, with MVS-RoPE and without
 tasks        the three tasks, sampled
 trajectory   both modalities on their way from noise to sample
 guidance     motion to video over ω1 and ω2
@@ -26,7 +27,7 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import cli, data, puppet, render, weights
+from kit import cli, data, measures, puppet, render, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.generate import denoise
 from motion_tokens import MOTION_DIM, decode_smpl
@@ -188,13 +189,13 @@ def alignment(path: Path) -> None:
 
 
 def ablation(path: Path) -> None:
-    """Learned attention of motion to video, with MVS-RoPE and without, from assets/ablation.json."""
+    """Learned attention of motion to video, a row with MVS-RoPE and one without, from ABLATION."""
     found = json.loads(ABLATION.read_text())["variants"]
-    names = {"echomotion": "MVS-RoPE", "unsynced": "unsynced"}
-    maps = torch.stack([torch.tensor(found[name]["attention"]) for name in names])
-    shares = torch.tensor([found[name]["attention_41_share_best"]["mean"] for name in names])
-    title = "motion → video attention, mean of three seeds' best layers"
-    render.attention_picture(path, maps, shares, title, tuple(names.values()))
+    rows = {"MVS-RoPE": "echomotion", "unsynced": "unsynced"}
+    maps = torch.cat([torch.tensor(found[name]["attention"]) for name in rows.values()])
+    names = [f"{row}, layer {i}" for row in rows for i in range(len(maps) // len(rows))]
+    title = f"learned motion → video attention, mean of {len(found['unsynced']['seeds'])} seeds"
+    render.attention_picture(path, maps, measures.attention_share(maps), title, names)
 
 
 # ---------------------------------------------------------------- sampled
@@ -298,7 +299,9 @@ def guidance(path: Path, world: World) -> None:
 # ---------------------------------------------------------------- the command line
 
 
-DRAWN: dict[str, Callable[[Path], None]] = {"blocks": blocks, "lattice": lattice, "alignment": alignment}
+DRAWN: dict[str, Callable[[Path], None]] = {
+    "blocks": blocks, "lattice": lattice, "alignment": alignment, "ablation": ablation,
+}  # fmt: skip
 SAMPLED: dict[str, Callable[[Path, World], None]] = {
     "tasks": tasks, "trajectory": trajectory, "guidance": guidance,
 }  # fmt: skip

@@ -116,6 +116,32 @@ def test_real_videos_are_as_good_as_real(few_real):
     assert noisy["video_nearest_iou"] < found["video_nearest_iou"]
 
 
+@pytest.mark.parametrize("found", ("nothing", "everything"))
+def test_errors_are_of_the_velocity(few_real, found):
+    # catches a wrong sign, noise or time: a network that knows the clips makes no error at any level
+    real, codec = ablation.held_out(2, frames=5)._replace(bf16=False), puppet.Codec.fit(range(8))
+    clean = codec.encode(real.video), real.motion
+
+    def network(video, motion, t_video, t_motion, text, task):
+        inputs = zip((video, motion), clean, (t_video, t_motion), strict=True)
+        return [
+            None if t is None else (x - x0) / t.view(-1, *[1] * (x.ndim - 1)) * (found == "everything")
+            for x, x0, t in inputs
+        ]
+
+    network.motion_mean, network.motion_std = torch.zeros(()), torch.ones(())
+    errors = ablation.errors(network, codec, (Task.VIDEO_ONLY, Task.JOINT, Task.VIDEO_TO_MOTION), real)
+    expected = {
+        f"error_{name}": 0.0 if found == "everything" else 1 + x0.square().mean().item()
+        for name, x0 in zip(
+            ("video_only_video", "joint_video", "joint_motion", "video_to_motion_motion"),
+            (clean[0], *clean, clean[1]),
+            strict=True,
+        )
+    }
+    assert errors == pytest.approx(expected, rel=0.1, abs=1e-6)
+
+
 def test_nearest_iou_finds_a_clip_among_the_others(few_real):
     real = ablation.held_out(3, frames=5)
     there = real._replace(shapes=torch.cat((real.shapes, puppet.silhouette(real.video))))
@@ -142,8 +168,8 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
         assert ("attention_41_share_best" in found) == ("m2v_iou" in found) == VARIANTS[name].motion
         assert ("m2v_iou_1.5_3" in found) == (name == "echomotion")
         assert ("attention" in found) == VARIANTS[name].motion
-        rows = torch.tensor(found.pop("attention", [[1.0]]))
-        torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
+        maps = torch.tensor(found.pop("attention", [[[1.0]]]))
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:2]), atol=1e-3, rtol=0)
         for measure in found.values():
             assert math.isfinite(measure["mean"]) and measure["std"] == 0  # the same weights twice
 

@@ -31,7 +31,8 @@ def test_each_figure_is_written_and_the_same_again(few, tiny_weights, tmp_path, 
         draw(monkeypatch, "--weights", tiny_weights, "--out", folder)
         pictures.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert pictures[0].keys() == {
-        "blocks.png", "lattice.png", "alignment.png", "tasks.gif", "trajectory.png", "guidance.png",
+        "blocks.png", "lattice.png", "alignment.png", "ablation.png", "tasks.gif", "trajectory.png",
+        "guidance.png",
     }  # fmt: skip
     assert pictures[0] == pictures[1]
     for path in (tmp_path / "first").iterdir():

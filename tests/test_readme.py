@@ -4,12 +4,15 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import sys
 
 import pytest
 from conftest import ROOT
+
+from kit import ablation
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -147,3 +150,8 @@ def test_plan_prints_what_the_readme_shows(monkeypatch):
         importlib.import_module("bench").main()
     shown = re.search(r"```\n(wan2\.1-1\.3b, .*?)```", README, re.DOTALL)[1]
     assert shown in printed.getvalue()
+
+
+def test_ablation_table_is_what_was_measured(capsys):
+    ablation.print_table(json.loads((ROOT / "assets/ablation.json").read_text()))
+    assert f"```\n{capsys.readouterr().out}```" in README
