@@ -187,12 +187,11 @@ def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -
 def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
     """IoU of motion to video over ω1 and ω2."""
     shape, found = puppet.silhouette(real.video), {}
-    given = (real.video, real.motion, real.bf16)
-    for w1 in GUIDANCE:
-        for w2 in GUIDANCE:
-            sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
-            video, _ = generate_all(model, codec, real.clips, Task.MOTION_TO_VIDEO, *given, **sampling)
-            found[GRID.format(w1, w2)] = measures.iou(puppet.silhouette(video), shape).mean().item()
+    given = (model, codec, real.clips, Task.MOTION_TO_VIDEO, real.video, real.motion, real.bf16)
+    for w1, w2 in product(GUIDANCE, GUIDANCE):
+        sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
+        video, _ = generate_all(*given, **sampling)
+        found[GRID.format(w1, w2)] = measures.iou(puppet.silhouette(video), shape).mean().item()
     return found
 
 

@@ -189,7 +189,7 @@ def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as archive:
                 return {name: archive[name] for name in names if name in archive}
-        except Exception as error:  # damaged bytes may raise anything
+        except Exception as error:  # zip, zlib and numpy have no common error for damaged bytes
             hint = "expected an .npz of plain arrays; download or export it again"
             raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
 
@@ -264,7 +264,7 @@ def _read_pickle(file: Path) -> dict[str, np.ndarray]:
         try:
             data = _AllowList(stream, encoding="latin1").load()
             return {name: _to_array(data[name]) for name in FIELDS if name in data}
-        except Exception as error:  # damaged bytes may raise anything
+        except Exception as error:  # pickle promises no list of what damaged bytes raise
             hint = "expected the pickle of an SMPL model; download it again"
             raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
 

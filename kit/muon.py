@@ -1,7 +1,7 @@
 """Muon, many matrices at a time: torch's own optimizer with another inner loop.
 
 Muon replaces the momentum of a matrix, U·S·Vᵀ, by nearly U·Vᵀ. torch.optim.Muon does so matrix by matrix and
-always in bf16, which CPUs without bf16 units compute some twenty times slower than fp32; here all matrices
+always in bf16, which CPUs without bf16 units compute far slower than fp32; here all matrices
 of one shape are one batch, in fp32. `python bench.py` compares the two.
 """
 

@@ -1,5 +1,6 @@
 """kit/figures.py: what the pictures show is what the code computes."""
 
+import json
 import sys
 
 import matplotlib.image
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit import figures, render
+from kit import figures, measures, render
 from rope import TOKENS_PER_FRAME
 
 
@@ -70,6 +71,23 @@ def test_alignment_shows_the_logits_of_positions(synced):
     torch.testing.assert_close(found, by_hand(9, synced, 3), atol=2e-3, rtol=1e-3)
     peaks = found.argmax(dim=1).tolist()
     assert all(abs(peak - f / 4) <= 0.5 for f, peak in enumerate(peaks)) == synced
+
+
+def test_ablation_shows_each_variants_own_attention(tmp_path, monkeypatch):
+    # catches rows that are swapped, or named after the other variant
+    own = torch.eye(5)[measures.own_latent(17)]
+    maps = {"echomotion": [own.tolist()] * 2, "unsynced": [torch.full((17, 5), 0.2).tolist()] * 2}
+    (tmp_path / "ablation.json").write_text(
+        json.dumps({"variants": {name: {"seeds": [0], "attention": x} for name, x in maps.items()}})
+    )
+    monkeypatch.setattr(figures, "ABLATION", tmp_path / "ablation.json")
+    drawn = []
+    monkeypatch.setattr(render, "attention_picture", lambda *given: drawn.append(given))
+    figures.ablation(tmp_path / "a.png")
+    ((_, attention, shares, title, names),) = drawn
+    assert attention.shape == (4, 17, 5) and "1 seeds" in title
+    assert shares.tolist() == pytest.approx([1, 1, 0.2, 0.2])
+    assert [name.split(",")[0] for name in names] == ["MVS-RoPE"] * 2 + ["unsynced"] * 2
 
 
 def test_curves_are_a_runs_losses(tmp_path, monkeypatch):
