@@ -19,6 +19,7 @@ from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.measures import attention_share, held_out
 from kit.scores import scores
+from motion_tokens import GROUPS
 from sample import SHIPPED
 from train import STAGE_1_SHARE
 
@@ -44,8 +45,12 @@ def table(r: dict) -> list[tuple]:
         ("jerk / real jerk", r["jerk_ratio"], None, "", 1, real),
     ]
     # fmt: on
-    for layer, value in enumerate(r["attention_41_share"]):
+    for layer, value in enumerate(shares := r["attention_41_share"]):
         name = f"4:1 attention share, layer {layer} ↑"
+        rows.append((name, value, r["attention_chance"], chance, 1, "all on its latent"))
+    best = shares.index(max(shares))
+    for group in GROUPS:
+        name, value = f"  of layer {best}'s {group} tokens ↑", r[f"attention_41_share_{group}"][best]
         rows.append((name, value, r["attention_chance"], chance, 1, "all on its latent"))
     return rows
 

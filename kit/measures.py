@@ -1,6 +1,7 @@
 """The measures of evaluate.py: of motion, of video, of both together, and of the 4:1 alignment."""
 
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
@@ -8,7 +9,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import data, puppet
-from motion_tokens import axis_angle_to_matrix, decode_smpl
+from motion_tokens import GROUPS, axis_angle_to_matrix, decode_smpl
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
@@ -113,22 +114,23 @@ def own_latent(f: int) -> Tensor:
 
 
 @torch.no_grad()
-def attention_map(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, noise: Tensor) -> Tensor:
-    """How motion attends to video while motion is made from it -> (layers f t), rows sum to 1.
+def attention_mass(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, noise: Tensor) -> Tensor:
+    """What motion tokens give of their attention to each latent, while motion is made -> (layers f i t).
 
-    video (b c t h w) clean latents, motion (b f 235) normalised, noise like motion. The mass that falls on
-    video, of all heads, tokens and clips: who hardly looks at the video hardly counts.
+    video (b c t h w) clean latents, motion (b f 235) normalised, noise like motion. Mean over heads and
+    clips; a token's sum over t is below 1: the rest falls on motion.
     """
     t = motion.new_full(motion.shape[:1], ATTENTION_TIME)
-    maps = []
+    masses = []
 
     def record(block, streams):
         experts = zip((block.video, block.motion), streams, strict=True)
         (_, k_video, _), (q, k_motion, _) = (expert.before_attention(stream) for expert, stream in experts)
         logits = q @ torch.cat((k_video, k_motion), dim=2).mT / q.shape[-1] ** 0.5
         on_video = logits.softmax(-1)[..., : k_video.shape[2]]
-        mass = reduce(on_video, "b heads (f i) (t hw) -> f t", "sum", i=TOKENS_PER_FRAME, t=video.shape[2])
-        maps.append(mass / mass.sum(dim=1, keepdim=True))
+        split = {"i": TOKENS_PER_FRAME, "t": video.shape[2]}
+        on_frames = reduce(on_video, "b heads (f i) (t hw) -> b heads f i t", "sum", **split)
+        masses.append(on_frames.mean(dim=(0, 1)))
 
     hooks = [block.register_forward_pre_hook(record) for block in model.blocks]
     try:
@@ -136,10 +138,24 @@ def attention_map(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, n
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(maps)
+    return torch.stack(masses)
+
+
+def attention_map(mass: Tensor) -> Tensor:
+    """Of all that falls on video, where: (layers f i t) -> (layers f t), rows sum to 1.
+
+    Tokens count by their mass: who hardly looks at the video hardly counts.
+    """
+    return F.normalize(mass.sum(dim=2), p=1, dim=-1)
 
 
 def attention_share(maps: Tensor) -> Tensor:
     """Mass that frames put on the latent frame that holds them: (layers f t) -> (layers,)."""
     frames = torch.arange(maps.shape[1])
     return maps[:, frames, own_latent(maps.shape[1])].mean(dim=1)
+
+
+def attention_share_by_group(mass: Tensor) -> dict[str, Tensor]:
+    """attention_share of position, rotation and shape tokens: (layers f i t) -> (layers,) each."""
+    groups = mass.split([tokens for tokens, _ in GROUPS.values()], dim=2)
+    return {name: attention_share(attention_map(part)) for name, part in zip(GROUPS, groups, strict=True)}

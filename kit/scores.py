@@ -12,7 +12,9 @@ from kit.generate import CHUNK, generate_all
 from kit.measures import (
     OFFSETS,
     attention_map,
+    attention_mass,
     attention_share,
+    attention_share_by_group,
     bone_variation,
     centred,
     iou,
@@ -39,12 +41,12 @@ class Scores(NamedTuple):
 def attention_of_clips(
     model: DualDiT, codec: puppet.Codec, clips: puppet.Clips, video: Tensor, motion: Tensor
 ) -> Tensor:
-    """measures.attention_map of clips, some at a time; video (b 3 f h w), motion (b f 235) not normalised."""
+    """measures.attention_mass, some clips at a time; video (b 3 f h w), motion (b f 235) not normalised."""
     noise = torch.randn(motion.shape, generator=data.rng("attention"))
     given = codec.encode(video), (motion - model.motion_mean) / model.motion_std
     columns = (x.split(CHUNK) for x in (*given, puppet.encode_text(clips.caption), noise))
-    maps = [attention_map(model, *part) * len(part[0]) for part in zip(*columns, strict=True)]
-    return torch.stack(maps).sum(0) / len(video)
+    masses = [attention_mass(model, *part) * len(part[0]) for part in zip(*columns, strict=True)]
+    return torch.stack(masses).sum(0) / len(video)
 
 
 def scores(
@@ -69,7 +71,8 @@ def scores(
     smpl = decode_smpl(joint_motion)
     joints = smpl["joints"]
     posed = body.joints(smpl["global_orient"], smpl["body_pose"], smpl["betas"][:, None], smpl["transl"])
-    attention = attention_of_clips(model, codec, clips, real_video, real_motion)
+    mass = attention_of_clips(model, codec, clips, real_video, real_motion)
+    attention = attention_map(mass)
 
     def right(joints: Tensor) -> float:
         return (nearest_action(joints, bank) == clips.action).float().mean().item()
@@ -100,4 +103,6 @@ def scores(
         "attention_41_share": attention_share(attention).tolist(),
         "attention_chance": 1 / attention.shape[-1],
     }
+    for group, share in attention_share_by_group(mass).items():
+        values[f"attention_41_share_{group}"] = share.tolist()
     return Scores(values, attention, joint_video)

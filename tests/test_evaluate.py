@@ -2,11 +2,13 @@
 
 import json
 import math
+from itertools import chain
 
 from conftest import TINY
 
 import evaluate
 from kit import puppet
+from motion_tokens import GROUPS
 
 KEYS = {
     "v2m_mpjpe_mm",
@@ -34,10 +36,11 @@ def test_evaluate_writes_every_measure_as_a_plain_number_and_draws_the_maps(
     ended = verb(evaluate, "--weights", tiny_weights, "--clips", 2, "--steps", 1, *files)
     assert ended.code == 0
     result = json.loads((tmp_path / "measures.json").read_text())
-    assert result.keys() >= KEYS | {"attention_41_share"}
-    shares = result.pop("attention_41_share")
-    assert len(shares) == TINY.layers
-    for number in (*shares, *result.values()):
+    shares = {"attention_41_share", *(f"attention_41_share_{group}" for group in GROUPS)}
+    assert result.keys() >= KEYS | shares
+    lists = [result.pop(name) for name in shares]
+    assert all(len(by_layer) == TINY.layers for by_layer in lists)
+    for number in chain(*lists, result.values()):
         assert type(number) is float and math.isfinite(number)
     assert result["text_chance"] == 1 / len(puppet.ACTIONS) and result["attention_chance"] == 1 / 5
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")

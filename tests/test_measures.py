@@ -144,7 +144,17 @@ def test_attention_share_by_hand():
     torch.testing.assert_close(shares, torch.tensor([1.0, 0.5, 0.4, 0.0]))
 
 
-def test_attention_map_is_that_of_a_loop_over_tokens(monkeypatch):
+def test_attention_share_of_each_group_of_tokens_by_hand():
+    # catches groups cut at the wrong token, and tokens that hardly look at the video counted like the others
+    own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
+    position, rotation, shape = [own] * 25, [1 - own] * 25, [torch.full((5, 2), 0.5)]
+    rotation[0] = 72 * own  # as heavy as three times the others
+    mass = torch.stack((*position, *rotation, *shape), dim=1)[None]  # (layers=1 f=5 i=51 t=2)
+    found = {name: share.item() for name, share in measures.attention_share_by_group(mass).items()}
+    assert found == pytest.approx({"position": 1, "rotation": 0.75, "shape": 0.5})
+
+
+def test_attention_is_that_of_a_loop_over_tokens(monkeypatch):
     # catches queries and keys exchanged, a lost scale or rotation, tokens given to the wrong frame
     model = tiny_model().eval()
     with torch.no_grad():
@@ -153,7 +163,7 @@ def test_attention_map_is_that_of_a_loop_over_tokens(monkeypatch):
     clips, latents, rows, columns, f = 2, 2, 2, 3, 5
     video, motion = randn(clips, TINY.channels, latents, rows, columns), randn(clips, f, 235, seed=1)
     text, noise = randn(clips, 3, TINY.text_dim, seed=2), randn(clips, f, 235, seed=3)
-    found = measures.attention_map(model, video, motion, text, noise)
+    found = measures.attention_mass(model, video, motion, text, noise)
 
     pixels, seen, attend = latents * rows * columns, [], dual_dit.attend
 
@@ -168,21 +178,22 @@ def test_attention_map_is_that_of_a_loop_over_tokens(monkeypatch):
         model(video, (motion + noise) / 2, torch.zeros(clips), half, text, Task.VIDEO_TO_MOTION)
     assert len(seen) == TINY.layers
     for layer, (q, k) in enumerate(seen):
-        expected = np.zeros((f, latents))
+        expected = np.zeros((f, TOKENS_PER_FRAME, latents))
         for b, head, token in np.ndindex(clips, TINY.heads, f * TOKENS_PER_FRAME):
             logits = k[b, head] @ q[b, head, pixels + token] / np.sqrt(TINY.width / TINY.heads)
             mass = np.exp(logits) / np.exp(logits).sum()
             for pixel in range(pixels):
-                expected[token // TOKENS_PER_FRAME, pixel // (rows * columns)] += mass[pixel]
-        expected /= expected.sum(axis=1, keepdims=True)
+                expected[*divmod(token, TOKENS_PER_FRAME), pixel // (rows * columns)] += mass[pixel]
         assert expected.std() > 0.01
-        np.testing.assert_allclose(found[layer], expected, atol=1e-4)
+        np.testing.assert_allclose(found[layer], expected / (clips * TINY.heads), atol=1e-4)
+        expected = expected.sum(axis=1) / expected.sum(axis=(1, 2))[:, None]
+        np.testing.assert_allclose(measures.attention_map(found)[layer], expected, atol=1e-4)
 
 
-def test_attention_map_leaves_the_network_as_it_was():
+def test_attention_mass_leaves_the_network_as_it_was():
     model = tiny_model().eval()
     inputs = randn(1, TINY.channels, 1, 1, 1), randn(1, 1, 235), randn(1, 3, TINY.text_dim), randn(1, 1, 235)
-    assert measures.attention_map(model, *inputs).shape == (TINY.layers, 1, 1)
+    assert measures.attention_mass(model, *inputs).shape == (TINY.layers, 1, TOKENS_PER_FRAME, 1)
     assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
@@ -208,5 +219,5 @@ def test_shipped_weights_have_learned_the_4_to_1_alignment():
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     motion = (data.puppet_motion(clips) - model.motion_mean) / model.motion_std
     text = puppet.encode_text(clips.caption)
-    maps = measures.attention_map(model, video, motion, text, randn(*motion.shape))
+    maps = measures.attention_map(measures.attention_mass(model, video, motion, text, randn(*motion.shape)))
     assert measures.attention_share(maps).max() >= 2.1 / video.shape[2]
