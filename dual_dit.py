@@ -122,8 +122,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch in fp32; the result has the dtype of x."""
-    return (x.float() + gate * branch.float()).type_as(x)
+    """x + gate * branch in fp32, as the gate is; the result has the dtype of x."""
+    return (x + gate * branch).type_as(x)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -67,9 +67,11 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tup
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x (b heads n head_dim) by the table's angles, in fp32."""
-    a, b = rearrange(x.float(), "... (pair two) -> two ... pair", two=2)
+    # token by token, as projections write and read: in this order of axes nothing is copied
+    a, b = rearrange(x.float(), "b heads n (pair two) -> two b n heads pair", two=2)
+    cos, sin = cos[:, None], sin[:, None]
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    return rearrange(rotated, "... pair two -> ... (pair two)").type_as(x)
+    return rearrange(rotated, "b n heads pair two -> b heads n (pair two)").type_as(x)
 
 
 if __name__ == "__main__":

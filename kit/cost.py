@@ -7,7 +7,7 @@ memory traffic, not arithmetic.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -105,6 +105,22 @@ def parameter_count(config: DualDiTConfig) -> int:
         return sum(p.numel() for p in DualDiT(config).parameters())
 
 
+def kept_bytes(call: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes that a call keeps for its backward pass: of distinct memory, but for the parameters'."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.enable_grad():
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def saved_bytes(
     config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int, bf16: bool = True
 ) -> int:
@@ -114,24 +130,11 @@ def saved_bytes(
     """
     with FakeTensorMode():
         model = DualDiT(config)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage
-            return x
-
         video = torch.randn(batch, config.channels, *grid)
         motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
-            model(video, motion, time, time, features, 0)
-        return sum(storage.nbytes() for storage in kept.values())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return kept_bytes(lambda: model(video, motion, time, time, features, 0), model.parameters())
 
 
 class Memory(NamedTuple):
