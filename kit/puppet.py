@@ -65,6 +65,7 @@ CLEARANCE = {
 }  # fmt: skip
 ROOT = 24  # the motion table's row of the root's translation
 HEADING = math.radians(65)
+PACE = 0.9  # by how much of itself it may change; from 1 on, motions would run backwards
 
 
 @functools.cache
@@ -92,14 +93,15 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
     """One clip per seed, each a pure function of its own seed; fewer than 17 frames are a window of it."""
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"frames must be 4n+1, got {frames}; the nearest is {nearest_frames(frames)}")
-    draws = [torch.rand(19, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    pick, colour, phase, speed, strength, turn, x, z, window, *shape = torch.stack(draws, dim=1).to(device)
+    draws = [torch.rand(22, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    pick, colour, phase, speed, strength, turn, x, z, window, *more = torch.stack(draws, dim=1).to(device)
+    shape, pace = more[:10], more[10:]
     action, shirt = (pick * len(ACTIONS)).long(), (colour * len(COLOURS)).long()
     betas = (math.sqrt(2) * torch.erfinv(2 * torch.stack(shape, dim=1) - 1)).clamp(-2, 2)
 
     start = (window * (max(FRAMES - frames, 0) + 1)).floor()
     frame = rearrange(start, "b -> b 1") + torch.arange(frames, device=device)
-    cycles = rearrange(phase, "b -> b 1") + rearrange(0.75 + 0.3 * speed, "b -> b 1") * frame / FRAMES
+    cycles = phase[:, None] + (0.75 + 0.3 * speed)[:, None] * _own_time(frame / FRAMES, *pace)
     pose, path = _move(action, cycles, amplitude=0.9 + 0.3 * strength)
 
     zero = torch.zeros_like(turn)
@@ -128,6 +130,16 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
         transl=transl + up,
         joints=joints + rearrange(up, "b f i -> b f 1 i"),
     )
+
+
+def _own_time(time: Tensor, swing: Tensor, rate: Tensor, onset: Tensor) -> Tensor:
+    """Time (b f), in clips, for someone who is no clock: now ahead of it, now behind, never backwards.
+
+    Where a frame follows from any other, nobody learns to look at the right one (README, Results).
+    """
+    swing, rate, onset = (x[:, None] for x in (swing, rate, onset))
+    angular = 2 * math.pi * (1 + rate)  # one to two swings of the pace a clip
+    return time + PACE * swing * torch.sin(angular * time + 2 * math.pi * onset) / angular
 
 
 def _move(action: Tensor, cycles: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:

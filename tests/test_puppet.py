@@ -85,6 +85,22 @@ def test_a_window_is_a_part_of_the_clip():
     assert len(starts) > 3
 
 
+def test_the_pace_changes_within_a_clip_and_never_runs_backwards():
+    # catches motion that goes by the clock, where frames follow from each other and alignment is not learned
+    time = torch.linspace(0, 1, 401).expand(64, -1)
+    own = puppet._own_time(time, *torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
+    pace = own.diff(dim=1) * 400
+    assert pace.min() > 0 and (pace.amax(1) / pace.amin(1)).median() > 2
+    still = torch.zeros(64)
+    torch.testing.assert_close(puppet._own_time(time, still, still, still), time)
+
+
+def test_every_joint_turns():
+    # a joint that never turns has nothing to be looked for; the spine turns in some actions only
+    turned = puppet.clips(range(200)).body_pose.std(dim=1).mean(dim=(0, 2))
+    assert turned.min() > 0.01
+
+
 def test_feet_stay_on_the_floor():
     feet = [puppet.JOINT["left_foot"], puppet.JOINT["right_foot"]]
     height = puppet.clips(range(200)).joints[:, :, feet, 1]
