@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from rope import TOKENS_PER_FRAME
+from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
 JOINTS = 24
 # numbers a frame, in the order of the 235-vector
@@ -158,6 +158,9 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(numbers, width, width) for name, (_, numbers) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
+        # paper is silent: positions are relative, so another says which of its latent's four frames this is;
+        # without it attention has to compare several latents to tell
+        self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:
         groups = motion.split([tokens * numbers for tokens, numbers in GROUPS.values()], dim=-1)
@@ -165,7 +168,9 @@ class MotionEncoder(nn.Module):
             self.mlps[name](rearrange(group, "b f (i c) -> b f i c", i=GROUPS[name][0]))
             for name, group in zip(GROUPS, groups, strict=True)
         ]
-        return rearrange(torch.cat(tokens, dim=2) + self.token, "b f i d -> b (f i) d")
+        phase = self.phase[torch.arange(motion.shape[1], device=motion.device) % FRAMES_PER_LATENT]
+        tokens = torch.cat(tokens, dim=2) + self.token + rearrange(phase, "f d -> f 1 d")
+        return rearrange(tokens, "b f i d -> b (f i) d")
 
 
 class MotionDecoder(nn.Module):
@@ -199,4 +204,5 @@ if __name__ == "__main__":
         first, number = first + tokens, number + SIZES[name]
     encoder, motion = MotionEncoder(128), torch.randn(1, 17, MOTION_DIM)
     nn.init.zeros_(encoder.token)
+    nn.init.zeros_(encoder.phase)
     print(f"motion {tuple(motion.shape)} -> tokens {tuple(encoder(motion).shape)}: 17 frames of {first}")

@@ -19,6 +19,7 @@ from motion_tokens import (
     motion_statistics,
     sixd_to_matrix,
 )
+from rope import FRAMES_PER_LATENT
 
 ANGLES = {
     "identity": [0.0],
@@ -267,9 +268,21 @@ def test_token_reads_and_writes_its_own_numbers(coders, token):
 @torch.no_grad()
 def test_tokens_of_a_group_share_an_mlp_and_differ_by_their_embedding(coders):
     encoder, _ = coders
-    tokens = (encoder(torch.ones(1, 1, MOTION_DIM))[0] - encoder.token).split((25, 25, 1))
+    tokens = (encoder(torch.ones(1, 1, MOTION_DIM))[0] - encoder.token - encoder.phase[0]).split((25, 25, 1))
     for group in tokens:
         torch.testing.assert_close(group, group[:1].expand_as(group), atol=1e-5, rtol=0)
     assert not torch.allclose(tokens[0][0], tokens[1][0], atol=0.1)
     assert not torch.allclose(tokens[1][0], tokens[2][0], atol=0.1)
     assert len(encoder.token.unique(dim=0)) == TOKENS_PER_FRAME
+
+
+@torch.no_grad()
+def test_a_token_knows_which_of_its_latents_four_frames_it_is_of(coders):
+    # catches a phase that follows the token or the clip instead of the frame
+    encoder, _ = coders
+    tokens = encoder(torch.ones(2, 9, MOTION_DIM)).unflatten(1, (9, TOKENS_PER_FRAME))
+    torch.testing.assert_close(tokens[:, 4:], tokens[:, :5])
+    for f in range(1, 4):
+        expected = (encoder.phase[f] - encoder.phase[0]).expand_as(tokens[:, f])
+        torch.testing.assert_close(tokens[:, f] - tokens[:, 0], expected, atol=1e-5, rtol=0)
+    assert len(encoder.phase.unique(dim=0)) == FRAMES_PER_LATENT
