@@ -366,7 +366,7 @@ class DualDiT(nn.Module):
                 nn.init.normal_(module.modulation, std=module.modulation.shape[-1] ** -0.5)
             elif isinstance(module, MotionEncoder):
                 nn.init.normal_(module.token, std=0.5)
-                nn.init.zeros_(module.phase)
+                nn.init.normal_(module.phase, std=0.5)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
         for expert in (self.video, self.motion):

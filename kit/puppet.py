@@ -101,7 +101,7 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
 
     start = (window * (max(FRAMES - frames, 0) + 1)).floor()
     frame = rearrange(start, "b -> b 1") + torch.arange(frames, device=device)
-    cycles = phase[:, None] + (0.75 + 0.3 * speed)[:, None] * _own_time(frame / FRAMES, *pace)
+    cycles = phase[:, None] + (1 + 0.6 * speed)[:, None] * _own_time(frame / FRAMES, *pace)
     pose, path = _move(action, cycles, amplitude=0.9 + 0.3 * strength)
 
     zero = torch.zeros_like(turn)
