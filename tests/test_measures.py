@@ -212,12 +212,12 @@ def test_measures_of_the_real_thing_are_perfect():
 
 
 def test_shipped_weights_have_learned_the_4_to_1_alignment():
-    # the paper's central claim for MVS-RoPE: some layer finds its own latent; 3 x chance is the aim, the
-    # weights shipped today reach 2.5 (README, Results), and an untrained network 1
+    # the paper's central claim for MVS-RoPE: some layer finds its own latent, at 3 x chance (README, Results);
+    # an untrained network is at 1
     model, extra = weights.load_weights(SHIPPED)
     clips = measures.held_out(8)
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     motion = (data.puppet_motion(clips) - model.motion_mean) / model.motion_std
     text = puppet.encode_text(clips.caption)
     maps = measures.attention_map(measures.attention_mass(model, video, motion, text, randn(*motion.shape)))
-    assert measures.attention_share(maps).max() >= 2.1 / video.shape[2]
+    assert measures.attention_share(maps).max() >= 3 / video.shape[2]
