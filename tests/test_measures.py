@@ -212,8 +212,8 @@ def test_measures_of_the_real_thing_are_perfect():
 
 
 def test_shipped_weights_have_learned_the_4_to_1_alignment():
-    # the paper's central claim for MVS-RoPE: some layer finds its own latent, at 3 x chance (README, Results);
-    # an untrained network is at 1
+    # the paper's central claim for MVS-RoPE: some layer finds its own latent, at 3 x chance (README),
+    # where an untrained network is at 1
     model, extra = weights.load_weights(SHIPPED)
     clips = measures.held_out(8)
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
