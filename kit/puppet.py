@@ -135,7 +135,7 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
 def _own_time(time: Tensor, swing: Tensor, rate: Tensor, onset: Tensor) -> Tensor:
     """Time (b f), in clips, for someone who is no clock: now ahead of it, now behind, never backwards.
 
-    Where a frame follows from any other, nobody learns to look at the right one (README, Results).
+    Where a frame follows from any other, nothing asks a network to look at the right one (README, Results).
     """
     swing, rate, onset = (x[:, None] for x in (swing, rate, onset))
     angular = 2 * math.pi * (1 + rate)  # one to two swings of the pace a clip
