@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dual_dit
 from dual_dit import PRESETS, DualDiT, DualDiTConfig, ExpertBlock, Stream
 from flow import Role, Task
 from motion_tokens import MOTION_DIM
@@ -283,6 +284,37 @@ def test_without_a_time_there_is_nothing_to_denoise(model, absent):
     given |= {f"t_{name}": torch.zeros(3) for name in absent}  # a time, but of nothing
     with pytest.raises(ValueError, match="nothing to denoise"):
         model(**given)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 100])  # at a time, of 6
+def test_attention_by_parts_is_attention(heads):
+    # catches a part left out, heads of two samples mixed, a forgotten scale
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    found = dual_dit.attend_by_parts(q, k, v, heads)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad", "parts"),
+    [
+        (torch.float32, False, []),
+        (torch.bfloat16, False, [2]),  # two heads' scores fit, 2 x 12 x 10 bytes each
+        (torch.bfloat16, True, []),  # but not those of all three that a backward pass needs
+    ],
+)
+def test_scores_are_written_down_only_where_they_fit(monkeypatch, dtype, grad, parts):
+    found, by_parts = [], dual_dit.attend_by_parts
+    monkeypatch.setattr(dual_dit, "CACHE", 2 * 240 + 200)
+    monkeypatch.setattr(dual_dit, "attend_by_parts", lambda *x: found.append(x[-1]) or by_parts(*x))
+    q, k, v = (torch.randn(1, 3, n, 8, dtype=dtype) for n in (12, 10, 10))
+    with torch.set_grad_enabled(grad):
+        assert dual_dit.attend(q, k, v).shape == (1, 12, 24)
+    assert found == parts
 
 
 @torch.no_grad()
