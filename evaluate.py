@@ -85,6 +85,8 @@ def options() -> argparse.Namespace:
     add("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
     add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains")
+    what = "networks that train at a time (default %(default)s)"
+    add("--jobs", type=int, default=1, metavar="N", help=what)
     what = "start all from this network's video expert, such as one of train.py --video-only"
     add("--init", metavar="FILE", help=what)
     what = "trained networks, and where to put them (default %(default)s)"
@@ -98,9 +100,13 @@ def main() -> None:
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     if args.verb == "ablate":
+        if args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
         size = args.steps, args.batch, args.frames
         plan = ablation.Plan(*size, STAGE_1_SHARE, args.device, args.init)
-        ablation.print_table(ablation.ablate(plan, range(args.seeds), args.clips, args.runs, args.out))
+        where = args.runs, args.out
+        result = ablation.ablate(plan, range(args.seeds), args.clips, *where, args.jobs)
+        ablation.print_table(result)
         return
     model, extra = weights.load_weights(args.weights)
     given = ("steps", "solver", "guidance_text", "guidance_condition", "lead")

@@ -5,11 +5,13 @@ there goes on where it was, or is taken as it is.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +79,7 @@ def steps_of(name: str, plan: Plan) -> int:
     return plan.steps
 
 
-def trained(name: str, seed: int, plan: Plan, runs: Path) -> Path:
+def trained(name: str, seed: int, plan: Plan, runs: Path, threads: int) -> Path:
     """The weights of a variant, trained now unless they are there; ValueError if they are of another plan."""
     out = runs / f"{name.replace(' ', '-')}-{seed}"
     options = {"steps": steps_of(name, plan), "batch": plan.batch, "frames": plan.frames, "seed": seed}
@@ -92,7 +94,7 @@ def trained(name: str, seed: int, plan: Plan, runs: Path) -> Path:
         flags += ["--validate-every", "0", "--resume", "auto", "--keep", "1", "--device", plan.device]
         print(f"{name}, seed {seed}", flush=True)
         command = [sys.executable, str(TRAIN), *VARIANTS[name].flags, *flags, "--out", str(out)]
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode:
             raise ValueError(f"training stopped: {' '.join(command)}")
     return out / "weights.safetensors"
 
@@ -204,16 +206,21 @@ def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) -> dict:
+def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path, jobs: int) -> dict:
     """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}.
 
-    "real" are real videos, through the codec. "attention" (layers f t) is the mean over seeds.
+    `jobs` of them train at a time. "real" are real videos, through the codec. "attention" (layers f t) is the
+    mean over seeds.
     """
+    networks, threads = list(product(VARIANTS, seeds)), max(1, torch.get_num_threads() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda network: trained(*network, plan, runs, threads), networks)
+        files = dict(zip(networks, found, strict=True))
     real, variants = held_out(clips, plan.frames), {}
     for name, variant in VARIANTS.items():
         rows, maps = [], []
         for seed in seeds:
-            model, extra = weights.load_weights(trained(name, seed, plan, runs))
+            model, extra = weights.load_weights(files[name, seed])
             codec = puppet.Codec.from_state(extra)
             if not variants:  # what can be reached
                 variants["real"] = spread([of_video(codec.decode(codec.encode(real.video)), real)])
@@ -224,9 +231,9 @@ def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path) 
         variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
         if maps:
             variants[name]["attention"] = torch.stack(maps).mean(0).round(decimals=4).tolist()
-        result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
-        with whole_file(out) as temporary:  # after each variant: the whole takes hours
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
+    with whole_file(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

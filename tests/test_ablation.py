@@ -50,7 +50,7 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
     """The options of each training; instead of an hour's work it leaves tiny weights behind."""
     options = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess:
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
         assert Path(command[1]).samefile(train.__file__)
         monkeypatch.setattr(sys, "argv", command[1:])
         args = train.options()
@@ -70,7 +70,7 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
 
 def test_variants_differ_in_one_thing(trainings, tmp_path):
     for name in VARIANTS:
-        ablation.trained(name, 3, PLAN, tmp_path)
+        ablation.trained(name, 3, PLAN, tmp_path, 1)
     first, *others = ({**vars(args), "out": None} for args in trainings)
     changes = [{name for name, value in other.items() if value != first[name]} for other in others]
     assert changes == [{"unsynced"}, {"shared_noise"}, {"stage", "steps"}, {"stage", "steps", "video_only"}]
@@ -79,25 +79,25 @@ def test_variants_differ_in_one_thing(trainings, tmp_path):
 def test_all_variants_can_start_from_the_same_video_expert(trainings, tiny_weights, tmp_path):
     plan = PLAN._replace(init=str(tiny_weights))
     for name in VARIANTS:
-        ablation.trained(name, 0, plan, tmp_path)
+        ablation.trained(name, 0, plan, tmp_path, 1)
     assert {(str(args.init), args.init_motion) for args in trainings} == {(str(tiny_weights), "copy")}
     with pytest.raises(ValueError, match=r"trained with \{'init': .*choose another --runs"):
-        ablation.trained("echomotion", 0, PLAN, tmp_path)
+        ablation.trained("echomotion", 0, PLAN, tmp_path, 1)
 
 
 def test_a_variant_is_trained_once_and_only_taken_for_what_it_is(trainings, tmp_path):
-    first = ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
+    first = ablation.trained("stage 2 alone", 3, PLAN, tmp_path, 1)
     assert first.parent.name == "stage-2-alone-3" and first.is_file()
-    assert ablation.trained("stage 2 alone", 3, PLAN, tmp_path) == first and len(trainings) == 1
+    assert ablation.trained("stage 2 alone", 3, PLAN, tmp_path, 1) == first and len(trainings) == 1
     # weights are also there after a run that was cut short, but no checkpoint of its last step is
     last = folder_of(first.parent, ablation.steps_of("stage 2 alone", PLAN))
     last.rename(last.with_name("step-00000001"))
-    ablation.trained("stage 2 alone", 3, PLAN, tmp_path)
+    ablation.trained("stage 2 alone", 3, PLAN, tmp_path, 1)
     assert len(trainings) == 2 and trainings[1].resume == "auto"
     with pytest.raises(ValueError, match=r"trained with \{'batch': 1\}, expected .*choose another --runs"):
-        ablation.trained("stage 2 alone", 3, PLAN._replace(batch=4), tmp_path)
+        ablation.trained("stage 2 alone", 3, PLAN._replace(batch=4), tmp_path, 1)
     with pytest.raises(ValueError, match="training stopped"):
-        ablation.trained("unsynced", 4, PLAN._replace(frames=6), tmp_path)
+        ablation.trained("unsynced", 4, PLAN._replace(frames=6), tmp_path, 1)
 
 
 def test_spread_by_hand():
@@ -153,13 +153,15 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
     few_real, tiny_weights, tmp_path, verb, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(ablation, "trained", lambda *given: asked.append(given[:2]) or tiny_weights)
+    monkeypatch.setattr(ablation, "trained", lambda *given: asked.append(given) or tiny_weights)
     monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
     out = tmp_path / "ablation.json"
-    call = ("--frames", 5, "--seeds", 2, "--clips", 2, "--runs", tmp_path, "--out", out)
+    call = ("--frames", 5, "--seeds", 2, "--clips", 2, "--jobs", 2, "--runs", tmp_path, "--out", out)
     ended = verb(evaluate, "ablate", *call)
     assert ended.code == 0, ended.err
-    assert asked == [(name, seed) for name in VARIANTS for seed in (0, 1)]
+    # two at a time, in any order, each with half of the threads
+    assert {network[:2] for network in asked} == {(name, seed) for name in VARIANTS for seed in (0, 1)}
+    assert {network[-1] for network in asked} == {max(1, torch.get_num_threads() // 2)}
     result = json.loads(out.read_text())
     assert result["variants"].pop("real").keys() > {"video_limbs_whole", "video_nearest_iou"}
     assert result["variants"].keys() == VARIANTS.keys()
