@@ -23,7 +23,6 @@ from motion_tokens import GROUPS
 from sample import SHIPPED
 from train import STAGE_1_SHARE
 
-ABLATION = SHIPPED.with_name("ablation.json")
 BANK_CLIPS = 2048  # real clips that stand for "the data": mean motion, nearest neighbours
 
 
@@ -79,11 +78,13 @@ def options() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", metavar="ablate")
     what = "train networks that differ in one thing, and measure them alike"
     add = verbs.add_parser("ablate", help=what, description=what).add_argument
-    add("--steps", type=int, default=5000, metavar="N", help="of training (default %(default)s)")
+    what = "of training (default %(default)s)"
+    add("--steps", dest="training_steps", type=int, default=5000, metavar="N", help=what)
     add("--batch", type=int, default=16, metavar="N", help="clips a step (default %(default)s)")
     add("--frames", type=int, default=puppet.FRAMES, metavar="N", help="of a clip (default %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
-    add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
+    # what the parser above has read is not to be forgotten
+    add("--clips", type=int, default=argparse.SUPPRESS, metavar="N", help="as above")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains")
     what = "networks that train at a time (default %(default)s)"
     add("--jobs", type=int, default=1, metavar="N", help=what)
@@ -91,7 +92,7 @@ def options() -> argparse.Namespace:
     add("--init", metavar="FILE", help=what)
     what = "trained networks, and where to put them (default %(default)s)"
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help=what)
-    add("--out", type=Path, default=ABLATION, metavar="FILE", help="default: assets/ablation.json")
+    add("--out", type=Path, metavar="FILE", help="default: ablation.json in --runs")
     return parser.parse_args()
 
 
@@ -100,12 +101,14 @@ def main() -> None:
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     if args.verb == "ablate":
-        if args.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
-        size = args.steps, args.batch, args.frames
+        for name in ("jobs", "seeds"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        size = args.training_steps, args.batch, args.frames
         plan = ablation.Plan(*size, STAGE_1_SHARE, args.device, args.init)
-        where = args.runs, args.out
-        result = ablation.ablate(plan, range(args.seeds), args.clips, *where, args.jobs)
+        out = args.out or args.runs / "ablation.json"
+        out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
+        result = ablation.ablate(plan, range(args.seeds), args.clips, args.runs, out, args.jobs)
         ablation.print_table(result)
         return
     model, extra = weights.load_weights(args.weights)

@@ -8,13 +8,13 @@ A task says what each modality is: noise to be denoised, a clean condition, or a
 trained on all of them is a model of p(video, motion | text) and of each given the other.
 """
 
+from collections.abc import Callable, Iterable
 from enum import Enum, IntEnum
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dual_dit import DualDiT, Prompt
 
@@ -250,13 +250,14 @@ def sample(
     lead: float = 0.0,
     solver: str = "ab2",
     keep_trajectory: bool = False,
-    progress: bool = False,
+    progress: Callable[[list], Iterable] = iter,
 ) -> Sample:
     """Follow the guided velocity from t = 1 to t = 0.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where
     absent; a condition comes back as it went in. The solvers see one modality at a time. Each takes `steps`
-    steps; `lead` is how far motion is ahead of video where both are generated (see clocks).
+    steps; `lead` is how far motion is ahead of video where both are generated (see clocks). `progress` is
+    what the steps go through, such as tqdm.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -273,7 +274,7 @@ def sample(
     times = clocks(steps, shift, lead if task is Task.JOINT else 0.0)
     state, previous, previous_step = (video, motion), (None, None), (0.0, 0.0)
     trajectory = [state] if keep_trajectory else []
-    for t, t_next in tqdm(list(pairwise(times)), desc="denoising", disable=not progress):
+    for t, t_next in progress(list(pairwise(times))):
         velocity = guided(model, *state, *t, plan)
         step = [after - before for before, after in zip(t, t_next, strict=True)]
         state = tuple(

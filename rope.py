@@ -1,4 +1,4 @@
-"""MVS-RoPE: rotary positions that put motion and video on one clock (paper, section 3.2).
+"""MVS-RoPE: motion-video synchronized rotary positions, one clock for both (paper, section 3.2).
 
 A rotary embedding turns a token's position into rotation angles of its query and key, so that their
 product depends only on the difference of two positions. The rotation needs to know nothing about

@@ -4,10 +4,12 @@ Without arguments the shipped puppet weights make one sample of each; `--wan FOL
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import flow
 from flow import Task
@@ -27,6 +29,7 @@ SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
 SHIPPED = Path(__file__).parent / "assets" / "puppet.safetensors"
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
+LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
 
 
 def options() -> argparse.Namespace:
@@ -59,7 +62,7 @@ def options() -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="default %(default)s")
+    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where the latents are from")
     add("--mesh", choices=("npz", "obj"), help="also write the body's mesh: vertices, or a folder of frames")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
@@ -99,15 +102,13 @@ def jobs_of(args: argparse.Namespace, world: Backbone) -> list[Job]:
             raise FileNotFoundError(f"no {args.prompts}: expected a text file with one prompt a line")
         prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
         names = [prompt.replace("/", "_") for prompt in prompts]
+        if long := [name for name in names if len(name.encode()) > LONGEST]:
+            raise ValueError(f"a prompt names its files: at most {LONGEST} bytes, got {long[0]!r}")
         task = TASKS[args.task or "joint"]
-        jobs = [
+        return [
             Job(f"{name}-{i}", task, prompt, args.seed + i)
             for name, prompt in zip(names, prompts, strict=True) for i in range(args.count)
         ]  # fmt: skip
-        missing = [job for job in jobs if not (args.out / f"{job.name}.mp4").exists()]
-        if len(missing) < len(jobs):
-            print(f"{args.out} has {len(jobs) - len(missing)} of {len(jobs)} samples already: they are kept")
-        return missing
     jobs = []
     for name in [args.task] if args.task else SHOWN:
         task, prompt = TASKS[name], PROMPT
@@ -155,7 +156,8 @@ def make(
     model, files = world.transformer(), []
     for job in jobs:
         prompt = text[job.prompt], text[""]
-        result = denoise(model, job.task, *prompt, job.seed, grid, latents, motion, progress=True, **sampling)
+        given = model, job.task, *prompt, job.seed, grid, latents, motion
+        result = denoise(*given, progress=functools.partial(tqdm, desc="denoising"), **sampling)
         files.append(args.out / "latents" / f"{job.name}.safetensors")
         results.save_latents(files[-1], job, *result)
     return files
@@ -167,15 +169,25 @@ def main() -> None:
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
     if args.video and args.task != "v2m":
         raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
+    if args.count < 1:
+        raise ValueError(f"--count is at least 1, got {args.count}")
+    # latents lie in OUT/latents
+    args.out = args.out or (args.decode.absolute().parents[1] if args.decode else Path("samples"))
     world = open_backbone(args)
     for name, value in world.defaults._asdict().items():  # what was not given on the command line
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    jobs = [] if args.decode else jobs_of(args, world)
+    asked = [] if args.decode else jobs_of(args, world)
+    jobs = [job for job in asked if not (args.prompts and (args.out / f"{job.name}.mp4").exists())]
+    if len(jobs) < len(asked):
+        print(f"{args.out} has {len(asked) - len(jobs)} of {len(asked)} samples already: they are kept")
+    for job in jobs if args.mesh == "obj" else ():
+        if (there := results.mesh_path(args.out, job, "obj", not args.prompts)).exists():
+            raise FileExistsError(f"{there} exists: choose another --out")
     pixels, motion = conditions(args, world, {job.task for job in jobs})
     files = [args.decode] if args.decode else make(args, world, jobs, pixels, motion)
     backbone.free(args.device)
-    codec, prompts = None, {}
+    codec = None
     for file in files:
         job, latents, motion = results.load_latents(file)
         video = pixels
@@ -183,9 +195,9 @@ def main() -> None:
             codec = codec or world.codec()
             video = codec.decode(latents.to(args.device))
         made = results.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
-        prompts[job.name] = job.prompt
         print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
-    write_record(args.out / "run.json", args, prompts=prompts)
+    if jobs:
+        write_record(args.out / "run.json", args, prompts={job.name: job.prompt for job in asked})
 
 
 if __name__ == "__main__":

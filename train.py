@@ -81,7 +81,8 @@ def options() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", metavar="export")
     what = "write the averaged weights of a run's last checkpoint to a file"
     export = verbs.add_parser("export", help=what)
-    export.add_argument("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
+    # what the parser above has read is not to be forgotten
+    export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     args = parser.parse_args()
     if args.shift is None:
@@ -160,11 +161,12 @@ def train(args: argparse.Namespace) -> None:
     writer = checkpoints.Writer(args.out, args.keep, world, parallel.small(model))
 
     def validate(step: int, stage: int) -> None:
+        tasks = validation.VIDEO_TUNING if args.video_only else validation.TASKS[stage]
         with validation.averaged(model, ema):
-            losses = validation.validate(model, held_out, stage, micro, bf16, ranks)
+            losses = validation.validate(model, held_out, tasks, micro, bf16, ranks)
             if codec:
                 path = args.out / "samples" / f"step-{step:08}.png" if log else None
-                validation.picture(path, model, held_out, stage, codec, bf16)
+                validation.picture(path, model, held_out, tasks, codec, bf16)
         if log:
             log.validation(step, losses)
 

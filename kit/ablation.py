@@ -1,7 +1,7 @@
 """Ablations: networks that differ in one thing, trained on the same clips and measured alike.
 
-Each is `train.py` with one more option, as a process of its own, in RUNS/VARIANT-SEED. A run that is already
-there goes on where it was, or is taken as it is.
+Each is `train.py` with the flags in VARIANTS and the steps of steps_of, as a process of its own, in
+RUNS/VARIANT-SEED. A run that is already there goes on where it was, or is taken as it is.
 """
 
 import json
@@ -83,7 +83,7 @@ def trained(name: str, seed: int, plan: Plan, runs: Path, threads: int) -> Path:
     """The weights of a variant, trained now unless they are there; ValueError if they are of another plan."""
     out = runs / f"{name.replace(' ', '-')}-{seed}"
     options = {"steps": steps_of(name, plan), "batch": plan.batch, "frames": plan.frames, "seed": seed}
-    options |= {"init": plan.init, "init_motion": "copy"} if plan.init else {"init": None}
+    options |= {"init": str(Path(plan.init)), "init_motion": "copy"} if plan.init else {"init": None}
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:

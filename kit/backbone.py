@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dual_dit import DualDiT
-from kit import puppet, wan, weights
+from kit import puppet, wan, wan_files, weights
 from kit.body import Body
 from kit.geometry import PUPPET, Geometry
 
@@ -66,7 +66,13 @@ def wan_backbone(
         if file is None:
             torch.manual_seed(0)  # the untrained motion expert is the same in every call
             return wan.load_transformer(folder, dtype, device)
-        return weights.load_weights(file, device, dtype)[0]
+        model, _ = weights.load_weights(file, device, dtype)
+        for name, value in (wan_files.read_config(wan_files.transformer_folder(folder)) or {}).items():
+            if (found := getattr(model.config, name)) != (tuple(value) if name == "patch" else value):
+                raise ValueError(
+                    f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"
+                )
+        return model
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echomotion" / "text"
     return Backbone(

@@ -72,7 +72,7 @@ def ranks(args: argparse.Namespace) -> dict:
 
 def _run(count: int, args: argparse.Namespace, options: Sequence[str]) -> tuple[float, int]:
     """Train on `count` processes -> median seconds of a step, but for its data, and peak bytes of all."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         out = Path(folder) / "run"
         plan = ("--stage", 2, "--steps", args.steps, "--batch", args.batch, "--frames", args.frames)
         quiet = ("--validate-every", 0, "--save-every", args.steps, "--precision", "fp32", "--device", "cpu")
@@ -80,14 +80,15 @@ def _run(count: int, args: argparse.Namespace, options: Sequence[str]) -> tuple[
         call = (sys.executable, *torchrun, "train.py", *plan, *quiet, *options, "--out", out)
         run = subprocess.Popen(
             list(map(str, call)), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(THREADS // count)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, stderr=errors,  # a pipe would fill up
         )  # fmt: skip
         peaks = {}
         while run.poll() is None:
             peaks |= _peaks(run.pid)
             time.sleep(0.1)
         if run.returncode:
-            raise RuntimeError(f"train.py ended with {run.returncode}: {run.stderr.read()[-2000:]}")
+            errors.seek(0)
+            raise RuntimeError(f"train.py ended with {run.returncode}: {errors.read()[-2000:]}")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     return statistics.median(s["seconds"] - s["data_seconds"] for s in lines[WARM_UP:]), sum(peaks.values())
 
@@ -126,7 +127,7 @@ def stall(args: argparse.Namespace) -> dict:
 
 
 def _state(config: DualDiTConfig) -> dict[str, Tensor]:
-    """What a checkpoint of a network of this size holds: weights, average, AdamW's two states, codec."""
+    """What a checkpoint of a network of this size holds: weights, average, AdamW's two states."""
     model = DualDiT(config)
     optimizer = torch.optim.AdamW(model.parameters())
     for p in model.parameters():

@@ -65,10 +65,6 @@ class Body(torch.nn.Module):
         """(F 3) long: vertex indices of the mesh's triangles."""
         return self.smpl.faces_tensor
 
-    @property
-    def joint_names(self) -> tuple[str, ...]:
-        return JOINT_NAMES
-
     def rest_joints(self, betas: Tensor) -> Tensor:
         """Shape (... 10) -> joint positions in the rest pose (... 24 3), metres."""
         return self.joint_template + einsum(betas, self.joint_shapes, "... k, j xyz k -> ... j xyz")

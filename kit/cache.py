@@ -32,6 +32,7 @@ from kit.datasets import DataSet, read_item
 from kit.files import whole_file
 from kit.geometry import Geometry
 from kit.render import from_frames
+from kit.wan import fingerprint
 from motion_tokens import MOTION_DIM
 
 VERSION = 1
@@ -58,7 +59,7 @@ class Encoders(NamedTuple):
 
 
 def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body) -> dict:
-    """What the content of a cache depends on, as it is recorded."""
+    """What the content of a cache depends on, as it is recorded: but for the content of the data's files."""
 
     def digest(content: bytes) -> str:
         return hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -68,7 +69,7 @@ def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path
         file = wan / part / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"no {file}: expected a Wan in the Diffusers layout")
-        parts[part] = digest(file.read_bytes())  # for the network: to read its weights takes minutes
+        parts[part] = fingerprint(wan / part)
     return {
         "version": VERSION,
         "data": spec,
@@ -215,11 +216,13 @@ def damaged_samples(cache: Cache) -> list[str]:
         sample = read_sample(cache, number, cache.settings["paired"])
         where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
         if sample.motion.shape != (cache.shape.frames, MOTION_DIM):
-            problems.append(f"{where} has motion {tuple(sample.motion.shape)}")
-        if sample.latents is not None and sample.latents.shape[1:] != (t, h, w):
+            expected = cache.shape.frames, MOTION_DIM
+            problems.append(f"{where} has motion {tuple(sample.motion.shape)}, expected {expected}")
+        elif sample.latents is not None and sample.latents.shape[1:] != (t, h, w):
             problems.append(f"{where} has latents {tuple(sample.latents.shape)}, expected (c, {t}, {h}, {w})")
-        tensors = [x for x in (sample.motion, sample.latents, *sample.texts) if x is not None]
-        if not all(x.isfinite().all() for x in tensors):
+        elif not all(
+            x.isfinite().all() for x in (sample.motion, sample.latents, *sample.texts) if x is not None
+        ):
             problems.append(f"{where} holds NaN or infinity")
     return problems
 

@@ -210,7 +210,9 @@ class Writer:
         _remove(final)  # a damaged one that the run went back behind
         temporary.rename(final)
         _sync(final.parent)
-        for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
+        folders = sorted(final.parent.glob(PATTERN))
+        later = [folder for folder in folders if folder > final]  # damaged: the run went back behind them
+        for old in later + folders[: len(folders) - len(later)][: -self.keep]:
             _remove(old)
         if self.weights:
             export(final, self.weights)

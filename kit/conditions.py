@@ -70,14 +70,19 @@ def in_view(motion: Motion, world: Backbone, path: Path) -> Motion:
 def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     """A video of any rate and size from `start` seconds on -> pixels (1 3 f h w) of the backbone's."""
     fps, frames, height, width, _ = geometry
+    if not 0 <= start < math.inf:
+        raise ValueError(f"--start is a number of seconds from 0 on, got {start:g}")
     first = math.ceil(start * fps)
-    images = list(islice(images_at(path, fps), first, first + frames))
+    images = list(islice(images_at(path, fps), first, first + frames + 1))  # one more says if any are left
     if len(images) < frames:
         raise ValueError(
             f"{path} has {len(images)} frames at {fps:g} fps from --start on, "
             f"{frames} are needed: {frames / fps:.2f} s"
         )
+    if first or len(images) > frames:
+        end = (first + frames - 1) / fps
+        print(f"{path}: {first / fps:.2f} to {end:.2f} s are used, {frames} frames at {fps:g} fps")
     shape = (images[0].height, images[0].width)
     if shape != (height, width):
         print(f"{path}: {shape[0]}x{shape[1]} is cut and resized to {height}x{width}")
-    return from_frames(torch.stack([resized(image, height, width) for image in images]))[None]
+    return from_frames(torch.stack([resized(image, height, width) for image in images[:frames]]))[None]

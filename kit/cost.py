@@ -9,11 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
 from motion_tokens import GROUPS, MOTION_DIM
 from rope import TOKENS_PER_FRAME
@@ -126,9 +128,10 @@ def saved_bytes(
 ) -> int:
     """Bytes that a joint call keeps for its backward pass, under bf16 autocast or not; grid (t h w) latents.
 
-    The network itself says so: it runs on fake tensors, which have shapes but no memory.
+    The network itself says so: it runs on fake tensors, which have shapes but no memory. Attention is fused,
+    as on a GPU: no scores are kept.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), mock.patch.object(dual_dit, "CACHE", 0):
         model = DualDiT(config)
         video = torch.randn(batch, config.channels, *grid)
         motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
@@ -144,7 +147,7 @@ class Memory(NamedTuple):
     gradients: int  # fp32, this GPU's share
     optimizer: int  # AdamW's two moments, fp32, this GPU's share
     average: int  # EMA, fp32, this GPU's share
-    gathered: int  # what is whole for the moment: this block and the next in bf16, and the ends
+    gathered: int  # what is whole for the moment: this block and the next in bf16, and the ends in fp32
     activations: int
 
 
@@ -162,7 +165,7 @@ def training_memory(
     none, one = (dataclasses.replace(config, layers=n) for n in (0, 1))
     ends = parameter_count(none)
     block = parameter_count(one) - ends
-    gathered = 2 * (2 * block + ends) if gpus > 1 else 0
+    gathered = 4 * (block + ends) if gpus > 1 else 0  # two blocks in bf16, the ends in fp32
     activations = saved_bytes(config, grid, batch, text)
     if checkpointing:
         # what the ends and one block keep, and of every block the tokens that enter it (motion's in fp32)

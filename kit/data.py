@@ -24,7 +24,7 @@ from tqdm import tqdm
 from flow import Draw, Task, shift_time
 from kit import cache, cli, puppet, wan
 from kit.body import Body
-from kit.datasets import DataSet, open_dataset, parse, puppet_motion, read_item  # noqa: F401 (for callers)
+from kit.datasets import open_dataset, parse, puppet_motion, read_item  # noqa: F401 (for callers)
 from kit.geometry import Geometry, geometry
 from kit.preview import preview
 from kit.sources import Read, Source, open_sources  # noqa: F401 (for callers)
@@ -280,6 +280,8 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
         return None
     made = cache.open_cache(args.out)
     counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
+    if made.rejected:
+        counts += "; what is repaired is read again only into another --out"
     print("\n".join([*made.rejected, counts]))
     return len(made.samples)
 

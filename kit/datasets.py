@@ -4,7 +4,10 @@
     amass:DIR             every AMASS .npz below DIR; motion only, no captions
     humanml3d:DIR+AMASS   HumanML3D's training split in DIR, over AMASS files (default: in DIR/amass)
     clips:DIR             videos with prompts and motions, see kit/clips.py
+    puppet                the embedded world without end, for training only (kit/sources.py)
+    cache:DIR             what `python -m kit.data cache` wrote (kit/cache.py)
 
+@WEIGHT after a name is its share, where training mixes several.
 Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
 """
 
@@ -118,13 +121,18 @@ def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
         motion = resample(load_amass(inside(folder, files[item]), body), geometry.fps)
         yield from _windows(str(files[item]), (), motion, geometry, body)
 
-    return DataSet([str(file) for file in files], read, paired=False, problems=[])
+    problems = [] if files else [f"{folder} holds no .npz, at any depth: unpack AMASS there"]
+    return DataSet([str(file) for file in files], read, paired=False, problems=problems)
 
 
 def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
     folder, _, amass = where.partition("+")
-    amass = _folder(amass or str(Path(folder) / "amass"))
-    entries, problems = humanml3d.entries(_folder(folder), amass, "train")
+    texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
+    if not amass.is_dir():
+        raise FileNotFoundError(
+            f"no folder {amass}: expected AMASS there, or where humanml3d:{folder}+AMASS says"
+        )
+    entries, problems = humanml3d.entries(texts, amass, "train")
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
@@ -152,6 +160,8 @@ def _windows(
 def _clips(where: str, geometry: Geometry, body: Body) -> DataSet:
     folder = _folder(where)
     clips, problems = read_metadata(folder)
+    if not clips and not problems:
+        problems = ["metadata.csv has no rows"]
 
     def read(item: int) -> Iterator[Sample]:
         yield from read_clip(folder, clips[item], geometry, body)

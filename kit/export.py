@@ -77,19 +77,34 @@ def _euler_zxy(matrix: Tensor) -> Tensor:
 # ---------------------------------------------------------------- mesh
 
 
-@torch.no_grad()
 def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
-    """Write the skinned mesh: FILE.npz of vertices (f V 3) float32, faces (F 3) int32 and fps; or, if `path`
-    has no suffix, a new folder of frame_000000.obj, frame_000001.obj, ...
+    """Write the skinned mesh as FILE.npz: vertices (f V 3) float32, faces (F 3) int32, fps.
 
-    The same motion gives the same bytes. ValueError for a malformed motion or another suffix, FileExistsError
-    for a folder that is there already.
+    The same motion gives the same bytes. ValueError for a malformed motion or another suffix.
     """
     path = Path(path)
-    if path.suffix not in (".npz", ""):
-        raise ValueError(f"cannot write {path}: expected FILE.npz, or a folder for .obj files")
-    if not path.suffix and path.exists():
-        raise FileExistsError(f"{path} exists already; choose another folder")
+    if path.suffix != ".npz":
+        raise ValueError(f"cannot write {path}: expected FILE.npz")
+    vertices, faces = _mesh(path, motion, body)
+    with whole_file(path) as temporary:
+        np.savez(temporary, vertices=vertices.numpy(), faces=faces.numpy(), fps=np.array(float(motion.fps)))
+
+
+def save_objs(folder: str | Path, motion: Motion, body: Body) -> None:
+    """Write the skinned mesh as a new folder of frame_000000.obj, frame_000001.obj, ...
+
+    The same motion gives the same bytes. ValueError for a malformed motion, FileExistsError for a folder that
+    is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; choose another folder")
+    _write_objs(folder, *_mesh(folder, motion, body))
+
+
+@torch.no_grad()
+def _mesh(path: Path, motion: Motion, body: Body) -> tuple[Tensor, Tensor]:
+    """Vertices (f V 3) and faces (F 3) int32 for a file of this name."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
     check_motion(motion, f"motion for {path}")
@@ -97,12 +112,7 @@ def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
     vertices = [
         body.mesh(orient, pose, motion.betas, transl)[0] for orient, pose, transl in zip(*pieces, strict=True)
     ]
-    vertices, faces = torch.cat(vertices), body.faces.int()
-    if not path.suffix:
-        _write_objs(path, vertices, faces)
-        return
-    with whole_file(path) as temporary:
-        np.savez(temporary, vertices=vertices.numpy(), faces=faces.numpy(), fps=np.array(float(motion.fps)))
+    return torch.cat(vertices), body.faces.int()
 
 
 def _write_objs(folder: Path, vertices: Tensor, faces: Tensor) -> None:

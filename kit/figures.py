@@ -170,7 +170,7 @@ def by_position(frames: int, synced: bool, head_dim: int = 128) -> Tensor:
 
 
 def alignment(path: Path) -> None:
-    """The two maps side by side; in each row of frames the best latent is marked."""
+    """The two maps side by side; each frame's best latent is marked."""
     frames = 33
     figure = render.blank_figure(8.4, 3.0)
     panels = figure.subplots(1, 2, sharey=True)

@@ -32,10 +32,15 @@ def geometry(
 
     Raises FileNotFoundError or ValueError where there is no such Wan, or it cannot make that.
     """
-    published, step = PUPPET, PUPPET.stride
-    if folder is not None:
-        published = _published(Path(folder))
-        step = 2 * published.stride  # a token of Wan is a patch of 2 x 2 latents
+    return adjusted(PUPPET if folder is None else _published(Path(folder)), frames, size, fps)
+
+
+def adjusted(
+    published: Geometry, frames: int | None, size: tuple[int, int] | None, fps: float | None = None
+) -> Geometry:
+    """The same at another length, size (height, width) or rate; ValueError if it cannot be."""
+    # a token of Wan is a patch of 2 x 2 latents
+    step = published.stride if published == PUPPET else 2 * published.stride
     frames = published.frames if frames is None else frames
     fps = published.fps if fps is None else fps
     height, width = size or (published.height, published.width)
@@ -53,7 +58,10 @@ def _published(folder: Path) -> Geometry:
     path = folder / "vae" / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected a Wan in the Diffusers layout, with its vae/ there")
-    stride = json.loads(path.read_text()).get("scale_factor_spatial", 8)
+    try:
+        stride = json.loads(path.read_text()).get("scale_factor_spatial", 8)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}): fetch it again") from error
     if stride not in WAN:
         raise ValueError(f"{path}: a stride of {stride} pixels, expected {' or '.join(map(str, WAN))}")
     return WAN[stride]

@@ -71,7 +71,8 @@ def measure(points: Sequence[Point], budget: float = BUDGET) -> dict[Point, Meas
 
     The floor has one rate for plain products and one for attention: the best of the base point's, alone.
     """
-    models = {width: random_model(p.config, "cpu", torch.float32) for p in points for width in [p.width]}
+    widths = {point.width: point.config for point in points}
+    models = {width: random_model(config, "cpu", torch.float32) for width, config in widths.items()}
     calls = {str(point): functools.partial(forward, models[point.width], point) for point in points}
     base = all_products(BASE.config, BASE.shape.tokens(motion=True))
     alone = {str(product): plain(product, torch.float32) for product in base}

@@ -46,7 +46,7 @@ class Motion(NamedTuple):
     betas: Tensor  # (10,)
     transl: Tensor  # (f 3)
     fps: float  # hertz
-    gender: str  # "female", "male" or "neutral"
+    gender: str  # "female", "male" or "neutral": as the file says; it chooses no body
 
 
 def load_amass(path: str | Path, body: Body) -> Motion:

@@ -37,7 +37,9 @@ class Muon(torch.optim.Muon):
             for shape, group_of_shape in groupby(trained, key=lambda p: tuple(p.shape)):
                 same, updates = list(group_of_shape), []
                 for p in same:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                    buffer = self.state[p]["momentum_buffer"]
                     buffer.lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(buffer, momentum))  # Nesterov's
                 whitening = (group["ns_coefficients"], group["ns_steps"], group["eps"])

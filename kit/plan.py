@@ -9,11 +9,12 @@ import torch
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit.cost import forward_flops, parameter_count, step_flops, tokens_of, training_memory
-from kit.geometry import PUPPET, WAN
+from kit.geometry import WAN, adjusted
 from kit.timing import peak_gib
 from motion_tokens import MOTION_DIM
 
 GIB = 2**30
+PUBLISHED = {"wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}
 # the paper's run: 32 A100 for four days (it states about 4,000 GPU hours)
 PAPER_GPUS, PAPER_DAYS, PAPER_HOURS = 32, 4, 4000
 A100 = 312e12  # FLOP/s in bf16
@@ -21,13 +22,12 @@ A100 = 312e12  # FLOP/s in bf16
 
 def plan(args: argparse.Namespace) -> dict:
     """Memory, arithmetic, communication and time of stage 2, counted without allocating anything."""
-    published = {"puppet": PUPPET, "wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}[args.preset]
-    config = PRESETS[args.preset]
-    frames, size = args.frames or published.frames, args.size or published[2:4]
-    if args.batch % args.gpus:
+    published, config = PUBLISHED[args.preset], PRESETS[args.preset]
+    _, frames, *size, stride = adjusted(published, args.frames, args.size)
+    if min(args.gpus, args.batch) < 1 or args.batch % args.gpus:
         raise ValueError(f"--batch {args.batch} must be a multiple of --gpus {args.gpus}")
-    grid = ((frames - 1) // 4 + 1, *(side // published.stride for side in size))
-    tokens = tokens_of(config, frames, size, published.stride)
+    grid = ((frames - 1) // 4 + 1, *(side // stride for side in size))
+    tokens = tokens_of(config, frames, size, stride)
     parts, count, mine = forward_flops(config, tokens), parameter_count(config), args.batch // args.gpus
     print(
         f"{args.preset}, {count / 1e9:.2f} billion parameters; {frames} frames of {size[0]}x{size[1]}: "

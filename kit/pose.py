@@ -153,7 +153,7 @@ def joined(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     which = distance.argmin(dim=1)
     rows = torch.arange(len(which))
     near_upper, far_upper = upper[rows, which // 2], upper[rows, 1 - which // 2]
-    # the lower segment is drawn over the upper
+    # the joint is the lower segment's end: that one is mostly drawn in front
     joint, tip = lower[rows, which % 2], lower[rows, 1 - which % 2]
     (ux, uy), (lx, ly) = (near_upper - far_upper).unbind(-1), (tip - joint).unbind(-1)
     bend = torch.atan2(ux * ly - uy * lx, ux * lx + uy * ly)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kit.body import JOINT_NAMES
 from kit.puppet_actions import STANCE, TABLE
-from kit.puppet_body import PARENTS, body  # noqa: F401 (PARENTS is for callers)
+from kit.puppet_body import body
 from kit.puppet_render import (  # noqa: F401 (for callers)
     BACKGROUND,
     CAMERA_DISTANCE,
@@ -58,7 +58,7 @@ class Clips(NamedTuple):
     joints: Tensor  # (b f 24 3)
 
 
-# height of a joint above the sole of a standing foot
+# height of a joint above the floor when the body rests on it
 CLEARANCE = {
     "left_knee": 0.06, "right_knee": 0.06, "left_ankle": 0.07, "right_ankle": 0.07, "left_foot": 0.02,
     "right_foot": 0.02,
@@ -244,7 +244,8 @@ class Codec:
         missing = {"encode", "decode", "mean", "scale"} - state.keys()
         if missing:
             raise ValueError(
-                f"no puppet codec in these weights: {sorted(missing)} missing; train.py puts one in"
+                f"no puppet codec in these weights: {sorted(missing)} missing. Weights of a real Wan need "
+                "--wan FOLDER; the puppet's, written by train.py, have one"
             )
         return cls(**state)
 

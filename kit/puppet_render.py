@@ -81,7 +81,7 @@ def _colours(shirt: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw the body: joints (b f 24 3), metres, betas (b 10), shirt (b,) index into COLOURS
+    """Draw the body: joints (b f 24 3), metres, betas (b 10), shirt (b,) index into SHIRTS
     -> video (b 3 f 64 64) in [-1, 1] and silhouette (b f 64 64) in [0, 1].
 
     A limb is a capsule with a soft edge; capsules are composed front to back by the depth of their middle.

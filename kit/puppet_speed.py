@@ -21,7 +21,7 @@ from motion_tokens import MOTION_DIM
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
 GUIDED, TRAINING, MUON = 15, 25, 8  # seconds
-STEPS = 12  # of a sample, as sample.py takes them
+STEPS = PUPPET_DEFAULTS.steps
 DEFAULT = PUPPET_DEFAULTS.guidance_text, PUPPET_DEFAULTS.guidance_condition
 OMEGAS = {"iccfg_speedup": (5.0, 1.5), "iccfg_default_speedup": DEFAULT}  # where ω1 = ω2, a term cancels
 BATCH = 16  # clips a step, as train.py takes them

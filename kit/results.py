@@ -11,12 +11,13 @@ from torch import Tensor
 from flow import Task
 from kit import render
 from kit.backbone import Backbone
-from kit.export import save_bvh, save_mesh
+from kit.export import save_bvh, save_mesh, save_objs
 from kit.files import whole_file
 from kit.motion_files import Motion, save_amass
 from motion_tokens import decode_smpl
 
 PICTURE = 256  # height of the video in the GIF, pixels
+MESH = {"npz": "-mesh.npz", "obj": "-mesh"}  # what is added to a sample's name
 
 
 class Job(NamedTuple):
@@ -58,6 +59,16 @@ def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
 # ---------------------------------------------------------------- what people look at
 
 
+def mesh_path(out: Path, job: Job, mesh: str, pictures: bool) -> Path:
+    """Where write() puts a mesh "npz" or "obj"."""
+    return motion_folder(out, pictures) / f"{job.name}{MESH[mesh]}"
+
+
+def motion_folder(out: Path, pictures: bool) -> Path:
+    """Without pictures, motion goes to a folder of its own, so that `out` has MP4s only."""
+    return out if pictures else out / "motion"
+
+
 def write(
     out: Path,
     job: Job,
@@ -69,8 +80,7 @@ def write(
 ) -> list[str]:
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
-    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Without pictures, motion goes to motion/,
-    so that `out` has MP4s only. Returns what was added to the names.
+    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Returns what was added to the names.
     """
     frames, fps = render.to_frames(video[0]), world.geometry.fps
     rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
@@ -79,16 +89,16 @@ def write(
     if motion is not None:
         smpl = decode_smpl(motion.float().cpu())
         fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
-        folder = out if pictures else out / "motion"
+        folder = motion_folder(out, pictures)
         folder.mkdir(exist_ok=True)
         moved = Motion(*fields, fps, "neutral")
         save_amass(folder / f"{job.name}.npz", moved, world.body)
         save_bvh(folder / f"{job.name}.bvh", moved, world.body)
         made += [".npz", ".bvh"]
         if mesh:
-            suffix = {"npz": "-mesh.npz", "obj": "-mesh"}[mesh]
-            save_mesh(folder / f"{job.name}{suffix}", moved, world.body)
-            made += [suffix]
+            save = {"npz": save_mesh, "obj": save_objs}[mesh]
+            save(mesh_path(out, job, mesh, pictures), moved, world.body)
+            made += [MESH[mesh]]
         joints = smpl["joints"][0]
         project = world.project or render.fitted(joints)
         rows += [render.draw_skeleton(joints, world.body.parents, project, PICTURE)]

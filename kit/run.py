@@ -26,9 +26,10 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         raise ValueError(f"--shift is a number above 0, got {args.shift:g}")
     if args.video_only and args.stage != "2":
         raise ValueError("--video-only trains no motion expert: add --stage 2, or leave --video-only out")
-    if args.init_motion and not args.wan and not (args.init and args.init_motion == "copy"):
+    start = {"copy": args.wan or args.init, "fresh": args.wan and not args.init}
+    if args.init_motion and not start[args.init_motion]:
         raise ValueError(
-            "--init-motion copy needs --wan FOLDER or --init FILE, --init-motion fresh needs --wan"
+            "--init-motion copy needs --wan FOLDER or --init FILE, fresh needs --wan FOLDER without --init"
         )
     if args.validate_every < 0:
         raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
@@ -39,12 +40,16 @@ def check(args: argparse.Namespace, ranks: int) -> None:
         nearest = max(1, round(args.batch / (ranks * args.accumulate))) * ranks * args.accumulate
         shares = f"{ranks} ranks" + (f" x {args.accumulate} microbatches" if args.accumulate > 1 else "")
         raise ValueError(f"--batch {args.batch} must be a multiple of {shares}; the nearest is {nearest}")
-    if not args.resume and any((args.out / "checkpoints").glob(checkpoints.PATTERN)):
-        raise ValueError(f"{args.out} has checkpoints: add --resume to go on, or choose another --out")
+    there = *(args.out / "checkpoints").glob(checkpoints.PATTERN), *args.out.glob("weights.safetensors")
+    if there and not args.resume:
+        raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
 
 
 # options that a run keeps when it goes on
-PLAN = ("stage", "steps", "batch", "seed", "frames", "shared_noise", "video_only", "shift")
+PLAN = (
+    "stage", "steps", "batch", "seed", "frames", "data", "lr", "shift",
+    "unsynced", "shared_noise", "video_only",
+)  # fmt: skip
 
 
 def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
@@ -66,7 +71,10 @@ def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
 def _flag(name: str, value: object) -> str:
     """An option as it was given on the command line, or that it was not."""
     flag = "--" + name.replace("_", "-")
-    return {True: flag, False: f"no {flag}"}[value] if isinstance(value, bool) else f"{flag} {value}"
+    if value is None or value is False:
+        return f"no {flag}"
+    values = value if isinstance(value, list) else [value]
+    return flag if value is True else " ".join(f"{flag} {each}" for each in values)
 
 
 def progress(args: argparse.Namespace, model: DualDiT, **more: object) -> dict:
@@ -84,7 +92,10 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[list[Source], Geomet
         )
     body = Body.load(args.body) if args.body else puppet.body()
     shape = cached_geometry(args.data[0], args.frames) if args.wan else geometry(None, args.frames)
-    return data.open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank), shape
+    sources = data.open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank)
+    if args.stage != "1" and not any(source.paired for source in sources):
+        raise ValueError("stage 2 needs video, and no data set has any: add paired clips, or --stage 1")
+    return sources, shape
 
 
 def build(

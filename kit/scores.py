@@ -67,6 +67,7 @@ def scores(
     motion_shape = silhouettes_of_motion(joint_motion, clips.shirt)
     offsets, shuffled = (iou_by_offset(x, motion_shape) for x in (joint_shape, joint_shape.roll(1, 0)))
     v2m_joints = decode_smpl(v2m)["joints"]
+    # phases and speeds differ: the mean motion is the mean pose, standing still
     mean_joints = centred(bank.joints).mean(dim=(0, 1)).expand_as(clips.joints)
     smpl = decode_smpl(joint_motion)
     joints = smpl["joints"]

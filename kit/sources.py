@@ -13,8 +13,8 @@ from kit.body import Body
 from kit.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_item
 from kit.geometry import PUPPET, Geometry
 from kit.render import from_frames
+from kit.wan_files import TEXT_TOKENS
 
-TEXT_TOKENS = 512  # of Wan's text features
 PRINTED = 10  # reasons of rejection
 
 
@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
     weight: float | None  # its share of the samples, relative to the other sources'
     count: int | None  # samples; None: endless, and the number of a sample is its seed
-    frames: int  # of a sample; where fewer are asked for they are its beginning
+    frames: int  # of a sample; where fewer are asked for they are its beginning (of the puppet: a window)
     paired: bool  # whether samples have video
     body: str  # what a cache's joints are of; empty for what is not cached
     null_text: Tensor  # (l text_dim) features of the empty prompt, zeros after its last token

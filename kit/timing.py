@@ -1,6 +1,5 @@
 """Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
 
-import contextlib
 import ctypes
 import re
 import resource
@@ -77,13 +76,14 @@ def peak_gib(device: str) -> float:
 
 def added_bytes(call: Callable[[], object]) -> int | None:
     """By how much a call raises this process's memory at its peak; None where the system does not tell."""
-    with contextlib.suppress(OSError, AttributeError):
+    try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = _status_bytes("VmRSS")
-        call()
-        return _status_bytes("VmHWM") - before
-    return None
+    except (OSError, AttributeError):
+        return None
+    call()
+    return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(field: str) -> int:

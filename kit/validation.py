@@ -22,6 +22,7 @@ from motion_tokens import decode_smpl
 SAMPLES = 16
 TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels, a quarter of the samples at each
 TASKS = {1: (Task.MOTION_ONLY,), 2: (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION)}  # of a stage
+VIDEO_TUNING = (Task.VIDEO_ONLY,)  # of stage 2 without any motion
 PICTURE = 160  # height of a skeleton, pixels
 
 
@@ -107,12 +108,12 @@ def averaged(model: DualDiT, ema: dict[str, Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def validate(
-    model: DualDiT, held: HeldOut, stage: int, chunk: int, bf16: bool, ranks: int
+    model: DualDiT, held: HeldOut, tasks: Sequence[Task], chunk: int, bf16: bool, ranks: int
 ) -> dict[str, float]:
     """Losses on the samples of all ranks, `chunk` at a time: of each task and modality at each noise level
     ("joint/video/0.125"), and over all levels ("joint/video")."""
     levels, losses = held.t.new_tensor(TIMES), {}
-    for task in TASKS[stage]:
+    for task in tasks:
         sums = held.t.new_zeros(2, 2, len(TIMES))  # modality; errors, samples; noise level
         for first in range(0, len(held.t), chunk):
             part = held.rows(first, first + chunk)
@@ -136,7 +137,7 @@ def validate(
 
 @torch.no_grad()
 def picture(
-    path: Path | None, model: DualDiT, held: HeldOut, stage: int, codec: puppet.Codec, bf16: bool
+    path: Path | None, model: DualDiT, held: HeldOut, tasks: Sequence[Task], codec: puppet.Codec, bf16: bool
 ) -> None:
     """A contact sheet of the first held-out sample, as it is and as each task makes it; None: no file."""
     rows, titles = [], []
@@ -152,7 +153,7 @@ def picture(
 
     one = held.rows(0, 1)
     show("held out", one.video, one.motion)
-    for task in TASKS[stage]:
+    for task in tasks:
         given = ((one.video, one.noise_video, task.video), (one.motion, one.noise_motion, task.motion))
         inputs = [{Role.NOISY: noise, Role.CLEAN: x, Role.ABSENT: None}[role] for x, noise, role in given]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):

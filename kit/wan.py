@@ -39,6 +39,8 @@ from kit.wan_files import (
 )
 from kit.weights import stored_dtype
 
+NEEDED = "a real Wan needs diffusers and transformers: pip install -r requirements-wan.txt"
+
 # ---------------------------------------------------------------- the transformer
 
 
@@ -117,8 +119,8 @@ def save_transformer(
         raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / f"{STEM}.safetensors.index.json").exists():  # it would be read in place of the new file
-        raise ValueError(f"{folder} holds a transformer in shards: name another folder")
+    if any((folder / f"{STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
+        raise ValueError(f"{folder} holds a transformer: name another folder")
     c, state = model.config, model.state_dict()
     names = own_names(model)
     if layout == "diffusers":
@@ -157,8 +159,10 @@ class VideoVAE:
     """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-        from diffusers import AutoencoderKLWan
-
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise ValueError(NEEDED) from error
         self.vae = _model(AutoencoderKLWan, Path(folder), "vae", dtype).to(device)
         config = self.vae.config
         self.channels: int = config.z_dim
@@ -229,8 +233,10 @@ class TextEncoder:
         device: str = "cpu",
         cache: Path | None = None,
     ):
-        from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
+        try:
+            from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(NEEDED) from error
         folder = Path(folder)
         # tokenizer.json as it stands: AutoTokenizer would rebuild it as T5's, with another <unk>
         self.tokenizer = _pretrained(PreTrainedTokenizerFast, folder, "tokenizer")

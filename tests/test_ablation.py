@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -153,15 +154,19 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
     few_real, tiny_weights, tmp_path, verb, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(ablation, "trained", lambda *given: asked.append(given) or tiny_weights)
+    both = threading.Barrier(2, timeout=10)  # each of the ten waits for another
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(
+        ablation, "trained", lambda *given: (both.wait(), asked.append(given), tiny_weights)[-1]
+    )
     monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
     out = tmp_path / "ablation.json"
     call = ("--frames", 5, "--seeds", 2, "--clips", 2, "--jobs", 2, "--runs", tmp_path, "--out", out)
     ended = verb(evaluate, "ablate", *call)
     assert ended.code == 0, ended.err
-    # two at a time, in any order, each with half of the threads
+    # two at a time, in any order, each with half of the six threads
     assert {network[:2] for network in asked} == {(name, seed) for name in VARIANTS for seed in (0, 1)}
-    assert {network[-1] for network in asked} == {max(1, torch.get_num_threads() // 2)}
+    assert {network[-1] for network in asked} == {3}
     result = json.loads(out.read_text())
     assert result["variants"].pop("real").keys() > {"video_limbs_whole", "video_nearest_iou"}
     assert result["variants"].keys() == VARIANTS.keys()

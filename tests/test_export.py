@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from kit import puppet
 from kit.body import JOINT_NAMES
-from kit.export import _euler_zxy, save_bvh, save_mesh
+from kit.export import _euler_zxy, save_bvh, save_mesh, save_objs
 from kit.motion_files import Motion
 
 FRAMES = 6
@@ -125,8 +125,8 @@ def test_mesh_arrays(tmp_path, body):
 
 def test_mesh_objects(tmp_path, body):
     motion = random_motion()
-    save_mesh(tmp_path / "mesh", motion, body)
-    files = sorted((tmp_path / "mesh").iterdir())
+    save_objs(tmp_path / "v1.0", motion, body)  # a dot in a folder's name is no suffix
+    files = sorted((tmp_path / "v1.0").iterdir())
     assert [file.name for file in files] == [f"frame_{number:06d}.obj" for number in range(FRAMES)]
     pose = (motion.global_orient, motion.body_pose, motion.betas, motion.transl)
     vertices, _ = body.mesh(*pose)
@@ -137,8 +137,8 @@ def test_mesh_objects(tmp_path, body):
         np.testing.assert_allclose(points, expected, atol=1e-6)
         np.testing.assert_array_equal(faces, body.faces)
     with pytest.raises(FileExistsError, match="choose another"):
-        save_mesh(tmp_path / "mesh", motion, body)
-    assert os.listdir(tmp_path) == ["mesh"]
+        save_objs(tmp_path / "v1.0", motion, body)
+    assert os.listdir(tmp_path) == ["v1.0"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, body, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, body, monkeypatch):
 
     monkeypatch.setattr("kit.export.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_mesh(tmp_path / "mesh", random_motion(), body)
+        save_objs(tmp_path / "mesh", random_motion(), body)
     assert len(written) == FRAMES and not os.listdir(tmp_path)
 
 
@@ -162,15 +162,17 @@ def test_places_that_cannot_be_written(tmp_path, body, name, message):
     bvh = name if "." in name else f"{name}.bvh"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         save_bvh(tmp_path / bvh, random_motion(), body)
-    for mesh in (name, f"{name}.npz") if "." not in name else (name,):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            save_mesh(tmp_path / mesh, random_motion(), body)
+    mesh = name if "." in name else f"{name}.npz"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        save_mesh(tmp_path / mesh, random_motion(), body)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        save_objs(tmp_path / "none" / "a", random_motion(), body)
     assert not os.listdir(tmp_path)
 
 
 def test_malformed_motions(tmp_path, body):
     bad = random_motion()._replace(fps=-1.0)
-    for save, name in ((save_bvh, "a.bvh"), (save_mesh, "a.npz"), (save_mesh, "a")):
+    for save, name in ((save_bvh, "a.bvh"), (save_mesh, "a.npz"), (save_objs, "a")):
         with pytest.raises(ValueError, match=f"{name}: -1.0 frames a second"):
             save(tmp_path / name, bad, body)
     assert not os.listdir(tmp_path)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from kit import render
-from kit.puppet import PARENTS, body, project
+from kit.puppet import body, project
+from kit.puppet_body import PARENTS
 
 
 def moving_picture(frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:

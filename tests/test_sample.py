@@ -180,7 +180,9 @@ def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(world, t
     assert pixels.shape == (1, 3, 17, 64, 64)
     grey = (pixels[0, :, :, :, 8:56].mean(dim=(0, 2, 3)) + 1) * 127.5
     torch.testing.assert_close(grey, 12.0 * torch.arange(1, 18), atol=3, rtol=0)
-    assert "96x160 is cut and resized to 64x64" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "96x160 is cut and resized to 64x64" in printed
+    assert "0.06 to 1.06 s are used, 17 frames at 16 fps" in printed
 
 
 def test_mesh_and_bvh_are_of_the_sampled_motion(made, tiny_weights, tmp_path):
@@ -191,6 +193,25 @@ def test_mesh_and_bvh_are_of_the_sampled_motion(made, tiny_weights, tmp_path):
         # AMASS files have no hand joints
         np.testing.assert_allclose(file["vertices"].mean(1), vertices.mean(1), atol=0.02)
     assert (out / "joint.bvh").read_bytes() == (made / "joint.bvh").read_bytes()
+
+
+def test_objects_that_are_there_are_kept_and_nothing_is_sampled(verb, tiny_weights, tmp_path):
+    call = (*PLAIN, "--weights", tiny_weights, "--task", "joint", "--mesh", "obj", "--out", tmp_path)
+    assert verb(sample, *call).code == 0
+    before = contents(tmp_path)
+    assert len([name for name in before if name.startswith("joint-mesh/frame_")]) == puppet.FRAMES
+    ended = verb(sample, *call, "--seed", 5)
+    assert ended.code == 2 and "joint-mesh exists: choose another --out" in ended.err
+    assert contents(tmp_path) == before
+
+
+def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_path):
+    out = run_sample(tiny_weights, tmp_path / "there", "--task", "joint")
+    before = contents(out)
+    (out / "joint.mp4").unlink()
+    call = (*PLAIN, "--weights", tiny_weights, "--decode", out / "latents" / "joint.safetensors")
+    assert verb(sample, *call).code == 0
+    assert contents(out) == before
 
 
 # ---------------------------------------------------------------- what is refused
@@ -267,6 +288,11 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
     "video without v2m": (lambda d: ("--video", video_of(d / "v.mp4", 17, 64)), "condition of --task v2m"),
     "unknown task": (lambda d: ("--task", "t2v"), "invalid choice.*joint.*m2v.*v2m"),
     "17 words": (lambda d: ("--prompt", "word " * 17), "16 words, got 17"),
+    "no samples": (lambda d: ("--count", 0), "--count is at least 1, got 0"),
+    "a start before the video": (
+        lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 17, 64), "--start", -1),
+        "--start is a number of seconds from 0 on",
+    ),
     "no steps": (lambda d: ("--steps", 0), "steps must be at least 1"),
     "no such weights": (lambda d: ("--weights", d / "w.safetensors"), r"no weights at .*w\.safetensors"),
     "text as weights": (lambda d: ("--weights", text_in(d / "w")), "not a safetensors file"),

@@ -104,8 +104,11 @@ def test_prompts_file_makes_what_vbench_reads_and_keeps_what_is_there(folder, tm
     assert alone["joint.mp4"] == files["a person waves-1.mp4"]
     (tmp_path / "out" / "a person waves-1.mp4").write_bytes(b"mine")
     again = run(folder, tmp_path / "out", *call)
-    assert again["a person waves-1.mp4"] == b"mine"
+    assert again["a person waves-1.mp4"] == b"mine" and again["run.json"] == files["run.json"]
     assert "4 of 4 samples already" in capsys.readouterr().out
+    (tmp_path / "out" / "a person waves-1.mp4").unlink()
+    again = run(folder, tmp_path / "out", *call)
+    assert json.loads(again["run.json"])["prompts"].keys() == names  # of all, not of the one made now
 
 
 def test_a_failed_decode_is_redone_from_the_latents(folder, tmp_path, monkeypatch):
@@ -184,6 +187,12 @@ def test_what_is_trained_from_a_cache_is_sampled(folder, tmp_path, monkeypatch):
     moved = [n for n, p in trained.named_parameters() if not torch.equal(p, start.state_dict()[n])]
     assert any("video" in n for n in moved) and any("motion" in n for n in moved)
     made = ("--task", "joint", "--weights", out / "weights.safetensors")
+    config = folder / "transformer" / "config.json"
+    published = config.read_text()
+    config.write_text(json.dumps(json.loads(published) | {"ffn_dim": 7}))
+    with pytest.raises(ValueError, match=r"has ffn .* 7: give the Wan that these weights are of"):
+        run(folder, tmp_path / "other", *made, size="64x64")
+    config.write_text(published)
     run(folder, tmp_path / "made", *made, size="64x64")
     pixels, fps = render.read_video(tmp_path / "made" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((FRAMES, 64, 64, 3), rate)

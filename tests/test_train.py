@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from dual_dit import DualDiT
 from flow import Draw, Task
 from kit import checkpoints, data, monitor, parallel, puppet, validation, weights
 from kit.geometry import PUPPET
+from kit.motion_files import Motion, save_amass
 from kit.parallel import World
 
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--validate-every", 0)
@@ -167,6 +169,15 @@ def test_only_the_last_checkpoints_are_kept(tiny_weights, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000004", "step-00000005"]
 
 
+def test_a_checkpoint_before_damaged_ones_is_kept_and_they_go(tmp_path):
+    # catches --keep 1 that keeps the damaged one, because its name is the last
+    for step in (4, 8):
+        checkpoints.folder_of(tmp_path, step).mkdir(parents=True)
+    (tmp_path / "new").mkdir()
+    checkpoints.Writer(tmp_path, 1, parallel.ALONE, False)._publish(tmp_path / "new", {"step": 6})
+    assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["step-00000006"]
+
+
 def test_export_is_what_the_run_wrote(ten_steps, tmp_path, verb):
     # catches raw weights exported, or a file without what it takes to sample
     file = tmp_path / "mine.safetensors"
@@ -231,7 +242,7 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
     samples = validation.read_held_out(held, model, 2, 9, codec, parallel.ALONE)
     averaged, _ = weights.load_weights(one_step / "weights.safetensors")
     with validation.averaged(model, averaged.state_dict()):
-        found = validation.validate(model, samples, 2, 5, False, 1)
+        found = validation.validate(model, samples, validation.TASKS[2], 5, False, 1)
     start = load_file(tiny_weights)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
     errors = []
@@ -263,16 +274,15 @@ def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
     _, held = validation.hold_out(data.open_sources(["puppet"], PUPPET, puppet.body()))
     model, extra = weights.load_weights(tiny_weights)
     given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
-    alone = validation.validate(model, validation.read_held_out(*given, parallel.ALONE), 1, 4, False, 1)
+    how = validation.TASKS[1], 4, False
+    alone = validation.validate(model, validation.read_held_out(*given, parallel.ALONE), *how, 1)
     sums = []
-    for ranks_together in (lambda value, _: sums.append(value) or value, lambda value, _: sum(sums)):
-        monkeypatch.setattr(parallel, "mean_over_ranks", ranks_together)
-        rank = len(sums)
+    together = (lambda value, _: sums.append(value) or value, lambda value, _: sums[0] + value)
+    for rank, sum_of_ranks in enumerate(together):
+        monkeypatch.setattr(parallel, "mean_over_ranks", sum_of_ranks)
         share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
         assert len(share.motion) == 3
-        if rank == 1:
-            monkeypatch.setattr(parallel, "mean_over_ranks", lambda value, _: sums[0] + value)
-        found = validation.validate(model, share, 1, 4, False, 2)
+        found = validation.validate(model, share, *how, 2)
     assert found == pytest.approx(alone, rel=1e-5)
 
 
@@ -396,7 +406,7 @@ MISUSE = {
     "no shift": (("--shift", 0), "--shift is a number above 0, got 0"),
     "shift is no number": (("--shift", "nan"), "--shift is a number above 0, got nan"),
     "no video to tune": (("--video-only",), "add --stage 2, or leave --video-only out"),
-    "motion from nowhere": (("--init-motion", "fresh"), "--init-motion fresh needs --wan"),
+    "motion from nowhere": (("--init-motion", "fresh"), "fresh needs --wan FOLDER without --init"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "uneven ranks": (("--batch", 4), "multiple of 3 ranks; the nearest is 3"),
 }
@@ -411,6 +421,18 @@ def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, mon
     assert ended.code == 2
     assert ended.err.startswith("train.py: error: ") and ended.err.count("\n") == 1
     assert re.search(words, ended.err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, tmp_path):
+    clip, folder = puppet.clips([0]), tmp_path / "motions"
+    folder.mkdir()
+    moving = clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0]
+    save_amass(folder / "a.npz", Motion(*moving, puppet.FPS, "neutral"), puppet.body())
+    call = ("--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
+    ended = verb(train, *call, "--data", f"amass:{folder}")
+    assert ended.code == 2
+    assert re.search("stage 2 needs video.*or --stage 1$", ended.err.splitlines()[-1])
     assert not (tmp_path / "run").exists()
 
 
@@ -439,7 +461,12 @@ def test_ablations_reach_the_batch(verb, tiny_weights, tmp_path, monkeypatch, fl
 
 def test_video_tuning_leaves_the_motion_expert_alone(verb, tiny_weights, tmp_path):
     call = ("--init", tiny_weights, "--stage", 2, "--video-only", "--steps", 2, "--frames", 5, "--batch", 1)
-    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run").code == 0
+    # PLAIN validates never: what comes later counts
+    call += (*PLAIN, "--validate-every", 1)
+    assert verb(train, *call, "--out", tmp_path / "run").code == 0
+    watched = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {name for line in watched for name in line.get("validation", {})}
+    assert losses and all(name.startswith("video_only/video") for name in losses)
     before, after = (load_file(path) for path in (tiny_weights, tmp_path / "run" / "weights.safetensors"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("motion" in name.split(".") for name in changed)
@@ -453,8 +480,18 @@ def test_video_tuning_leaves_the_motion_expert_alone(verb, tiny_weights, tmp_pat
         (("--resume", "--stage", 1), "of a run with --stage 2: resume with the same"),
         (("--resume", "auto", "--seed", 1), "of a run with --seed 0: resume with the same"),
         (("--resume", "--shared-noise"), "of a run with no --shared-noise: resume with the same"),
+        (("--resume", "--lr", 1e-4), "of a run with no --lr: resume with the same"),
+        (("--resume", "--data", "puppet:8"), "of a run with no --data: resume with the same"),
     ),
-    ids=("started anew", "other steps", "another stage", "other data", "other noise"),
+    ids=(
+        "started anew",
+        "other steps",
+        "another stage",
+        "other seed",
+        "other noise",
+        "other rate",
+        "other data",
+    ),
 )
 def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, arguments, words):
     before = contents(one_step)
@@ -463,3 +500,20 @@ def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, argumen
     assert ended.code == 2
     assert words in ended.err and ended.err.count("\n") == 1
     assert contents(one_step) == before
+
+
+def test_weights_are_not_overwritten_where_checkpoints_are_gone(verb, tiny_weights, tmp_path):
+    shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
+    before = contents(tmp_path)
+    ended = verb(train, "--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path)
+    assert ended.code == 2 and "weights.safetensors exists" in ended.err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("before", (True, False), ids=("--out before the verb", "after it"))
+def test_export_is_of_the_run_that_was_named(verb, one_step, tmp_path, before):
+    out, to = ("--out", one_step), tmp_path / "w.safetensors"
+    ended = verb(train, *((*out, "export", to) if before else ("export", *out, to)))
+    assert ended.code == 0, ended.err
+    found, expected = load_file(to), load_file(one_step / "weights.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())

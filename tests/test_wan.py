@@ -537,8 +537,9 @@ def test_export_refuses_what_it_would_spoil(small):
     model = wan.load_transformer(small)
     with pytest.raises(ValueError, match="layout is 'diffusers' or 'wan', got 'ldm'"):
         wan.save_transformer(model, small, "ldm")
-    with pytest.raises(ValueError, match="holds a transformer in shards"):
-        wan.save_transformer(model, wan_folder.shard(small) / "transformer")
+    for folder in (small / "transformer", wan_folder.shard(small) / "transformer"):
+        with pytest.raises(ValueError, match="holds a transformer: name another folder"):
+            wan.save_transformer(model, folder)
 
 
 # ---------------------------------------------------------------- what is refused
