@@ -68,7 +68,7 @@ def bench_wan(args: argparse.Namespace) -> dict:
     rows, ours = [], random_model(config, device, torch.bfloat16)
     peer, inputs = diffusers_twin(ours), (video.bfloat16(), 1000 * time_of, text.bfloat16())
     joint = seconds(lambda: ours(video, motion, time_of, time_of, text, Task.JOINT), device, repeats)
-    rows.append(("ours, joint", both, joint, peak_gib(device)))  # of all calls so far: of the first only
+    rows.append(("ours, joint", both, joint, peak_gib(device)))  # the most so far
     plain = seconds(lambda: ours(video, None, time_of, None, text, Task.VIDEO_ONLY), device, repeats)
     rows.append(("ours, video only", alone, plain, None))
     theirs = seconds(lambda: peer(*inputs), device, repeats)
