@@ -158,7 +158,8 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
     scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
-    kept = scores * q.shape[1] if torch.is_grad_enabled() else scores  # a backward pass needs all heads'
+    # one head's at a time, but a backward pass needs those of all heads of each sample
+    kept = scores * q.shape[1] if torch.is_grad_enabled() else scores
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and kept <= CACHE:
         x = attend_by_parts(q, k, v, CACHE // scores)
     else:
@@ -169,8 +170,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_by_parts(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The same in plain products, so many heads at a time.
 
-    On a CPU's bf16 units this takes two thirds of the time of torch's fused kernel, as long as scores stay in
-    the cache; they are rounded to bf16.
+    On a CPU's bf16 units this is faster than torch's fused kernel (bench.py: forward_ratio_bf16), as long as
+    scores stay in the cache. They are rounded to bf16, and kept for the backward pass.
     """
     b = len(q)
     q, k, v = (rearrange(x, "b heads n k -> (b heads) n k") for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -355,7 +356,7 @@ class DualDiT(nn.Module):
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass, but for its attention
+        self.checkpointing = False  # recompute each block in the backward pass, but for fused attention
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         self.task_hint = nn.Sequential(

@@ -171,8 +171,9 @@ def main() -> None:
         raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
     if args.count < 1:
         raise ValueError(f"--count is at least 1, got {args.count}")
-    # latents lie in OUT/latents
-    args.out = args.out or (args.decode.absolute().parents[1] if args.decode else Path("samples"))
+    if args.out is None:
+        there = args.decode.absolute().parent if args.decode else Path("samples")
+        args.out = there.parent if there.name == "latents" else there  # a sample's lie in OUT/latents
     world = open_backbone(args)
     for name, value in world.defaults._asdict().items():  # what was not given on the command line
         if getattr(args, name, None) is None:

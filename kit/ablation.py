@@ -231,9 +231,9 @@ def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path, 
         variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
         if maps:
             variants[name]["attention"] = torch.stack(maps).mean(0).round(decimals=4).tolist()
-    result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
-    with whole_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
+        with whole_file(out) as temporary:  # after each variant: measuring all takes long
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -211,9 +211,11 @@ class Writer:
         temporary.rename(final)
         _sync(final.parent)
         folders = sorted(final.parent.glob(PATTERN))
-        later = [folder for folder in folders if folder > final]  # damaged: the run went back behind them
-        for old in later + folders[: len(folders) - len(later)][: -self.keep]:
-            _remove(old)
+        # later ones are damaged: the run went back behind them
+        kept = [folder for folder in folders if folder <= final][-self.keep :]
+        for old in folders:
+            if old not in kept:
+                _remove(old)
         if self.weights:
             export(final, self.weights)
 

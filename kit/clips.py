@@ -227,7 +227,7 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body) -> Itera
             _check_view(vector, camera, motion_file, height, width)
             yield Sample(clip.video, (clip.prompt,), vector, torch.stack(pixels), camera)
             pixels = []
-    if abs(count / fps - end) > max(APART, 1 / fps):
+    if abs(count / fps - end) > APART:
         raise ValueError(
             f"{clip.video} ends after {count / fps:.2f} s, {clip.motion} after {end:.2f} s: "
             "expected the same; is the frame rate of one of them wrong?"

@@ -24,7 +24,9 @@ def plan(args: argparse.Namespace) -> dict:
     """Memory, arithmetic, communication and time of stage 2, counted without allocating anything."""
     published, config = PUBLISHED[args.preset], PRESETS[args.preset]
     _, frames, *size, stride = adjusted(published, args.frames, args.size)
-    if min(args.gpus, args.batch) < 1 or args.batch % args.gpus:
+    if min(args.gpus, args.batch) < 1:
+        raise ValueError(f"--gpus and --batch are at least 1, got {args.gpus} and {args.batch}")
+    if args.batch % args.gpus:
         raise ValueError(f"--batch {args.batch} must be a multiple of --gpus {args.gpus}")
     grid = ((frames - 1) // 4 + 1, *(side // stride for side in size))
     tokens = tokens_of(config, frames, size, stride)

@@ -55,8 +55,8 @@ def test_turning_the_parameters_turns_the_body():
 
 def test_the_puppet_stands_like_smpl():
     joints = body().rest_joints(torch.zeros(10))
-    names = JOINT_NAMES
-    assert joints[names.index("left_hand"), 0] > 0.6 > -0.6 > joints[names.index("right_hand"), 0]
+    left, right = (joints[JOINT_NAMES.index(f"{side}_hand"), 0] for side in ("left", "right"))
+    assert left > 0.6 > -0.6 > right
     vertices, _ = body().mesh(torch.zeros(3), torch.zeros(23, 3), torch.zeros(10), torch.zeros(3))
     assert 1.6 < vertices[:, 1].max() - vertices[:, 1].min() < 1.8
     assert body().parents.tolist()[:5] == [-1, 0, 0, 0, 1] and body().faces.max() == len(vertices) - 1

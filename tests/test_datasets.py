@@ -265,3 +265,12 @@ def test_sizes_that_a_wan_cannot_make(tmp_path, asked, reason):
     (tmp_path / "vae/config.json").write_text('{"scale_factor_spatial": 16}')
     with pytest.raises(ValueError, match=reason):
         geometry(tmp_path, **asked)
+
+
+def test_data_sets_without_anything_say_why(tmp_path):
+    body = puppet.body()
+    assert "unpack AMASS there" in open_dataset(f"amass:{tmp_path}", PUPPET, body).problems[0]
+    (tmp_path / "metadata.csv").write_text("video,prompt,motion\n")
+    assert open_dataset(f"clips:{tmp_path}", PUPPET, body).problems == ["metadata.csv has no rows"]
+    with pytest.raises(FileNotFoundError, match=r"amass: expected AMASS there, or where humanml3d:.*\+AMASS"):
+        open_dataset(f"humanml3d:{tmp_path}", PUPPET, body)

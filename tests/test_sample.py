@@ -209,9 +209,13 @@ def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_pat
     out = run_sample(tiny_weights, tmp_path / "there", "--task", "joint")
     before = contents(out)
     (out / "joint.mp4").unlink()
-    call = (*PLAIN, "--weights", tiny_weights, "--decode", out / "latents" / "joint.safetensors")
-    assert verb(sample, *call).code == 0
+    call = (*PLAIN, "--weights", tiny_weights, "--decode")
+    assert verb(sample, *call, out / "latents" / "joint.safetensors").code == 0
     assert contents(out) == before
+    (tmp_path / "moved").mkdir()
+    moved = (out / "latents" / "joint.safetensors").rename(tmp_path / "moved" / "joint.safetensors")
+    assert verb(sample, *call, moved).code == 0
+    assert (tmp_path / "moved" / "joint.mp4").read_bytes() == before["joint.mp4"]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -233,6 +237,11 @@ def motion_of(path: Path, count: int = 17, **changed: np.ndarray) -> Path:
 
 def text_in(path: Path) -> Path:
     path.write_text("these are words, neither motion nor video nor weights\n" * 20)
+    return path
+
+
+def prompts_of(path: Path, *prompts: str) -> Path:
+    path.write_text("\n".join(prompts))
     return path
 
 
@@ -288,6 +297,10 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
     "video without v2m": (lambda d: ("--video", video_of(d / "v.mp4", 17, 64)), "condition of --task v2m"),
     "unknown task": (lambda d: ("--task", "t2v"), "invalid choice.*joint.*m2v.*v2m"),
     "17 words": (lambda d: ("--prompt", "word " * 17), "16 words, got 17"),
+    "a prompt too long for a name": (
+        lambda d: ("--prompts", prompts_of(d / "p.txt", "word " * 60)),
+        "a prompt names its files: at most 200 bytes",
+    ),
     "no samples": (lambda d: ("--count", 0), "--count is at least 1, got 0"),
     "a start before the video": (
         lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 17, 64), "--start", -1),
