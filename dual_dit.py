@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -99,7 +99,7 @@ class Stream(NamedTuple):
     """One modality on its way through the blocks."""
 
     x: Tensor  # (b n d) tokens
-    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
+    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32; (1 6 d) if all have the same
     text: Tensor | tuple[Tensor, Tensor]  # (b l d) projected features, or a block's keys and values of them
     cos: Tensor  # (n k/2) the tokens' rotary table
     sin: Tensor
@@ -212,11 +212,14 @@ class ExpertBlock(nn.Module):
         return apply_rope(q, stream.cos, stream.sin), apply_rope(k, stream.cos, stream.sin), v
 
     def after_attention(self, stream: Stream, attended: Tensor) -> Tensor:
-        """This expert's rows of the joint attention (b n d) -> its tokens after the block (b n d)."""
+        """This expert's rows of the joint attention (b n d) -> its tokens after the block, for each text."""
         attention_mod, ffn_mod = self.modulations(stream.time)
         x = gated(stream.x, attention_mod.gate, self.self_attn.o(attended))
         queries = self.cross_attn.queries(layer_norm(x, self.eps, self.norm3))
         text = stream.text if isinstance(stream.text, tuple) else self.cross_attn.keys_values(stream.text)
+        # up to here tokens do not depend on the text; of several texts, each now gets its own
+        texts = len(text[0]) // len(x)
+        x, queries = (repeat(tokens, "b ... -> (texts b) ...", texts=texts) for tokens in (x, queries))
         x = x + self.cross_attn.o(attend(queries, *text)).type_as(x)
         return gated(x, ffn_mod.gate, self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps)))
 
@@ -360,7 +363,7 @@ class DualDiT(nn.Module):
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         self.task_hint = nn.Sequential(
-            nn.Embedding(TASKS, config.width),
+            nn.Embedding.from_pretrained(torch.empty(TASKS, config.width), freeze=False),
             nn.Linear(config.width, config.width),
             nn.SiLU(),
             nn.Linear(config.width, config.width),
@@ -369,7 +372,8 @@ class DualDiT(nn.Module):
         # statistics of the motion data travel with the weights (motion_tokens.motion_statistics)
         self.register_buffer("motion_mean", torch.zeros(MOTION_DIM))
         self.register_buffer("motion_std", torch.ones(MOTION_DIM))
-        self.init_weights()
+        if not self.motion_mean.is_meta:  # else values come from a file
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -446,14 +450,19 @@ class DualDiT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Velocities (d x_t / d t) of video and motion.
 
-        video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,)
-        in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
+        video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,) or
+        (1,) in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
         absent input gives None back, and so does one without a time: it is a clean condition, at t = 0.
+        With n texts for each sample, (n·b l text_dim), text after text, and times (1,), there are n·b
+        velocities; what comes before the first word is computed once.
         """
         if (video is None or t_video is None) and (motion is None or t_motion is None):
             raise ValueError("nothing to denoise: give video with t_video, motion with t_motion, or both")
         self.check(video, motion)
         first = video if video is not None else motion
+        texts = len(text.video[0][0] if isinstance(text, Prompt) else text)
+        if texts == 0 or texts % len(first):
+            raise ValueError(f"{texts} texts for {len(first)} samples: expected one or more for each")
         with torch.autocast(first.device.type, enabled=False):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads
@@ -462,7 +471,7 @@ class DualDiT(nn.Module):
             expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor | None, positions: Tensor
         ) -> tuple[Stream, Tensor]:
             """What the blocks get of a modality, and the time for its head."""
-            time, blocks_time = expert.embed_time(x.new_zeros(len(x)) if t is None else t)
+            time, blocks_time = expert.embed_time(x.new_zeros(1) if t is None else t)
             words = None if isinstance(text, Prompt) else expert.embed_text(text)
             x = expert.embed(x)
             table = rope_table(positions.to(x.device), head_dim)

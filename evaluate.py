@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import flow
-from kit import ablation, cli, parallel, puppet, render, weights
+from kit import ablation, cli, devices, puppet, render, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.measures import attention_share, held_out
@@ -115,7 +115,7 @@ def main() -> None:
     given = ("steps", "solver", "guidance_text", "guidance_condition", "lead")
     sampling = PUPPET_DEFAULTS._asdict() | {name: getattr(args, name) for name in given}
     clips, bank = held_out(args.clips), held_out(BANK_CLIPS, "bank")
-    bf16 = parallel.faster_in_bf16(torch.device("cpu"))
+    bf16 = devices.faster_in_bf16(torch.device("cpu"))
     result = scores(model, puppet.Codec.from_state(extra), clips, bank, bf16, **sampling)
     print_table(table(result.values))
     if args.json:

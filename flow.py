@@ -138,7 +138,7 @@ class Velocity(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """One call of the network in every guided step: terms of the same tokens share a batch."""
+    """One call of the network in every guided step: terms of the same tokens, each with its text."""
 
     task: Task
     weights: list[float]  # of the n terms
@@ -187,12 +187,12 @@ def guided(
         n, inputs, times = len(branch.weights), [], []
         roles = branch.task.video, branch.task.motion
         for x, t, role in zip((video, motion), (t_video, t_motion), roles, strict=True):
-            x = None if role is Role.ABSENT else torch.cat([x] * n)
-            inputs.append(x)
-            times.append(x.new_full(x.shape[:1], t) if role is Role.NOISY else None)
+            inputs.append(None if role is Role.ABSENT else x)
+            # a modality that is made already, at t = 0, is now a condition
+            times.append(x.new_full((1,), t) if role is Role.NOISY and t else None)
         outputs = model(*inputs, *times, branch.text, branch.task)
-        for j, (u, role) in enumerate(zip(outputs, roles, strict=True)):
-            if role is Role.NOISY:
+        for j, (u, time) in enumerate(zip(outputs, times, strict=True)):
+            if time is not None:
                 terms = zip(branch.weights, u.float().chunk(n), strict=True)
                 total[j] = sum((w * term for w, term in terms), start=0 if total[j] is None else total[j])
     return Velocity(*total)
@@ -299,7 +299,7 @@ if __name__ == "__main__":
             for y in text:
                 m, y = ("∅" if motion is None else "m"), ("y" if y.any() else "∅")
                 print(f"  u(x, {m}, {y}) at t = {t_video[0]:g}")
-            return torch.zeros_like(video), None if motion is None else torch.zeros_like(motion)
+            return torch.cat([torch.zeros_like(video)] * len(text)), None
 
     video, motion, text = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, 235), torch.ones(1, 16, 64)
     for w1, w2 in ((1.0, 1.0), (1.5, 1.5), (5.0, 1.5)):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flow
 from dual_dit import DualDiT
-from kit import checkpoints, cli, data, monitor, parallel, render, run, validation
+from kit import checkpoints, cli, data, devices, monitor, parallel, render, run, validation
 from kit.muon import Muon
 from kit.parallel import local
 
@@ -74,8 +74,8 @@ def options() -> argparse.Namespace:
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     what = "how ranks share the work; default: fsdp from a billion parameters on"
     add("--parallel", choices=("ddp", "fsdp"), help=what)
-    what = "microbatches a step on each rank, to save memory"
-    add("--accumulate", type=int, default=1, metavar="N", help=what)
+    what = "microbatches a step on each rank, to save memory; default: 1, on a CPU as many as have 8 clips"
+    add("--accumulate", type=int, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
     verbs = parser.add_subparsers(dest="verb", metavar="export")
@@ -144,6 +144,7 @@ def train(args: argparse.Namespace) -> None:
     sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
     steps = plan(args.stage, args.steps, shape.frames if args.wan else args.frames)
     share = args.batch // ranks
+    args.accumulate = args.accumulate or devices.microbatches(share, device)
     micro = share // args.accumulate
     peak_lr = args.lr or LEARNING_RATE["wan" if args.wan else "puppet"]
 

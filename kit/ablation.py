@@ -22,7 +22,7 @@ from torch import Tensor
 import flow
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import checkpoints, cost, data, measures, parallel, pose, puppet, validation, weights
+from kit import checkpoints, cost, data, devices, measures, pose, puppet, validation, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.generate import CHUNK, generate_all
@@ -118,7 +118,7 @@ def held_out(count: int, frames: int) -> HeldOut:
     clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
     video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
     bends = pose.read_pose(others[:READ_CLIPS]).bend.flatten(0, 1)
-    bf16 = parallel.faster_in_bf16(torch.device("cpu"))
+    bf16 = devices.faster_in_bf16(torch.device("cpu"))
     return HeldOut(clips, data.puppet_motion(clips), video, bank, puppet.silhouette(others), bends, bf16)
 
 

@@ -127,13 +127,13 @@ def _official_paths(folder: Path, gender: str) -> list[Path]:
 
 def _flatten(
     global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor
-) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Broadcast the leading axes and fold them into one: pose (n 24 3), betas (n 10), transl (n 3), lead."""
     if body_pose.shape[-2:] != (23, 3):
         raise ValueError(f"body_pose must be (... 23 3), axis-angle; got {tuple(body_pose.shape)}")
     if betas.shape[-1] != NUM_BETAS:
         raise ValueError(f"betas must be (... {NUM_BETAS}); got {tuple(betas.shape)}")
-    lead = torch.broadcast_shapes(
+    lead = np.broadcast_shapes(  # torch's imports half a second of symbolic mathematics
         global_orient.shape[:-1], body_pose.shape[:-2], betas.shape[:-1], transl.shape[:-1]
     )
     root = rearrange(global_orient, "... xyz -> ... 1 xyz").expand(*lead, 1, 3)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dual_dit import DualDiTConfig
 from flow import Role
-from kit import parallel
+from kit import devices
 from kit.cost import Tokens, step_flops
 from kit.data import Batch
 from kit.files import whole_file
@@ -84,7 +84,7 @@ def _lines_before(path: Path, step: int) -> Iterator[str]:
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
     """What this device can do in a second: measured on a CPU, as published for a GPU, None if unknown."""
     if device.type == "cpu":
-        return parallel.matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
+        return devices.matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAKS.items() if bf16 and key in name), None)
 

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from dual_dit import DualDiT
+from kit import devices
 
 # gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
 SHARD_FROM = 1_000_000_000  # parameters
@@ -181,29 +181,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# ---------------------------------------------------------------- speed
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a linear layer of 1024 x 1024 on as many rows on a CPU, measured."""
-    x = torch.ones(1024, 1024, dtype=dtype, device=device)
-    x @ x.mT  # warms up
-    start = time.perf_counter()
-    for _ in range(3):
-        x @ x.mT  # as a layer multiplies: CPUs without bf16 units take twenty times longer for x @ x
-    return 3 * 2 * 1024**3 / (time.perf_counter() - start)
-
-
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether this machine multiplies bf16 matrices faster than fp32."""
-    if device.type == "cuda":
-        return True
-    return matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
-
-
 def use_bf16(precision: str, world: World) -> bool:
     """Of "bf16", "fp32" or "auto": what is faster, by majority, so that all ranks compute alike."""
     if precision != "auto":
         return precision == "bf16"
-    vote = torch.tensor(float(faster_in_bf16(world.device)), device=world.device)
+    vote = torch.tensor(float(devices.faster_in_bf16(world.device)), device=world.device)
     return mean_over_ranks(vote, world.ranks).item() > 0.5

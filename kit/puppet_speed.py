@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import data, parallel, puppet, weights
+from kit import data, devices, parallel, puppet, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.geometry import PUPPET
 from kit.muon import Muon
@@ -75,21 +75,26 @@ def training(setting: Setting, optimizers: Callable) -> list[Row]:
     model.train().requires_grad_(True)
     codec = puppet.Codec.from_state(extra)
     device = torch.device("cpu")
-    bf16 = parallel.faster_in_bf16(device)
+    bf16 = devices.faster_in_bf16(device)
     sources = data.open_sources(["puppet"], PUPPET, puppet.body())
     opts, step, made = optimizers(model, pretrained=False), count(), []
+    micro = BATCH // devices.microbatches(BATCH, device)
 
     def generate() -> None:
-        clips = data.batch(
-            sources, model.motion_mean, model.motion_std, seed=0, step=next(step), stage=2,
-            frames=puppet.FRAMES, batch=BATCH, samples=range(BATCH), device=device, codec=codec,
-        )  # fmt: skip
-        made[:] = [clips]
+        now = next(step)
+        made[:] = [
+            data.batch(
+                sources, model.motion_mean, model.motion_std, seed=0, step=now, stage=2,
+                frames=puppet.FRAMES, batch=BATCH, samples=range(first, first + micro), device=device,
+                codec=codec,
+            ) for first in range(0, BATCH, micro)
+        ]  # fmt: skip
 
     def train() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = flow.loss(model, *made[0])
-        loss.total.backward()
+        for batch in made:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = flow.loss(model, *batch)
+            (loss.total / len(made)).backward()
         parallel.clip(model, 1.0)
         for optimizer in opts:
             optimizer.step()

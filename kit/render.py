@@ -171,7 +171,7 @@ def _draw_pose(pixels: list, depth: list[float], parents: list[int], background:
         else:
             draw.line((*pixels[parent], x, y), fill=PAPER, width=bone + 2 * SUPERSAMPLING)  # a light edge
             draw.line((*pixels[parent], x, y), fill=colour, width=bone)
-    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(picture.reduce(SUPERSAMPLING))
 
 
 def fitted(joints: Tensor) -> Project:

@@ -20,7 +20,7 @@ from kit.sources import Source, cached_geometry
 def check(args: argparse.Namespace, ranks: int) -> None:
     """ValueError for options that can't be; before anything is written."""
     for name in ("steps", "save_every", "keep", "accumulate"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
     if not 0 < args.shift < math.inf:
         raise ValueError(f"--shift is a number above 0, got {args.shift:g}")
@@ -36,9 +36,10 @@ def check(args: argparse.Namespace, ranks: int) -> None:
     if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
         nearest = puppet.nearest_frames(args.frames)
         raise ValueError(f"--frames must be 4n+1, got {args.frames}; the nearest is {nearest}")
-    if args.batch % (ranks * args.accumulate) or args.batch < 1:
-        nearest = max(1, round(args.batch / (ranks * args.accumulate))) * ranks * args.accumulate
-        shares = f"{ranks} ranks" + (f" x {args.accumulate} microbatches" if args.accumulate > 1 else "")
+    parts = ranks * (args.accumulate or 1)
+    if args.batch % parts or args.batch < 1:
+        nearest = max(1, round(args.batch / parts)) * parts
+        shares = f"{ranks} ranks" + (f" x {args.accumulate} microbatches" if parts > ranks else "")
         raise ValueError(f"--batch {args.batch} must be a multiple of {shares}; the nearest is {nearest}")
     there = *(args.out / "checkpoints").glob(checkpoints.PATTERN), *args.out.glob("weights.safetensors")
     if there and not args.resume:

@@ -17,7 +17,7 @@ import flow
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
 from kit.cost import Product, Tokens, all_products, floor_seconds, forward_flops
-from kit.parallel import matmul_rate
+from kit.devices import matmul_rate
 from kit.peer import diffusers_twin
 from kit.timing import Figure, added_bytes, figure, interleaved, random_model, ratio
 from motion_tokens import MOTION_DIM

@@ -278,6 +278,21 @@ def test_without_a_time_a_modality_is_clean_and_only_read(model, condition):
         torch.testing.assert_close(without, gradient, atol=1e-5, rtol=1e-4)
 
 
+@every_task
+@torch.no_grad()
+def test_several_texts_for_each_sample_are_several_calls(model, task):
+    # catches texts that get another's sample, and samples that get another's text
+    call = inputs(task=task) | {"t_video": torch.full((3,), 0.5), "t_motion": torch.full((3,), 0.5)}
+    texts = [call["text"], -call["text"]]
+    alone = [model(**call | {"text": text}) for text in texts]
+    shared = {name: call[name][:1] for name in ("t_video", "t_motion")}
+    for text in (torch.cat(texts), model.read_text(torch.cat(texts))):
+        for u, *terms in zip(model(**call | shared | {"text": text}), *alone, strict=True):
+            assert u is None if terms[0] is None else (terms[0] - terms[1]).abs().max() > 1e-3
+            if u is not None:
+                torch.testing.assert_close(u, torch.cat(terms))
+
+
 @pytest.mark.parametrize("absent", [(), ("video",), ("motion",)])
 def test_without_a_time_there_is_nothing_to_denoise(model, absent):
     given = inputs() | {"t_video": None, "t_motion": None}
@@ -473,6 +488,8 @@ def test_autocast_leaves_the_time_in_fp32(model):
         ({"video": torch.zeros(4, 3, 4, 6)}, r"expected \(b, 4, t, h, w\), got \(4, 3, 4, 6\)"),
         ({"video": torch.zeros(3, 4, 3, 5, 6)}, r"\(5, 6\) must be a multiple of the patch \(2, 2\)"),
         ({"video": torch.zeros(3, 4, 3, 4, 7)}, r"\(4, 7\) must be a multiple of the patch \(2, 2\)"),
+        ({"text": torch.zeros(1, 5, 8)}, "1 texts for 3 samples: expected one or more for each"),
+        ({"text": torch.zeros(4, 5, 8)}, "4 texts for 3 samples: expected one or more for each"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, change, message):

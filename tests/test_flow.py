@@ -50,19 +50,16 @@ class Spy:
         return text
 
     def __call__(self, video, motion, t_video, t_motion, text, task):
-        first = video if video is not None else motion
-        tasks = torch.as_tensor(task).expand(len(first))
         answers = []
-        for i, row_task in enumerate(tasks.tolist()):
+        for i, words in enumerate(text):  # several for each sample, text after text
             row = (
-                Task(row_task),
-                None if video is None else video[i],
-                None if motion is None else motion[i],
+                Task(task),
+                *(None if x is None else x[i % B] for x in (video, motion)),
                 *(
-                    None if x is None else 0.0 if t is None else t[i].item()
+                    None if x is None else 0.0 if t is None else t[i % len(t)].item()
                     for x, t in ((video, t_video), (motion, t_motion))
                 ),
-                text[i].mean().item(),
+                words.mean().item(),
             )
             self.rows.append(row)
             answers.append(answer(*row))
@@ -299,7 +296,7 @@ def test_guidance_of_the_network_is_the_sum_of_plain_calls(task):
 
 
 def clock(x: Tensor | None, t: Tensor | None, velocity) -> Tensor | None:
-    return None if x is None else velocity(x, t.view(-1, *[1] * (x.ndim - 1)))
+    return None if x is None or t is None else velocity(x, t.view(-1, *[1] * (x.ndim - 1)))
 
 
 def ode(velocity_video, velocity_motion):

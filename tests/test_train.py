@@ -21,7 +21,7 @@ import flow
 import train
 from dual_dit import DualDiT
 from flow import Draw, Task
-from kit import checkpoints, data, monitor, parallel, puppet, validation, weights
+from kit import checkpoints, data, devices, monitor, parallel, puppet, validation, weights
 from kit.geometry import PUPPET
 from kit.motion_files import Motion, save_amass
 from kit.parallel import World
@@ -331,6 +331,21 @@ def test_a_run_says_how_it_was_started(ten_steps):
 
 
 # ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    ("batch", "given", "calls"), ((16, (), 2), (16, ("--accumulate", 1), 1), (12, (), 1))
+)
+def test_a_cpu_trains_on_eight_clips_at_a_time(tiny_weights, tmp_path, monkeypatch, batch, given, calls):
+    sizes, loss = [], flow.loss
+    monkeypatch.setattr(
+        flow, "loss", lambda model, *batch: sizes.append(len(batch[2])) or loss(model, *batch)
+    )
+    plan = ("--init", tiny_weights, "--stage", 2, "--frames", 5, "--steps", 1, "--batch", batch)
+    run_train(tmp_path, *plan, *given)
+    assert sizes == [batch // calls] * calls
+    # the other kinds of device take a batch as a whole
+    assert devices.microbatches(16, torch.device("meta")) == 1
 
 
 def test_stage_1_leaves_the_video_expert_bitwise_alone_and_trains_all_of_motions(tiny_weights, tmp_path):
