@@ -5,6 +5,7 @@ memory traffic, not arithmetic.
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -128,16 +129,19 @@ def saved_bytes(
 ) -> int:
     """Bytes that a joint call keeps for its backward pass, under bf16 autocast or not; grid (t h w) latents.
 
-    The network itself says so: it runs on fake tensors, which have shapes but no memory. Attention is fused,
-    as on a GPU: no scores are kept.
+    The network itself says so: one of a block, and one of two, run on fake tensors, which have shapes but no
+    memory. Attention is fused, as on a GPU: no scores are kept.
     """
+    kept = []
     with FakeTensorMode(), mock.patch.object(dual_dit, "CACHE", 0):
-        model = DualDiT(config)
         video = torch.randn(batch, config.channels, *grid)
         motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return kept_bytes(lambda: model(video, motion, time, time, features, 0), model.parameters())
+        for model in (DualDiT(dataclasses.replace(config, layers=layers)) for layers in (1, 2)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                call = functools.partial(model, video, motion, time, time, features, 0)
+                kept.append(kept_bytes(call, model.parameters()))
+    return kept[0] + (config.layers - 1) * (kept[1] - kept[0])
 
 
 class Memory(NamedTuple):

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 def _context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo"])  # torch's optimizers import the second
     return context
 
 

@@ -78,7 +78,7 @@ def kept_bytes(model: DualDiT, batch: int) -> int:
 
 def test_counted_activations_are_what_a_real_call_keeps(monkeypatch):
     monkeypatch.setattr(dual_dit, "CACHE", 0)  # attention is fused, as on a GPU
-    config = dataclasses.replace(SMALL, width=192, ffn=400)
+    config = dataclasses.replace(SMALL, layers=3, width=192, ffn=400)
     counted = cost.saved_bytes(config, GRID, 2, TEXT)
     assert counted == pytest.approx(kept_bytes(DualDiT(config), 2), rel=0.01)
 
