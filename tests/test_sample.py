@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, contents, tiny_model
+from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
 import sample
-from kit import backbone, puppet, render, weights
+from kit import backbone, devices, puppet, render, weights
 from kit.conditions import read_motion, read_video
 from kit.motion_files import Motion, load_amass, save_amass
 from motion_tokens import decode_smpl
@@ -97,6 +98,18 @@ def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, ot
     assert contents(out).keys() == pictures | {"latents/joint.safetensors", "run.json"}
     for suffix in ("mp4", "npz"):
         assert (out / f"joint.{suffix}").read_bytes() != (made / f"joint.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_the_puppet_computes_in_what_is_faster_here(tiny_weights, tmp_path, monkeypatch, bf16):
+    # as it was trained and is measured; what is written stays fp32
+    monkeypatch.setattr(devices, "faster_in_bf16", lambda device: bf16)
+    dtypes = set()
+    note = lambda module, inputs, output: dtypes.add(getattr(output, "dtype", None))
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        out = run_sample(tiny_weights, tmp_path, "--task", "v2m")
+    assert (torch.bfloat16 in dtypes) == bf16
+    assert {x.dtype for x in load_file(out / "latents" / "v2m.safetensors").values()} == {torch.float32}
 
 
 # ---------------------------------------------------------------- conditions
