@@ -80,7 +80,8 @@ def write(
 ) -> list[str]:
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
-    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Returns what was added to the names.
+    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Returns what was added to the names,
+    and where that is another folder's.
     """
     frames, fps = render.to_frames(video[0]), world.geometry.fps
     rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
@@ -94,16 +95,17 @@ def write(
         moved = Motion(*fields, fps, "neutral")
         save_amass(folder / f"{job.name}.npz", moved, world.body)
         save_bvh(folder / f"{job.name}.bvh", moved, world.body)
-        made += [".npz", ".bvh"]
+        made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
         if mesh:
             save = {"npz": save_mesh, "obj": save_objs}[mesh]
             save(mesh_path(out, job, mesh, pictures), moved, world.body)
             made += [MESH[mesh]]
-        joints = smpl["joints"][0]
-        project = world.project or render.fitted(joints)
-        rows += [render.draw_skeleton(joints, world.body.parents, project, PICTURE)]
-        titles += ["motion"]
     if pictures:
+        if motion is not None:
+            joints = smpl["joints"][0]
+            project = world.project or render.fitted(joints)
+            rows += [render.draw_skeleton(joints, world.body.parents, project, PICTURE)]
+            titles += ["motion"]
         moving = render.side_by_side(*rows) if motion is not None else render.resized(frames, PICTURE)
         render.write_video(out / f"{job.name}.gif", moving, fps)
         render.contact_sheet(out / f"{job.name}.png", rows, titles)

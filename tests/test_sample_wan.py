@@ -93,6 +93,7 @@ def test_prompts_file_makes_what_vbench_reads_and_keeps_what_is_there(folder, tm
     (tmp_path / "prompts.txt").write_text("a cat/dog sits\n\na person waves\n")
     call = ("--prompts", tmp_path / "prompts.txt", "--count", 2)
     files = run(folder, tmp_path / "out", *call)
+    assert f"{tmp_path / 'out' / 'motion' / 'a person waves-1.npz'}  .bvh" in capsys.readouterr().out
     names = {f"{prompt}-{i}" for prompt in ("a cat_dog sits", "a person waves") for i in (0, 1)}
     assert {name for name in files if "/" not in name} == {f"{name}.mp4" for name in names} | {"run.json"}
     assert {name for name in files if name.startswith("motion/")} == {
