@@ -372,7 +372,7 @@ class DualDiT(nn.Module):
         # statistics of the motion data travel with the weights (motion_tokens.motion_statistics)
         self.register_buffer("motion_mean", torch.zeros(MOTION_DIM))
         self.register_buffer("motion_std", torch.ones(MOTION_DIM))
-        if not self.motion_mean.is_meta:  # else values come from a file
+        if not self.motion_mean.is_meta:  # values come later, from a file
             self.init_weights()
 
     @torch.no_grad()
