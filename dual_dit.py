@@ -363,6 +363,7 @@ class DualDiT(nn.Module):
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         self.task_hint = nn.Sequential(
+            # drawn in init_weights: an embedding's own draw on the meta device imports torch's compiler
             nn.Embedding.from_pretrained(torch.empty(TASKS, config.width), freeze=False),
             nn.Linear(config.width, config.width),
             nn.SiLU(),
@@ -411,7 +412,7 @@ class DualDiT(nn.Module):
         """The parameters that are Wan's, frozen in stage 1."""
         return [p for name, p in self.named_parameters() if "video" in name.split(".")]
 
-    def check(self, video: Tensor | None, motion: Tensor | None) -> None:
+    def check(self, video: Tensor | None, motion: Tensor | None, text: Tensor | Prompt) -> None:
         """Raise ValueError where shapes do not fit the configuration or each other."""
         if video is not None:
             _, ph, pw = self.config.patch
@@ -433,6 +434,10 @@ class DualDiT(nn.Module):
                 raise ValueError(
                     f"{video.shape[2]} video latents span {frames} frames, but motion has {motion.shape[1]}"
                 )
+        samples = len(video if video is not None else motion)
+        texts = len(text.video[0][0] if isinstance(text, Prompt) else text)
+        if texts == 0 or texts % samples:
+            raise ValueError(f"{texts} texts for {samples} samples: expected one or more for each")
 
     def read_text(self, text: Tensor) -> Prompt:
         """(b l text_dim) -> what forward takes as well, to read a text once and not in every step."""
@@ -458,11 +463,8 @@ class DualDiT(nn.Module):
         """
         if (video is None or t_video is None) and (motion is None or t_motion is None):
             raise ValueError("nothing to denoise: give video with t_video, motion with t_motion, or both")
-        self.check(video, motion)
+        self.check(video, motion, text)
         first = video if video is not None else motion
-        texts = len(text.video[0][0] if isinstance(text, Prompt) else text)
-        if texts == 0 or texts % len(first):
-            raise ValueError(f"{texts} texts for {len(first)} samples: expected one or more for each")
         with torch.autocast(first.device.type, enabled=False):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
         head_dim = self.config.width // self.config.heads

@@ -153,14 +153,13 @@ def make(
     sampling = {name: getattr(args, name) for name in ("solver", *Defaults._fields)}
     g = world.geometry
     grid = ((g.frames - 1) // 4 + 1, g.height // g.stride, g.width // g.stride)
-    model, files, device = world.transformer(), [], torch.device(args.device)
+    model, files = world.transformer(), []
     # a Wan is stored in its --precision; the puppet, stored in fp32, computes as it was trained and measured
-    bf16 = not args.wan and devices.faster_in_bf16(device)
+    sampling["bf16"] = not args.wan and devices.faster_in_bf16(torch.device(args.device))
     for job in jobs:
         prompt = text[job.prompt], text[""]
         given = model, job.task, *prompt, job.seed, grid, latents, motion
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = denoise(*given, progress=functools.partial(tqdm, desc="denoising"), **sampling)
+        result = denoise(*given, progress=functools.partial(tqdm, desc="denoising"), **sampling)
         files.append(args.out / "latents" / f"{job.name}.safetensors")
         results.save_latents(files[-1], job, *result)
     return files

@@ -170,8 +170,9 @@ def training_memory(
     ends = parameter_count(none)
     block = parameter_count(one) - ends
     gathered = 4 * (block + ends) if gpus > 1 else 0  # two blocks in bf16, the ends in fp32
-    activations = saved_bytes(config, grid, batch, text)
-    if checkpointing:
+    if not checkpointing:
+        activations = saved_bytes(config, grid, batch, text)
+    else:
         # what the ends and one block keep, and of every block the tokens that enter it (motion's in fp32)
         # and the results of its two attentions, with their fp32 log-sum-exp
         t, h, w = (size // patch for size, patch in zip(grid, config.patch, strict=True))

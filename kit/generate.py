@@ -22,12 +22,14 @@ def denoise(
     grid: tuple[int, int, int],
     latents: Tensor | None = None,
     motion: Tensor | None = None,
+    bf16: bool = False,
     **sampling,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sample a batch of one task -> latents (b c t h w) and motion (b f 235), not normalised.
 
     text (b l text_dim), grid (t h w) of the latents; `latents` or `motion` is the condition, in the same
-    units. It comes back as it was given, an absent modality as None. `sampling` goes to flow.sample.
+    units. It comes back as it was given, an absent modality as None. `bf16` is autocast's, for a network
+    that is stored in fp32; `sampling` goes to flow.sample.
     """
     b, device = len(text), model.motion_mean.device
     frames = 4 * (grid[0] - 1) + 1
@@ -40,7 +42,9 @@ def denoise(
         x_motion = (motion.to(device) - model.motion_mean) / model.motion_std
     x_video = None if task.video is Role.ABSENT else x_video
     x_motion = None if task.motion is Role.ABSENT else x_motion
-    result = flow.sample(model, x_video, x_motion, text.to(device), null_text.to(device), task, **sampling)
+    given = model, x_video, x_motion, text.to(device), null_text.to(device), task
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        result = flow.sample(*given, **sampling)
     if task.motion is Role.NOISY:
         motion = result.motion * model.motion_std + model.motion_mean
     return result.video, motion if task.motion is not Role.ABSENT else None
@@ -67,7 +71,6 @@ def generate_all(
             puppet.encode_text(texts) for texts in (clips.caption[part], [""] * len(latents[part]))
         )
         given = {"latents": latents[part], "motion": motion[part], "grid": latents.shape[2:], "seed": start}
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            made, moved = denoise(model, task, text, null_text, **given, **sampling)
+        made, moved = denoise(model, task, text, null_text, **given, bf16=bf16, **sampling)
         parts.append((codec.decode(made), moved))
     return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))

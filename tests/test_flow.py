@@ -407,6 +407,17 @@ def test_in_joint_sampling_motion_is_ahead(lead, t_video, t_motion):
     assert [row[3] for row in spy.rows[::B]] == [1, 0.75, 0.5, 0.25]
 
 
+@torch.no_grad()
+def test_motion_that_is_made_is_only_read():
+    # catches its last block being computed for nothing, and another time than 0 for it
+    model, t = network(), torch.full((B,), 0.75)
+    video, motion = torch.randn(B, 4, 2, 4, 4), torch.randn(B, 5, MOTION_DIM)
+    text = torch.randn(B, 6, 8)
+    got = flow.guided(model, video, motion, 0.75, 0.0, flow.branches(model, text, text, Task.JOINT))
+    assert got.motion is None
+    torch.testing.assert_close(got.video, model(video, motion, t, 0 * t, text, Task.JOINT)[0])
+
+
 @every_task
 @every_solver
 def test_same_noise_gives_the_same_sample(task, solver):

@@ -2,13 +2,14 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, contents, tiny_model
+from conftest import ROOT, TINY, contents, tiny_model
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
@@ -110,6 +111,14 @@ def test_the_puppet_computes_in_what_is_faster_here(tiny_weights, tmp_path, monk
         out = run_sample(tiny_weights, tmp_path, "--task", "v2m")
     assert (torch.bfloat16 in dtypes) == bf16
     assert {x.dtype for x in load_file(out / "latents" / "v2m.safetensors").values()} == {torch.float32}
+
+
+def test_sampling_imports_no_compiler(tiny_weights, tmp_path):
+    # torch draws on its meta device, and broadcasts shapes, by way of these: three seconds of every call
+    call = ["sample.py", *PLAIN, "--task", "v2m", "--weights", tiny_weights, "--out", tmp_path]
+    code = f"import sys, sample; sys.argv = {[*map(str, call)]}; sample.main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch._dynamo", "sympy"} & set(done.stdout.split())
 
 
 # ---------------------------------------------------------------- conditions
