@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import flow
-from kit import ablation, cli, devices, puppet, render, weights
+from kit import ablation, cli, devices, plots, puppet, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.files import whole_file
 from kit.measures import attention_share, held_out
@@ -123,7 +123,7 @@ def main() -> None:
             temporary.write_text(json.dumps(result.values, indent=2) + "\n")
     if args.attention:
         maps = result.attention
-        render.attention_picture(args.attention, maps, attention_share(maps), "motion → video attention")
+        plots.attention_picture(args.attention, maps, attention_share(maps), "motion → video attention")
 
 
 if __name__ == "__main__":

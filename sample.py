@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
     add("--frames", type=int, metavar="N", help="4n+1, for --wan; default: as published")
     add("--size", type=cli.size, metavar="HxW", help="pixels, for --wan; default: as published")
     add("--precision", choices=("bf16", "fp32"), help="of Wan's weights; default: bf16 on a GPU")
-    add("--steps", type=int, metavar="N", help="solver steps; default: puppet 12, Wan 50")
+    add("--steps", type=int, metavar="N", help="solver steps; default: puppet 6, Wan 50")
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 5")
     add("--guidance-condition", type=float, metavar="W2", help="default: 1.5")

@@ -8,6 +8,7 @@ preset is trained from scratch; with --wan FOLDER a real Wan gets a motion exper
 """
 
 import argparse
+import functools
 import math
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import flow
 from dual_dit import DualDiT
-from kit import checkpoints, cli, data, devices, monitor, parallel, render, run, validation
+from kit import checkpoints, cli, data, devices, monitor, parallel, plots, run, validation
 from kit.muon import Muon
 from kit.parallel import local
 
@@ -119,13 +120,14 @@ def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else; a pretrained Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # paper is silent: the optimizer
+    adamw = functools.partial(torch.optim.AdamW, weight_decay=WEIGHT_DECAY, fused=True)
     if pretrained:  # Muon's steps have full rank: they would wash out what the video expert knows
-        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)]
+        return [adamw([p for _, p in trained], betas=(0.9, 0.99))]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
     muon = Muon(matrices, WEIGHT_DECAY)  # its steps have AdamW's size: one learning rate serves both
     muon.register_step_pre_hook(parallel.gather_gradients)
-    return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)]
+    return [muon, adamw(others, betas=(0.9, 0.98))]
 
 
 @torch.no_grad()
@@ -260,7 +262,7 @@ def leave(out: Path, done: int, complete: bool) -> None:
         print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
         return
     checkpoints.export(checkpoints.folder_of(out, done), out / "weights.safetensors")
-    render.loss_picture(out / "metrics.jsonl", out / "loss.png")
+    plots.loss_picture(out / "metrics.jsonl", out / "loss.png")
     print(f"wrote {out}/weights.safetensors, metrics.jsonl and loss.png")
 
 

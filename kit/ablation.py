@@ -28,6 +28,7 @@ from kit.files import whole_file
 from kit.generate import CHUNK, generate_all
 from kit.scores import scores
 
+SAMPLING = PUPPET_DEFAULTS._replace(steps=12)  # as the README's table was measured
 TRAIN = Path(__file__).parent.parent / "train.py"
 REAL_CLIPS = 1024  # among which the nearest silhouette of a generated video is looked for
 READ_CLIPS = 128  # of them whose elbows and knees say what is usual
@@ -173,7 +174,7 @@ class Measured(NamedTuple):
 
 def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> Measured:
     """Measures of a network; one without motion has those of its videos only."""
-    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": real.bf16}
+    sampling = SAMPLING._asdict() | {"bf16": real.bf16}
     tasks = (Task.VIDEO_ONLY, *(validation.TASKS[2] if motion else ()))
     values = errors(model, codec, tasks, real)
     if not motion:
@@ -191,7 +192,7 @@ def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[st
     shape, found = puppet.silhouette(real.video), {}
     given = (model, codec, real.clips, Task.MOTION_TO_VIDEO, real.video, real.motion, real.bf16)
     for w1, w2 in product(GUIDANCE, GUIDANCE):
-        sampling = PUPPET_DEFAULTS._replace(guidance_text=w1, guidance_condition=w2)._asdict()
+        sampling = SAMPLING._replace(guidance_text=w1, guidance_condition=w2)._asdict()
         video, _ = generate_all(*given, **sampling)
         found[GRID.format(w1, w2)] = measures.iou(puppet.silhouette(video), shape).mean().item()
     return found

@@ -29,7 +29,7 @@ class Defaults(NamedTuple):
     lead: float  # of motion ahead of video in joint sampling (flow.clocks)
 
 
-PUPPET_DEFAULTS = Defaults(12, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
+PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
 
 
 class Backbone(NamedTuple):

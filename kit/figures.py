@@ -27,7 +27,7 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import cli, data, measures, puppet, render, weights
+from kit import cli, data, measures, plots, puppet, render, weights
 from kit.backbone import PUPPET_DEFAULTS
 from kit.generate import denoise
 from motion_tokens import MOTION_DIM, decode_smpl
@@ -82,7 +82,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 def blocks(path: Path) -> None:
     """The network from its inputs (below) to its velocities (above), under the names of dual_dit.py."""
-    figure = render.blank_figure(8.6, 6.6)
+    figure = plots.blank_figure(8.6, 6.6)
     axes = figure.subplots()
     axes.set(xlim=(-5.9, 5.9), ylim=(-0.7, 8.5))
     axes.axis("off")
@@ -126,14 +126,14 @@ def blocks(path: Path) -> None:
     joint = "one self-attention over both\nattend([q_v; q_m], [k_v; k_m], [v_v; v_m])"
     box(axes, 0, 3.1, joint, SHARED, width=4.4, height=0.6)
     box(axes, 0, 5.0, "text", SHARED, width=1.0, height=0.44)
-    render.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def lattice(path: Path) -> None:
     """Positions of 3 latents of 6x6 tokens and of the first tokens of 9 motion frames."""
     t, h, w = 3, 6, 6
     frames = FRAMES_PER_LATENT * (t - 1) + 1
-    figure = render.blank_figure(8.6, 4.4)
+    figure = plots.blank_figure(8.6, 4.4)
     for panel, synced in enumerate((True, False), start=1):
         axes = figure.add_subplot(1, 2, panel, projection="3d")
         axes.set_box_aspect((1, 1.5, 1), zoom=0.95)
@@ -155,7 +155,7 @@ def lattice(path: Path) -> None:
         axes.tick_params(labelsize=6, pad=-2)
         axes.view_init(elev=20, azim=-40)
         axes.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(-0.08, -0.12))
-    render.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def by_position(frames: int, synced: bool, head_dim: int = 128) -> Tensor:
@@ -172,7 +172,7 @@ def by_position(frames: int, synced: bool, head_dim: int = 128) -> Tensor:
 def alignment(path: Path) -> None:
     """The two maps side by side; each frame's best latent is marked."""
     frames = 33
-    figure = render.blank_figure(8.4, 3.0)
+    figure = plots.blank_figure(8.4, 3.0)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, synced in zip(panels, (True, False), strict=True):
         logits = by_position(frames, synced)
@@ -185,7 +185,7 @@ def alignment(path: Path) -> None:
     panels[0].set_ylabel("latent frame t", fontsize=8)
     panels[0].legend(fontsize=7, loc="lower right")
     figure.suptitle("Logits for equal content, by position alone; dotted: t = f/4", fontsize=10)
-    render.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def ablation(path: Path) -> None:
@@ -195,7 +195,7 @@ def ablation(path: Path) -> None:
     maps = torch.cat([torch.tensor(found[name]["attention"]) for name in rows.values()])
     names = [f"{row}, layer {i}" for row in rows for i in range(len(maps) // len(rows))]
     title = f"learned motion → video attention, mean of {len(found['unsynced']['seeds'])} seeds"
-    render.attention_picture(path, maps, measures.attention_share(maps), title, names)
+    plots.attention_picture(path, maps, measures.attention_share(maps), title, names)
 
 
 # ---------------------------------------------------------------- sampled
@@ -257,7 +257,7 @@ def trajectory(path: Path, world: World) -> None:
     options = PUPPET_DEFAULTS._asdict()
     states = flow.sample(model, video, motion, *text, Task.JOINT, keep_trajectory=True, **options).trajectory
     times = flow.clocks(PUPPET_DEFAULTS.steps, PUPPET_DEFAULTS.shift, PUPPET_DEFAULTS.lead)
-    figure = render.blank_figure(7.2, 2.4)
+    figure = plots.blank_figure(7.2, 2.4)
     panels = figure.subplots(2, TIMES)
     for column, step in enumerate(torch.linspace(0, len(times) - 1, TIMES).round().long().tolist()):
         x_video, x_motion = states[step]
@@ -274,13 +274,13 @@ def trajectory(path: Path, world: World) -> None:
             panel.set_title(f"t = {t:.2f}", fontsize=8, color=(MOTION, VIDEO)[row])
     for panel, name, colour in zip(panels[:, 0], ("motion", "video"), (MOTION, VIDEO), strict=True):
         panel.set_ylabel(name, fontsize=9, color=colour)
-    render.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 def guidance(path: Path, world: World) -> None:
     """The middle frame of the same motion and noise, over ω1 (text) and ω2 (motion)."""
     clip, frame = puppet.clips([CLIP]), puppet.FRAMES // 2
-    figure = render.blank_figure(4.6, 4.3)
+    figure = plots.blank_figure(4.6, 4.3)
     panels = figure.subplots(len(OMEGAS[1]), len(OMEGAS[0]))
     for row, w2 in enumerate(OMEGAS[1]):
         for column, w1 in enumerate(OMEGAS[0]):
@@ -293,7 +293,7 @@ def guidance(path: Path, world: World) -> None:
             panel.set_title(f"ω1 = {w1:g}" if row == 0 else "", fontsize=9)
             panel.set_ylabel(f"ω2 = {w2:g}" if column == 0 else "", fontsize=9)
     figure.suptitle(f"motion → video, “{clip.caption[0]}”", fontsize=10)
-    render.save_figure(figure, path)
+    plots.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------- the command line
@@ -343,7 +343,7 @@ def main() -> None:
                 world = World(model, puppet.Codec.from_state(extra))
             SAMPLED[name](path, world)
         else:
-            render.loss_picture(args.run / "metrics.jsonl", path)
+            plots.loss_picture(args.run / "metrics.jsonl", path)
         print(f"wrote {path}")
 
 

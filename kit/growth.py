@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit.cost import all_products, floor_seconds, saved_bytes
-from kit.render import blank_figure, save_figure
+from kit.plots import blank_figure, save_figure
 from kit.speed import Shape, plain
 from kit.timing import added_bytes, device_name, interleaved, random_model
 from motion_tokens import MOTION_DIM

@@ -19,7 +19,8 @@ def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: in
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values are at most 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b·gram + c·gram²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a·x + polynomial·x
     return x.mT if tall else x
 
 

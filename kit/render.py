@@ -1,25 +1,20 @@
-"""What people look at: videos, skeletons, attention maps and loss curves -> MP4, GIF, PNG.
+"""What people look at: videos, skeletons and contact sheets -> MP4, GIF, PNG.
 
 Frames are (f h w 3) uint8 tensors; the network's video is (3 f h w) in [-1, 1]. Every picture has an opaque
 light ground, so that it reads the same on light and dark pages; the same input gives the same bytes.
 """
 
-import json
-import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from av.codec.context import Flags
 from einops import rearrange
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -29,7 +24,8 @@ from kit.files import whole_file
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
 SUPERSAMPLING = 4
-FACE = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+# found, not imported: matplotlib takes half a second of every sample
+FACE = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 TILE_HEIGHT = 160  # pixels of one frame on a contact sheet
 ENCODERS = {
     "libx264": {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"},
@@ -114,7 +110,10 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     count, height, width = frames.shape[:3]
     # all frames take their colours from one palette, or the picture flickers
-    stack = Image.fromarray(rearrange(frames, "f h w c -> (f h) w c")).quantize(256)
+    stack = rearrange(frames, "f h w c -> (f h) w c")
+    # that of each ninth pixel looks the same and is found in a quarter of the time
+    palette = Image.fromarray(np.ascontiguousarray(stack[::3, ::3])).quantize(256)
+    stack = Image.fromarray(stack).quantize(palette=palette, dither=Image.Dither.NONE)
     images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(count)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
@@ -207,7 +206,7 @@ def side_by_side(video: Tensor, skeleton: Tensor) -> Tensor:
     return torch.cat([resized(video, height), gap, skeleton], dim=2)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- contact sheets
 
 
 def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str], columns: int = 6) -> None:
@@ -252,97 +251,3 @@ def _break_lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[st
         else:
             lines.append(word)
     return lines
-
-
-def attention_picture(
-    path: str | Path, attention: Tensor, shares: Tensor, title: str, names: Sequence[str] = ()
-) -> None:
-    """Write a .png of motion -> video attention (layers f t), one panel per layer, on one colour scale.
-
-    Entry (l, f, t) is the mass that motion frame f puts on latent frame t. The line is t = f/4, where
-    MVS-RoPE puts frame f. `shares` (layers,) in [0, 1], the measured mass on the frame's own latent, is
-    printed above each panel, after its name if there are any. Raises ValueError for other shapes.
-    """
-    if attention.ndim != 3 or not attention.numel() or tuple(shares.shape) != attention.shape[:1]:
-        found = f"attention {tuple(attention.shape)} and shares {tuple(shares.shape)}"
-        raise ValueError(f"got {found}, expected (layers, f, t), none of them 0, and (layers,)")
-    layers, frames, latents = attention.shape
-    columns = min(layers, 6)
-    rows = math.ceil(layers / columns)
-    figure = blank_figure(2.3 * columns + 1.2, 2.0 * rows + 0.7)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    maps = rearrange(attention.float().cpu().numpy(), "l f t -> l t f")
-    for layer, panel in enumerate(panels.flat):
-        if layer >= layers:
-            panel.set_visible(False)
-            continue
-        heat = panel.imshow(maps[layer], cmap="magma", vmin=0, vmax=maps.max(), origin="lower", aspect="auto")
-        panel.plot([0, frames - 1], [0, (frames - 1) / 4], color="white", linewidth=1, linestyle=(0, (2, 3)))
-        panel.set(xlim=(-0.5, frames - 0.5), ylim=(-0.5, latents - 0.5))
-        stride = math.ceil(latents / 6)  # latent frames between ticks
-        panel.set(yticks=range(0, latents, stride), xticks=range(0, frames, 4 * stride))
-        name = names[layer] if names else f"layer {layer}"
-        panel.set_title(f"{name}: {100 * shares[layer]:.0f}% on own latent", fontsize=8)
-        panel.tick_params(labelsize=7)
-    figure.suptitle(f"{title} (chance {100 / latents:.0f}%)", fontsize=10)
-    figure.supxlabel("motion frame f", fontsize=8)
-    figure.supylabel("latent frame t", fontsize=8)
-    figure.colorbar(heat, ax=panels, fraction=0.06 / columns, pad=0.02).ax.tick_params(labelsize=7)
-    save_figure(figure, path)
-
-
-def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
-    """Draw the loss of each task over steps from metrics.jsonl, a panel per stage: dots raw, lines smoothed.
-
-    One JSON object a line with step, stage, task and loss; lines without a loss are passed over, and where a
-    resumed run repeats a step its last line counts. Raises FileNotFoundError, or ValueError with the number
-    of a bad line.
-    """
-    if not Path(metrics_path).is_file():
-        raise FileNotFoundError(f"{metrics_path}: no such file; train.py writes it as metrics.jsonl")
-    stages: dict = defaultdict(lambda: defaultdict(dict))  # stage -> task -> step -> loss
-    for number, line in enumerate(Path(metrics_path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if "loss" in record:
-                stages[record["stage"]][record["task"]][int(record["step"])] = float(record["loss"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{metrics_path} line {number}: expected step, stage, task and loss") from error
-    if not stages:
-        raise ValueError(f"{metrics_path} holds no loss yet; expected at least one training step")
-    figure = blank_figure(5.5 * len(stages), 3.6)
-    panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for panel, (stage, tasks) in zip(panels, sorted(stages.items()), strict=True):
-        for index, (task, losses) in enumerate(sorted(tasks.items())):
-            steps = sorted(losses)
-            values = [losses[step] for step in steps]
-            panel.plot(steps, values, ".", color=f"C{index}", markersize=3, alpha=0.35, markeredgewidth=0)
-            panel.plot(steps, _smooth(values), color=f"C{index}", linewidth=1.5, label=task)
-        panel.set(title=f"stage {stage}", xlabel="step", ylabel="loss", yscale="log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.minorticks_off()
-        panel.grid(color="0.92")
-        panel.legend(frameon=False)
-    save_figure(figure, png_path)
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Running average over about a twentieth of the run, without the usual bias towards the first value."""
-    keep = 1 - 1 / max(1, len(values) / 20)
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight)
-    return averages
-
-
-def blank_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches, that belongs to no pyplot state."""
-    return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})  # no version in it

@@ -159,7 +159,7 @@ def test_ablate_writes_every_variant_with_mean_and_spread(
     monkeypatch.setattr(
         ablation, "trained", lambda *given: (both.wait(), asked.append(given), tiny_weights)[-1]
     )
-    monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
+    monkeypatch.setattr(ablation, "SAMPLING", ablation.SAMPLING._replace(steps=1))
     out = tmp_path / "ablation.json"
     call = ("--frames", 5, "--seeds", 2, "--clips", 2, "--jobs", 2, "--runs", tmp_path, "--out", out)
     ended = verb(evaluate, "ablate", *call)
@@ -185,7 +185,7 @@ def test_video_tuning_is_asked_for_videos_without_motion(few_real, monkeypatch):
     tasks, generate = [], ablation.generate_all
     for module in (ablation, scores):
         monkeypatch.setattr(module, "generate_all", lambda *a, **k: tasks.append(a[3]) or generate(*a, **k))
-    monkeypatch.setattr(ablation, "PUPPET_DEFAULTS", ablation.PUPPET_DEFAULTS._replace(steps=1))
+    monkeypatch.setattr(ablation, "SAMPLING", ablation.SAMPLING._replace(steps=1))
     codec, real = puppet.Codec.fit(range(8)), ablation.held_out(2, frames=5)
     ablation.measured(tiny_model(), codec, False, real)
     assert tasks == [Task.VIDEO_ONLY]

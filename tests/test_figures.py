@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit import figures, measures, render
+from kit import figures, measures, plots
 from rope import TOKENS_PER_FRAME
 
 
@@ -82,7 +82,7 @@ def test_ablation_shows_each_variants_own_attention(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(figures, "ABLATION", tmp_path / "ablation.json")
     drawn = []
-    monkeypatch.setattr(render, "attention_picture", lambda *given: drawn.append(given))
+    monkeypatch.setattr(plots, "attention_picture", lambda *given: drawn.append(given))
     figures.ablation(tmp_path / "a.png")
     ((_, attention, shares, title, names),) = drawn
     assert attention.shape == (4, 17, 5) and "1 seeds" in title
@@ -94,7 +94,7 @@ def test_curves_are_a_runs_losses(tmp_path, monkeypatch):
     rows = [f'{{"step": {k}, "stage": 2, "task": "joint", "loss": {1 / (k + 1)}}}' for k in range(9)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     draw(monkeypatch, "curves", "--run", tmp_path, "--out", tmp_path)
-    render.loss_picture(tmp_path / "metrics.jsonl", tmp_path / "other.png")
+    plots.loss_picture(tmp_path / "metrics.jsonl", tmp_path / "other.png")
     assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 

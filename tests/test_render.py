@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit import render
+from kit import plots, render
 from kit.puppet import body, project
 from kit.puppet_body import PARENTS
 
@@ -107,8 +107,8 @@ def test_same_input_same_bytes(tmp_path):
         render.write_video(tmp_path / "a.mp4", frames, 16)
         render.write_video(tmp_path / "a.gif", frames, 16)
         render.contact_sheet(tmp_path / "sheet.png", [frames], ["title"])
-        render.attention_picture(tmp_path / "attention.png", attention, torch.full((7,), 0.2), "title")
-        render.loss_picture(metrics, tmp_path / "loss.png")
+        plots.attention_picture(tmp_path / "attention.png", attention, torch.full((7,), 0.2), "title")
+        plots.loss_picture(metrics, tmp_path / "loss.png")
         contents.append({file.name: file.read_bytes() for file in tmp_path.iterdir()})
     assert contents[0] == contents[1] and len(contents[0]) == 6
 
@@ -140,7 +140,7 @@ BAD = {
     "nan": (lambda at: render.to_frames(torch.full((3, 1, 2, 2), torch.nan)), "NaN"),
     "joints": (lambda at: render.draw_skeleton(torch.zeros(2, 22, 3), PARENTS, project, 64), "24"),
     "titles": (lambda at: render.contact_sheet(at / "a.png", [FRAMES], []), "title"),
-    "shares": (lambda at: render.attention_picture(at / "a.png", ATTENTION, torch.ones(3), ""), "layers"),
+    "shares": (lambda at: plots.attention_picture(at / "a.png", ATTENTION, torch.ones(3), ""), "layers"),
 }
 
 
@@ -154,9 +154,9 @@ def test_bad_input(tmp_path, name):
 
 def test_bad_metrics(tmp_path):
     with pytest.raises(FileNotFoundError):
-        render.loss_picture(tmp_path / "none.jsonl", tmp_path / "a.png")
+        plots.loss_picture(tmp_path / "none.jsonl", tmp_path / "a.png")
     metrics = tmp_path / "metrics.jsonl"
     for text, message in (("", "no loss"), ('{"loss": 1}', "line 1"), ("{", "line 1"), ("3", "line 1")):
         metrics.write_text(text)
         with pytest.raises(ValueError, match=message):
-            render.loss_picture(metrics, tmp_path / "a.png")
+            plots.loss_picture(metrics, tmp_path / "a.png")
