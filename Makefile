@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# pip would compile every file of torch, of which few are imported
+PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
 .PHONY: setup demo test lint
 

@@ -413,7 +413,13 @@ class DualDiT(nn.Module):
         """The parameters that are Wan's, frozen in stage 1."""
         return [p for name, p in self.named_parameters() if "video" in name.split(".")]
 
-    def check(self, video: Tensor | None, motion: Tensor | None, text: Tensor | Prompt) -> None:
+    def check(
+        self,
+        video: Tensor | None,
+        motion: Tensor | None,
+        times: tuple[Tensor | None, Tensor | None],
+        text: Tensor | Prompt,
+    ) -> None:
         """Raise ValueError where shapes do not fit the configuration or each other."""
         if video is not None:
             _, ph, pw = self.config.patch
@@ -435,10 +441,18 @@ class DualDiT(nn.Module):
                 raise ValueError(
                     f"{video.shape[2]} video latents span {frames} frames, but motion has {motion.shape[1]}"
                 )
-        samples = len(video if video is not None else motion)
+        b = len(video if video is not None else motion)
+        if motion is not None and len(motion) != b:
+            raise ValueError(f"{b} videos, but {len(motion)} motions: expected one for each")
         texts = len(text.video[0][0] if isinstance(text, Prompt) else text)
-        if texts == 0 or texts % samples:
-            raise ValueError(f"{texts} texts for {samples} samples: expected one or more for each")
+        if texts == 0 or texts % b:
+            raise ValueError(f"{texts} texts for {b} samples: expected one or more for each")
+        allowed = {(1,), (b,)} if texts == b else {(1,)}
+        for t in times:
+            if t is not None and tuple(t.shape) not in allowed:
+                raise ValueError(
+                    f"times {tuple(t.shape)} for {b} samples of {texts // b} texts: expected one of {allowed}"
+                )
 
     def read_text(self, text: Tensor) -> Prompt:
         """(b l text_dim) -> what forward takes as well, to read a text once and not in every step."""
@@ -464,7 +478,7 @@ class DualDiT(nn.Module):
         """
         if (video is None or t_video is None) and (motion is None or t_motion is None):
             raise ValueError("nothing to denoise: give video with t_video, motion with t_motion, or both")
-        self.check(video, motion, text)
+        self.check(video, motion, (t_video, t_motion), text)
         first = video if video is not None else motion
         with torch.autocast(first.device.type, enabled=False):
             hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]

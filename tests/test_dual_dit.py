@@ -490,6 +490,9 @@ def test_autocast_leaves_the_time_in_fp32(model):
         ({"video": torch.zeros(3, 4, 3, 4, 7)}, r"\(4, 7\) must be a multiple of the patch \(2, 2\)"),
         ({"text": torch.zeros(1, 5, 8)}, "1 texts for 3 samples: expected one or more for each"),
         ({"text": torch.zeros(4, 5, 8)}, "4 texts for 3 samples: expected one or more for each"),
+        ({"motion": torch.zeros(2, 9, MOTION_DIM)}, "3 videos, but 2 motions"),
+        ({"t_video": torch.zeros(2)}, r"times \(2,\) for 3 samples of 1 texts"),
+        ({"text": torch.zeros(6, 5, 8)}, r"times \(3,\) for 3 samples of 2 texts: expected one of {\(1,\)}"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, change, message):

@@ -35,6 +35,9 @@ def smallest(tmp_path_factory) -> Path:
     return path
 
 
+SELDOM = ("--save-every", 1000)  # saving takes longer than so small a step, and changes nothing
+
+
 def call(init: Path, out: Path, steps: int, *more: object) -> tuple[object, ...]:
     plan = ("--steps", steps, "--batch", 2, "--frames", 5, "--save-every", 2, "--validate-every", 0)
     return ("--init", init, *plan, "--out", out, *more)
@@ -61,9 +64,9 @@ def saving(out: Path) -> set[tuple[str, int]]:
 def test_a_run_killed_twenty_times_ends_as_if_undisturbed(smallest, tmp_path):
     # catches anything that a checkpoint does not hold, half a checkpoint taken for one, and lost logs
     chance = random.Random()
-    steps, out, log = 120, tmp_path / "run", tmp_path / "log"
+    steps, out, log = 80, tmp_path / "run", tmp_path / "log"
     undisturbed = tmp_path / "undisturbed"
-    finish(start(*call(smallest, undisturbed, steps), log=log), log)
+    finish(start(*call(smallest, undisturbed, steps), *SELDOM, log=log), log)
     during_saves = 0
     for kill in range(KILLS):
         before, old = len(lines(out)), saving(out)
@@ -80,7 +83,7 @@ def test_a_run_killed_twenty_times_ends_as_if_undisturbed(smallest, tmp_path):
         during_saves += bool(saving(out))
     assert during_saves >= KILLS // 5
     assert len(lines(out)) < steps  # the kills were within the run
-    printed = finish(start(*call(smallest, out, steps, "--resume"), log=log), log)
+    printed = finish(start(*call(smallest, out, steps, "--resume"), *SELDOM, log=log), log)
     assert "damaged" not in printed  # a kill leaves no half checkpoint under a good name
     assert (out / "weights.safetensors").read_bytes() == (undisturbed / "weights.safetensors").read_bytes()
     assert losses(out) == losses(undisturbed)
@@ -88,9 +91,9 @@ def test_a_run_killed_twenty_times_ends_as_if_undisturbed(smallest, tmp_path):
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(smallest, tmp_path):
     # catches survivors that hang, and a restart that begins anew or loses what was logged
-    steps, out, log = 40, tmp_path / "run", tmp_path / "log"
+    steps, out, log = 20, tmp_path / "run", tmp_path / "log"
     undisturbed = tmp_path / "undisturbed"
-    finish(start(*call(smallest, undisturbed, steps), log=log), log)
+    finish(start(*call(smallest, undisturbed, steps), *SELDOM, log=log), log)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
     arguments = call(smallest, out, steps, "--resume", "auto", "--device", "cpu", "--precision", "fp32")
     with (tmp_path / "torchrun").open("w") as printed:
@@ -122,15 +125,15 @@ def test_sigterm_saves_and_ends_well(smallest, tmp_path, ranks):
     # catches a run that dies at once, one that goes on, and ranks that stop at different steps
     steps, out, log = 30, tmp_path / "run", tmp_path / "log"
     undisturbed = tmp_path / "undisturbed"
-    finish(start(*call(smallest, undisturbed, steps), ranks=ranks, log=log), log)
-    processes = start(*call(smallest, out, steps, "--save-every", 1000), ranks=ranks, log=log)
+    finish(start(*call(smallest, undisturbed, steps), *SELDOM, ranks=ranks, log=log), log)
+    processes = start(*call(smallest, out, steps), *SELDOM, ranks=ranks, log=log)
     assert wait_for(lambda: len(lines(out)) > 5, processes[0])
     processes[-1].terminate()  # one of them is enough
     printed = finish(processes, log)
     stopped = checkpoints.newest(out, parallel.ALONE).record["step"]
     assert 5 < stopped == len(lines(out)) < steps
     assert f"is saved at step {stopped}; go on with --resume" in printed
-    finish(start(*call(smallest, out, steps, "--resume"), ranks=ranks, log=log), log)
+    finish(start(*call(smallest, out, steps, "--resume"), *SELDOM, ranks=ranks, log=log), log)
     assert losses(out) == losses(undisturbed)
     assert (out / "weights.safetensors").read_bytes() == (undisturbed / "weights.safetensors").read_bytes()
 
@@ -177,7 +180,7 @@ def small_disk(tmp_path) -> Path:
 
 def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_disk, tmp_path):
     log = tmp_path / "log"
-    printed = finish(start(*call(smallest, small_disk, 60), "--keep", 99, log=log), log, code=2)
+    printed = finish(start(*call(smallest, small_disk, 30), "--keep", 99, log=log), log, code=2)
     assert f"cannot save {small_disk}/checkpoints/step-" in printed and os.strerror(errno.ENOSPC) in printed
     saved = sorted(path.name for path in small_disk.glob("checkpoints/*"))
     assert saved == [f"step-{step:08}" for step in range(2, 2 * len(saved) + 1, 2)]
@@ -186,7 +189,7 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_dis
         shutil.rmtree(small_disk / "checkpoints" / name)
     undisturbed = tmp_path / "undisturbed"
     for more in (("--out", small_disk, "--resume", "--keep", 1), ("--out", undisturbed)):
-        finish(start(*call(smallest, small_disk, 60), *more, log=log), log)
+        finish(start(*call(smallest, small_disk, 30), *SELDOM, *more, log=log), log)
     assert losses(small_disk) == losses(undisturbed)
 
 
