@@ -14,7 +14,7 @@ import torch
 from dual_dit import DualDiT, DualDiTConfig
 from kit.weights import stored_dtype
 
-ROUNDS = 9  # more make no figure better
+ROUNDS = 15  # more make no figure better
 
 
 class Figure(NamedTuple):
