@@ -1,8 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-# pip would compile every file of torch, of which few are imported
-PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup demo test lint
 
