@@ -32,7 +32,7 @@ from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder
 from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
 
 TASKS = 5  # rows of the task embedding, one for each flow.Task
-# bytes of a CPU's cache for the scores of bf16 attention; before AVX-512, CPUs have no units for its products
+# bytes of a CPU's cache for the scores of bf16 attention; without AVX-512 there are no units for its products
 CACHE = 2**23 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
 

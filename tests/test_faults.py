@@ -23,6 +23,7 @@ from dual_dit import DualDiT
 from kit import checkpoints, data, parallel, puppet, weights
 
 KILLS = 20
+SELDOM = ("--save-every", 1000)  # saving takes longer than so small a step, and changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,6 @@ def smallest(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "smallest.safetensors"
     weights.save_weights(path, config, DualDiT(config).state_dict(), puppet.Codec.fit(range(8)).state())
     return path
-
-
-SELDOM = ("--save-every", 1000)  # saving takes longer than so small a step, and changes nothing
 
 
 def call(init: Path, out: Path, steps: int, *more: object) -> tuple[object, ...]:
