@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import bench
 import dual_dit
 from dual_dit import PRESETS
 from kit import cost, growth, plan, puppet_speed, speed, timing
@@ -133,10 +134,18 @@ def test_both_sides_sample_latents_of_one_shape():
     assert ours.shape == theirs.shape and ours.isfinite().all() and theirs.isfinite().all()
 
 
+def test_a_whole_wan_runs_beside_the_peer(verb, monkeypatch, tmp_path):
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    monkeypatch.setitem(bench.PRESETS, "wan2.1-1.3b", TINY.config)
+    ended = verb(bench, "wan", "--frames", 5, "--device", "cpu", "--json", tmp_path / "wan.json")
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "wan.json").read_text())
+    assert found["ratio"] == found["diffusers_seconds"] / found["video_seconds"] > 0
+    assert min(found["joint_seconds"], found["video_seconds"]) > 0
+
+
 def test_default_run_has_every_key(capsys, monkeypatch):
     pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
-    import bench
-
     for name in ("BATCH", "STEPS"):
         monkeypatch.setattr(puppet_speed, name, 1)
     muon = puppet_speed.muon  # torch's own takes long on a CPU without bf16 units
