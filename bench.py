@@ -9,6 +9,7 @@ python bench.py stall       how long a checkpoint holds training, in the backgro
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,7 @@ def bench_wan(args: argparse.Namespace) -> dict:
         call(video[:, :, :1, :16, :16], motion[:, :1])
     rows = []
     for (name, call), flops in zip(calls.items(), (both, alone, alone), strict=True):
-        took = seconds(lambda call=call: call(video, motion), device, repeats)
+        took = seconds(functools.partial(call, video, motion), device, repeats)
         rows.append((name, flops, took, None if rows else peak_gib(device)))  # the first takes the most
     joint, plain, theirs = (took for _, _, took, _ in rows)
 

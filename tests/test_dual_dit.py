@@ -1,5 +1,6 @@
 import copy
 import math
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -338,6 +339,13 @@ def test_scores_are_written_down_only_where_they_fit(monkeypatch, dtype, grad, p
     with torch.set_grad_enabled(grad):
         assert dual_dit.attend(q, k, v).shape == (1, 12, 24)
     assert found == parts
+
+
+@pytest.mark.parametrize(("capability", "in_parts"), [("AVX2", False), ("AVX512", True), ("DEFAULT", False)])
+def test_cpus_without_bf16_units_do_not_emulate_plain_products(monkeypatch, capability, in_parts):
+    # these take ten times as long as the fused kernel, or more
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (runpy.run_path(dual_dit.__file__)["CACHE"] > 0) == in_parts
 
 
 @torch.no_grad()

@@ -186,8 +186,8 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_dis
     for name in saved[:-2]:  # someone makes room
         shutil.rmtree(small_disk / "checkpoints" / name)
     undisturbed = tmp_path / "undisturbed"
-    for more in (("--out", small_disk, "--resume", "--keep", 1), ("--out", undisturbed)):
-        finish(start(*call(smallest, small_disk, 30), *SELDOM, *more, log=log), log)
+    for more in (("--out", small_disk, "--resume", "--keep", 1), ("--out", undisturbed, *SELDOM)):
+        finish(start(*call(smallest, small_disk, 30), *more, log=log), log)
     assert losses(small_disk) == losses(undisturbed)
 
 
