@@ -171,7 +171,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_by_parts(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The same in plain products, so many heads at a time.
 
-    On a CPU's bf16 units this is faster than torch's fused kernel (bench.py: forward_ratio_bf16), as long as
+    On a CPU's bf16 units this is faster than torch's fused kernel (bench's forward_ratio_bf16), as long as
     scores stay in the cache. They are rounded to bf16, and kept for the backward pass.
     """
     b = len(q)

@@ -12,15 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow
-from flow import Task
-from kit import backbone, cli, data, devices, puppet, results
+from dual_dit import DualDiT
+from flow import Role, Task
+from kit import backbone, devices, files, output, puppet
 from kit.backbone import Backbone, Defaults
 from kit.body import Body
 from kit.conditions import read_motion, read_video
+from kit.data.batch import rng
+from kit.data.datasets import puppet_motion
 from kit.files import write_record
-from kit.generate import denoise
 from kit.geometry import geometry
-from kit.results import Job
+from kit.output import Job
+from motion_tokens import MOTION_DIM
 
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
@@ -47,7 +50,7 @@ def options() -> argparse.Namespace:
     add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
     add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the procedural body")
     add("--frames", type=int, metavar="N", help="4n+1, for --wan; default: as published")
-    add("--size", type=cli.size, metavar="HxW", help="pixels, for --wan; default: as published")
+    add("--size", type=files.size, metavar="HxW", help="pixels, for --wan; default: as published")
     add("--precision", choices=("bf16", "fp32"), help="of Wan's weights; default: bf16 on a GPU")
     add("--steps", type=int, metavar="N", help="solver steps; default: puppet 6, Wan 50")
     add("--solver", choices=flow.SOLVERS, default="ab2")
@@ -86,10 +89,50 @@ def conditions(
     if Task.MOTION_TO_VIDEO in tasks:
         if args.wan and not args.motion:
             raise ValueError("--motion FILE is needed: it is the condition of this task")
-        motion = data.puppet_motion(own)
+        motion = puppet_motion(own)
         if args.motion:
             motion = read_motion(args.motion, world, args.start, args.loop)
     return pixels, motion
+
+
+# ---------------------------------------------------------------- from noise to a sample
+
+
+def denoise(
+    model: DualDiT,
+    task: Task,
+    text: Tensor,
+    null_text: Tensor,
+    seed: int,
+    grid: tuple[int, int, int],
+    latents: Tensor | None = None,
+    motion: Tensor | None = None,
+    bf16: bool = False,
+    **sampling,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sample a batch of one task -> latents (b c t h w) and motion (b f 235), not normalised.
+
+    text (b l text_dim), grid (t h w) of the latents; `latents` or `motion` is the condition, in the same
+    units. It comes back as it was given, an absent modality as None. `bf16` is autocast's, for a network
+    that is stored in fp32; `sampling` goes to flow.sample.
+    """
+    b, device = len(text), model.motion_mean.device
+    frames = 4 * (grid[0] - 1) + 1
+    generator = rng("sample", seed)  # on the CPU, so that a seed means the same on every device
+    x_video = torch.randn((b, model.config.channels, *grid), generator=generator).to(device)
+    x_motion = torch.randn((b, frames, MOTION_DIM), generator=generator).to(device)
+    if task.video is Role.CLEAN:
+        x_video = latents.to(device)
+    if task.motion is Role.CLEAN:
+        x_motion = (motion.to(device) - model.motion_mean) / model.motion_std
+    x_video = None if task.video is Role.ABSENT else x_video
+    x_motion = None if task.motion is Role.ABSENT else x_motion
+    given = model, x_video, x_motion, text.to(device), null_text.to(device), task
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        result = flow.sample(*given, **sampling)
+    if task.motion is Role.NOISY:
+        motion = result.motion * model.motion_std + model.motion_mean
+    return result.video, motion if task.motion is not Role.ABSENT else None
 
 
 # ---------------------------------------------------------------- the verb
@@ -161,7 +204,7 @@ def make(
         given = model, job.task, *prompt, job.seed, grid, latents, motion
         result = denoise(*given, progress=functools.partial(tqdm, desc="denoising"), **sampling)
         files.append(args.out / "latents" / f"{job.name}.safetensors")
-        results.save_latents(files[-1], job, *result)
+        output.save_latents(files[-1], job, *result)
     return files
 
 
@@ -185,23 +228,23 @@ def main() -> None:
     if len(jobs) < len(asked):
         print(f"{args.out} has {len(asked) - len(jobs)} of {len(asked)} samples already: they are kept")
     for job in jobs if args.mesh == "obj" else ():
-        if (there := results.mesh_path(args.out, job, "obj", not args.prompts)).exists():
+        if (there := output.mesh_path(args.out, job, "obj", not args.prompts)).exists():
             raise FileExistsError(f"{there} exists: choose another --out")
     pixels, motion = conditions(args, world, {job.task for job in jobs})
     files = [args.decode] if args.decode else make(args, world, jobs, pixels, motion)
     backbone.free(args.device)
     codec = None
     for file in files:
-        job, latents, motion = results.load_latents(file)
+        job, latents, motion = output.load_latents(file)
         video = pixels
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
             codec = codec or world.codec()
             video = codec.decode(latents.to(args.device))
-        made = results.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
+        made = output.write(args.out, job, video, motion, world, pictures=not args.prompts, mesh=args.mesh)
         print(f"{args.out}/{job.name}{'  '.join(made)}   {job.prompt!r}")
     if jobs:
         write_record(args.out / "run.json", args, prompts={job.name: job.prompt for job in asked})
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    files.run(main)

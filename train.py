@@ -19,9 +19,10 @@ from torch import Tensor
 
 import flow
 from dual_dit import DualDiT
-from kit import checkpoints, cli, data, devices, monitor, parallel, plots, run, validation
+from kit import checkpoints, devices, distributed, files, monitor, plots, run, validation
+from kit.data import batch as batches
+from kit.distributed import local
 from kit.muon import Muon
-from kit.parallel import local
 
 RUN = Path("runs/puppet")
 STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
@@ -58,7 +59,10 @@ def options() -> argparse.Namespace:
     )
     add("--init-motion", choices=("copy", "fresh"), help=what)
     add(
-        "--data", action="append", metavar="SPEC", help="KIND:WHERE@WEIGHT, as in kit/datasets.py; repeatable"
+        "--data",
+        action="append",
+        metavar="SPEC",
+        help="KIND:WHERE@WEIGHT, as in kit/data/datasets.py; repeatable",
     )
     add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
     add("--frames", type=int, metavar="N", help="clips of this length throughout, instead of growing ones")
@@ -126,7 +130,7 @@ def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
     muon = Muon(matrices, WEIGHT_DECAY)  # its steps have AdamW's size: one learning rate serves both
-    muon.register_step_pre_hook(parallel.gather_gradients)
+    muon.register_step_pre_hook(distributed.gather_gradients)
     return [muon, adamw(others, betas=(0.9, 0.98))]
 
 
@@ -139,7 +143,7 @@ def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Both stages, or what is left of them."""
-    device, rank, ranks = world = parallel.start(args.device)
+    device, rank, ranks = world = distributed.start(args.device)
     run.check(args, ranks)
     found = run.resumed(args, world)
     sources, shape = run.open_data(args, rank)
@@ -154,14 +158,14 @@ def train(args: argparse.Namespace) -> None:
     model, codec = run.build(args, sources, found, device)
     model.train().requires_grad_(True).checkpointing = args.checkpointing
     if args.compile:
-        parallel.compile_blocks(model)
-    bf16 = found.record["bf16"] if found else parallel.use_bf16(args.precision, world)
+        distributed.compile_blocks(model)
+    bf16 = found.record["bf16"] if found else distributed.use_bf16(args.precision, world)
     first_step, skipped, bad = (found.record[k] if found else 0 for k in ("step", "skipped", "bad"))
     log, peak = None, monitor.peak_flops(device, bf16)
     if rank == 0:
         run.save_record(args, model, world, bf16, first_step)
         log = monitor.Log(args.out, first_step, len(steps))
-    writer = checkpoints.Writer(args.out, args.keep, world, parallel.small(model))
+    writer = checkpoints.Writer(args.out, args.keep, world, distributed.small(model))
 
     def validate(step: int, stage: int) -> None:
         tasks = validation.VIDEO_TUNING if args.video_only else validation.TASKS[stage]
@@ -173,14 +177,14 @@ def train(args: argparse.Namespace) -> None:
         if log:
             log.validation(step, losses)
 
-    stopping, done = parallel.terminated(), first_step
+    stopping, done = distributed.terminated(), first_step
     for step in range(first_step, len(steps)):
         now = steps[step]
         if step == first_step or now.step == 0:
             # a stage trains its own parameters, with its own optimizers
             for p in model.video_parameters():
                 p.requires_grad_(now.stage == 2)
-            wrapped = parallel.wrap(model, world, args.parallel, bf16)
+            wrapped = distributed.wrap(model, world, args.parallel, bf16)
             opts = optimizers(model, pretrained=bool(args.wan))
             if step == first_step:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
@@ -194,21 +198,21 @@ def train(args: argparse.Namespace) -> None:
         # ------------------------------------------------------------------ one step
         for part in range(args.accumulate):
             asked, first = time.perf_counter(), rank * share + part * micro
-            batch = data.batch(
+            batch = batches.batch(
                 sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
                 frames=now.frames, batch=args.batch, samples=range(first, first + micro), device=device,
                 codec=codec, shift=args.shift, shared_noise=args.shared_noise,
                 video_only=args.video_only,
             )  # fmt: skip
             waited += time.perf_counter() - asked
-            with parallel.exchange(wrapped, last=part == args.accumulate - 1):
+            with distributed.exchange(wrapped, last=part == args.accumulate - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = flow.loss(wrapped, *batch)
                 (loss.total / args.accumulate).backward()
             values += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach()
-        norm = parallel.clip(model, CLIP_NORM).item()
+        norm = distributed.clip(model, CLIP_NORM).item()
         flags = values.new_tensor([stopping.is_set(), writer.failed()])
-        means = parallel.mean_over_ranks(torch.cat([values / args.accumulate, flags]), ranks)
+        means = distributed.mean_over_ranks(torch.cat([values / args.accumulate, flags]), ranks)
         *losses, stop, failed = means.tolist()
         finite = all(math.isfinite(x) for x in (*losses, norm))  # the same on every rank
         for optimizer in opts:
@@ -253,7 +257,7 @@ def train(args: argparse.Namespace) -> None:
     if log:
         log.close()
         leave(args.out, done, complete=done == len(steps))
-    parallel.stop()
+    distributed.stop()
 
 
 def leave(out: Path, done: int, complete: bool) -> None:
@@ -269,7 +273,7 @@ def leave(out: Path, done: int, complete: bool) -> None:
 def main() -> None:
     args = options()
     if args.verb == "export":
-        found = checkpoints.newest(args.out, parallel.ALONE)
+        found = checkpoints.newest(args.out, distributed.ALONE)
         if not found:
             raise FileNotFoundError(f"nothing to export: no checkpoint in {args.out}; point --out at a run")
         checkpoints.export(found.folder, args.file)
@@ -279,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    files.run(main)

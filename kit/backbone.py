@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dual_dit import DualDiT
-from kit import puppet, wan, wan_files, weights
+from kit import puppet, wan, weights
 from kit.body import Body
 from kit.geometry import PUPPET, Geometry
+from kit.wan.names import read_config, transformer_folder
 
 
 class Defaults(NamedTuple):
@@ -67,7 +68,7 @@ def wan_backbone(
             torch.manual_seed(0)  # the untrained motion expert is the same in every call
             return wan.load_transformer(folder, dtype, device)
         model, _ = weights.load_weights(file, device, dtype)
-        for name, value in (wan_files.read_config(wan_files.transformer_folder(folder)) or {}).items():
+        for name, value in (read_config(transformer_folder(folder)) or {}).items():
             if (found := getattr(model.config, name)) != (tuple(value) if name == "patch" else value):
                 raise ValueError(
                     f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
-from kit.parallel import World, whole
+from kit.distributed import World, whole
 
 DONE = "done.json"
 PATTERN = "step-*"

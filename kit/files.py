@@ -1,11 +1,12 @@
-"""Writing files so that a reader sees the old one or the new one, whole; and the record of a result."""
+"""Files that are whole or not there, the record of a result, and errors of use in one line."""
 
+import argparse
 import json
 import os
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,3 +53,26 @@ def write_record(path: Path, options: Namespace, **more: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(record | more, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main(); a ValueError or OSError becomes one line on stderr."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        program = Path(sys.argv[0])
+        name = program.parent.name if program.name == "__main__.py" else program.name  # a package is called
+        print(f"{name}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def size(text: str) -> tuple[int, int]:
+    """An option such as 480x832 -> (height, width) in pixels."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 480x832, got {text!r}")
+    return int(height), int(width)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from dual_dit import DualDiTConfig
 from flow import Role
 from kit import devices
-from kit.cost import Tokens, step_flops
-from kit.data import Batch
+from kit.data.batch import Batch
 from kit.files import whole_file
+from kit.flops import Tokens, step_flops
 from rope import TOKENS_PER_FRAME
 
 # dense bf16 FLOP/s as the makers state them; the first name that fits counts

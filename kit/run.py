@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
-from kit import checkpoints, data, puppet, wan, weights
+from kit import checkpoints, puppet, wan, weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
+from kit.data import batch as batches
+from kit.data.sources import Source, cached_geometry, open_sources
+from kit.distributed import World
 from kit.files import write_record
 from kit.geometry import Geometry, geometry
-from kit.parallel import World
-from kit.sources import Source, cached_geometry
 
 
 def check(args: argparse.Namespace, ranks: int) -> None:
@@ -93,7 +94,7 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[list[Source], Geomet
         )
     body = Body.load(args.body) if args.body else puppet.body()
     shape = cached_geometry(args.data[0], args.frames) if args.wan else geometry(None, args.frames)
-    sources = data.open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank)
+    sources = open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank)
     if args.stage != "1" and not any(source.paired for source in sources):
         raise ValueError("stage 2 needs video, and no data set has any: add paired clips, or --stage 1")
     return sources, shape
@@ -126,7 +127,7 @@ def build(
         for p in model.parameters():  # in a file they lie anywhere: sums would end in other bits than resumed
             p.data = p.data.clone()
     if not found and not args.init:
-        mean, std = data.statistics(sources, args.seed)
+        mean, std = batches.statistics(sources, args.seed)
         model.motion_mean.copy_(mean)
         model.motion_std.copy_(std)
     codec = None if args.wan else puppet.Codec.from_state({k: v.to(device) for k, v in extra.items()})

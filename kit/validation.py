@@ -13,10 +13,11 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Draw, Role, Task
-from kit import data, parallel, puppet, render
+from kit import distributed, pictures, puppet
 from kit.backbone import PUPPET_DEFAULTS
-from kit.parallel import World, local
-from kit.sources import Source
+from kit.data.batch import rng
+from kit.data.sources import Source
+from kit.distributed import World, local
 from motion_tokens import decode_smpl
 
 SAMPLES = 16
@@ -54,7 +55,7 @@ def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[tuple[Source
     training, held = [], []
     for source in sources:
         if source.count is None:
-            numbers = torch.randint(2**62, (SAMPLES,), generator=data.rng("held-out seeds")).tolist()
+            numbers = torch.randint(2**62, (SAMPLES,), generator=rng("held-out seeds")).tolist()
         else:
             numbers = range(source.count - min(SAMPLES, source.count // 20), source.count)
             source = source._replace(count=numbers.start)
@@ -85,7 +86,7 @@ def read_held_out(
         for caption in read.texts[0][:1]:
             text[: len(caption)] = caption
             text[len(caption) :] = 0
-        generator = data.rng("validation noise", i % len(held))
+        generator = rng("validation noise", i % len(held))
         noise = [None if x is None else torch.randn(x.shape, generator=generator) for x in (video, motion)]
         t, counts = torch.tensor(TIMES[i % len(held) % len(TIMES)]), torch.tensor(float(i < len(held)))
         samples.append((video, motion, text, null_text, *noise, t, counts))
@@ -124,7 +125,7 @@ def validate(
                 if error is not None:
                     sums[modality] += torch.stack([error @ at_level, at_level.sum(0)])
         for name, (error, count) in zip(
-            ("video", "motion"), parallel.mean_over_ranks(sums, ranks), strict=True
+            ("video", "motion"), distributed.mean_over_ranks(sums, ranks), strict=True
         ):
             if count.sum():
                 key = f"{task.name.lower()}/{name}"
@@ -144,11 +145,11 @@ def picture(
 
     def show(title: str, video: Tensor | None, motion: Tensor | None) -> None:
         if video is not None:
-            rows.append(render.to_frames(codec.decode(video.float())[0].cpu()))
+            rows.append(pictures.to_frames(codec.decode(video.float())[0].cpu()))
             titles.append(f"{title}: video")
         if motion is not None:
             joints = decode_smpl((motion.float() * model.motion_std + model.motion_mean).cpu())["joints"][0]
-            rows.append(render.draw_skeleton(joints, puppet.body().parents, puppet.project, PICTURE))
+            rows.append(pictures.draw_skeleton(joints, puppet.body().parents, puppet.project, PICTURE))
             titles.append(f"{title}: motion")
 
     one = held.rows(0, 1)
@@ -165,4 +166,4 @@ def picture(
         show(task.name.lower().replace("_", " "), video, motion)
     if path:  # the other ranks only help
         path.parent.mkdir(exist_ok=True)
-        render.contact_sheet(path, rows, titles)
+        pictures.contact_sheet(path, rows, titles)

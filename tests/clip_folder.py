@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kit import puppet
-from kit.motion_files import Motion, save_amass
+from kit.data.motion_files import Motion, save_amass
 
 FPS, FRAMES = 16, 21  # the last four frames are too few for another sample of 17
 # the puppet's camera, written out: OpenCV's intrinsics and its place, metres, y up

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dual_dit import DualDiT, DualDiTConfig
-from kit import cli, data, puppet, weights
+from kit import files, puppet, weights
+from kit.data.datasets import puppet_motion
 from motion_tokens import motion_statistics
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def tiny_model() -> DualDiT:
 def tiny_weights(tmp_path_factory) -> Path:
     """A file as train.py writes it: network, motion statistics and codec, all from a few clips."""
     model = tiny_model()
-    mean, std = motion_statistics(data.puppet_motion(puppet.clips(range(64))))
+    mean, std = motion_statistics(puppet_motion(puppet.clips(range(64))))
     model.motion_mean.copy_(mean)
     model.motion_std.copy_(std)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
@@ -66,7 +67,7 @@ def verb(monkeypatch, capsys) -> Verb:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.run(module.main)
+            files.run(module.main)
         except SystemExit as end:
             return Ended(end.code, capsys.readouterr().err)
         return Ended(0, capsys.readouterr().err)

@@ -24,12 +24,12 @@ def _train(arguments: list[str], environment: dict[str, str], log: str, before: 
     for stream in (1, 2):
         os.dup2(file, stream)
     import train
-    from kit import cli
+    from kit import files
 
     sys.argv = ["train.py", *arguments]
     if before:
         before()
-    cli.run(train.main)
+    files.run(train.main)
 
 
 def start(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dual_dit
 from dual_dit import PRESETS, DualDiT, DualDiTConfig, ExpertBlock, Stream
 from flow import Role, Task
-from kit import cost
+from kit import flops
 from motion_tokens import MOTION_DIM
 from rope import motion_positions, rope_table, video_positions
 
@@ -319,7 +319,7 @@ def test_attention_by_parts_is_attention(heads):
 def test_attention_by_parts_keeps_scores_once():
     # catches scores kept beside their softmax
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (12, 10, 10))
-    kept = cost.kept_bytes(lambda: dual_dit.attend_by_parts(q, k, v, 2), (k, v))
+    kept = flops.kept_bytes(lambda: dual_dit.attend_by_parts(q, k, v, 2), (k, v))
     assert kept == 2 * (2 * 3) * (12 * 10 + 12 * 8)  # the softmax, and the scaled queries
 
 

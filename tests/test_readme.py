@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from kit import ablation
+from study import ablate
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -41,7 +41,7 @@ def calls() -> list[tuple[str, list[str]]]:
 
 
 def test_readme_runs_every_verb():
-    verbs = {"train", "sample", "evaluate", "bench", "kit.data", "kit.figures"}
+    verbs = {"train", "sample", "evaluate", "bench", "kit.data", "study.figures"}
     assert {module for module, _ in calls()} >= verbs
     assert len(calls()) > 30
 
@@ -153,5 +153,5 @@ def test_plan_prints_what_the_readme_shows(monkeypatch):
 
 
 def test_ablation_table_is_what_was_measured(capsys):
-    ablation.print_table(json.loads((ROOT / "assets/ablation.json").read_text()))
+    ablate.print_table(json.loads((ROOT / "assets/ablation.json").read_text()))
     assert f"```\n{capsys.readouterr().out}```" in README

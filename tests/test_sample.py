@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
 import sample
-from kit import backbone, devices, puppet, render, weights
+from kit import backbone, devices, pictures, puppet, weights
 from kit.conditions import read_motion, read_video
-from kit.motion_files import Motion, load_amass, save_amass
+from kit.data.motion_files import Motion, load_amass, save_amass
 from motion_tokens import decode_smpl
 
 PLAIN = ("--device", "cpu", "--steps", 2)
@@ -45,7 +45,7 @@ def amass(path: Path) -> dict[str, np.ndarray]:
 
 
 def frames(path: Path) -> torch.Tensor:
-    return render.read_video(path)[0].float()
+    return pictures.read_video(path)[0].float()
 
 
 # ---------------------------------------------------------------- what is written
@@ -59,7 +59,7 @@ def test_without_a_task_each_has_its_four_files_and_there_is_one_record(made):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_video_and_motion_have_the_presets_size_and_rate(made, name):
-    pixels, fps = render.read_video(made / f"{name}.mp4")
+    pixels, fps = pictures.read_video(made / f"{name}.mp4")
     assert (tuple(pixels.shape), fps) == ((17, 64, 64, 3), 16)
     motion = amass(made / f"{name}.npz")
     shapes = {"poses": (17, 156), "trans": (17, 3), "betas": (16,), "gender": (), "mocap_frame_rate": ()}
@@ -130,7 +130,7 @@ def test_shown_conditions_are_the_puppet_clips(made):
     torch.testing.assert_close(motion.transl, clip.transl[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(motion.betas, clip.betas[0], atol=1e-4, rtol=0)
     video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-    written = render.from_frames(render.read_video(made / "v2m.mp4")[0])
+    written = pictures.from_frames(pictures.read_video(made / "v2m.mp4")[0])
     assert (written - video[0]).abs().mean() < 0.03  # of 2, mp4 is lossy
 
 
@@ -197,7 +197,7 @@ def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(world, t
     count = 3 * 19
     frames = torch.full((count, 96, 160, 3), 255, dtype=torch.uint8)
     frames[:, :, 32:128] = (4 * torch.arange(count, dtype=torch.uint8))[:, None, None, None]
-    render.write_video(tmp_path / "v.mp4", frames, 48)
+    pictures.write_video(tmp_path / "v.mp4", frames, 48)
     pixels = read_video(tmp_path / "v.mp4", world.geometry, start=1 / 16)
     assert pixels.shape == (1, 3, 17, 64, 64)
     grey = (pixels[0, :, :, :, 8:56].mean(dim=(0, 2, 3)) + 1) * 127.5
@@ -244,7 +244,7 @@ def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_pat
 
 
 def video_of(path: Path, count: int, size: int) -> Path:
-    render.write_video(path, torch.full((count, size, size, 3), 128, dtype=torch.uint8), puppet.FPS)
+    pictures.write_video(path, torch.full((count, size, size, 3), 128, dtype=torch.uint8), puppet.FPS)
     return path
 
 

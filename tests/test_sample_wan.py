@@ -14,9 +14,10 @@ from conftest import contents
 
 import sample
 import train
-from kit import backbone, data, puppet, render, wan, weights
+from kit import backbone, pictures, puppet, wan, weights
+from kit.data import __main__ as commands
+from kit.data.motion_files import Motion, save_amass
 from kit.geometry import geometry
-from kit.motion_files import Motion, save_amass
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
 
@@ -50,7 +51,7 @@ def motion_file(tmp_path, folder) -> Path:
 @pytest.fixture
 def video_file(tmp_path, folder) -> Path:
     pixels = torch.randint(255, (FRAMES, HEIGHT // 8, WIDTH // 8, 3), dtype=torch.uint8)
-    render.write_video(tmp_path / "video.mp4", render.resized(pixels, HEIGHT), geometry(folder).fps)
+    pictures.write_video(tmp_path / "video.mp4", pictures.resized(pixels, HEIGHT), geometry(folder).fps)
     return tmp_path / "video.mp4"
 
 
@@ -61,7 +62,7 @@ def test_three_tasks_end_to_end(folder, motion_file, video_file, tmp_path):
         files = run(folder, tmp_path / task, "--task", task, *condition, "--prompt", "a person  walks")
         expected = {f"{task}.{suffix}" for suffix in ("mp4", "gif", "png", "npz", "bvh")}
         assert files.keys() == expected | {f"latents/{task}.safetensors", "run.json"}
-        pixels, fps = render.read_video(tmp_path / task / f"{task}.mp4")
+        pixels, fps = pictures.read_video(tmp_path / task / f"{task}.mp4")
         assert tuple(pixels.shape) == (FRAMES, HEIGHT, WIDTH, 3)
         with np.load(tmp_path / task / f"{task}.npz") as motion:
             assert motion["poses"].shape == (FRAMES, 156) and motion["mocap_frame_rate"] == fps
@@ -177,7 +178,7 @@ def verb(module, monkeypatch, *arguments: object) -> None:
 def test_what_is_trained_from_a_cache_is_sampled(folder, tmp_path, monkeypatch):
     rate, cached, out = geometry(folder).fps, tmp_path / "cache", tmp_path / "run"
     shape = ("--frames", FRAMES, "--size", "64x64", "--fps", puppet.FPS)
-    verb(data, monkeypatch, "cache", "puppet:4", "--wan", folder, "--out", cached, *shape)
+    verb(commands, monkeypatch, "cache", "puppet:4", "--wan", folder, "--out", cached, *shape)
     call = ("--wan", folder, "--data", f"cache:{cached}", "--steps", 10, "--batch", 2, "--device", "cpu")
     verb(train, monkeypatch, *call, "--lr", 1e-3, "--out", out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -195,7 +196,7 @@ def test_what_is_trained_from_a_cache_is_sampled(folder, tmp_path, monkeypatch):
         run(folder, tmp_path / "other", *made, size="64x64")
     config.write_text(published)
     run(folder, tmp_path / "made", *made, size="64x64")
-    pixels, fps = render.read_video(tmp_path / "made" / "joint.mp4")
+    pixels, fps = pictures.read_video(tmp_path / "made" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((FRAMES, 64, 64, 3), rate)
 
 

@@ -21,10 +21,14 @@ import flow
 import train
 from dual_dit import DualDiT
 from flow import Draw, Task
-from kit import checkpoints, data, devices, monitor, parallel, puppet, validation, weights
+from kit import checkpoints, devices, distributed, monitor, puppet, validation, weights
+from kit.data import batch as batches
+from kit.data.batch import Batch, rng
+from kit.data.datasets import puppet_motion
+from kit.data.motion_files import Motion, save_amass
+from kit.data.sources import open_sources
+from kit.distributed import World
 from kit.geometry import PUPPET
-from kit.motion_files import Motion, save_amass
-from kit.parallel import World
 
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--validate-every", 0)
 
@@ -157,7 +161,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud(ten_steps, tiny_weights, tmp_path
     run_train(out, "--steps", 10, "--batch", 2, "--save-every", 4, "--resume")
     assert f"{damaged} is damaged ({file.name} not as written)" in capsys.readouterr().out
     assert curve(out) == curve(ten_steps)
-    assert checkpoints.newest(out, parallel.ALONE).folder == damaged  # made anew
+    assert checkpoints.newest(out, distributed.ALONE).folder == damaged  # made anew
     for folder in out.glob("checkpoints/*"):
         (folder / "done.json").unlink()
     with pytest.raises(ValueError, match=r"all 3 checkpoints of .* are damaged"):
@@ -174,7 +178,7 @@ def test_a_checkpoint_before_damaged_ones_is_kept_and_they_go(tmp_path):
     for step in (4, 8):
         checkpoints.folder_of(tmp_path, step).mkdir(parents=True)
     (tmp_path / "new").mkdir()
-    checkpoints.Writer(tmp_path, 1, parallel.ALONE, False)._publish(tmp_path / "new", {"step": 6})
+    checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)._publish(tmp_path / "new", {"step": 6})
     assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["step-00000006"]
 
 
@@ -235,11 +239,11 @@ def test_watching_a_run_changes_nothing_in_it(ten_steps, tiny_weights, tmp_path)
 
 def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained_on(one_step, tiny_weights):
     # recomputed sample by sample: catches other clips or noise, raw weights, means over the wrong axis
-    sources, held = validation.hold_out(data.open_sources(["puppet"], PUPPET, puppet.body()))
+    sources, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
     assert len(held) == 16 and sources[0].count is None
     model, extra = weights.load_weights(tiny_weights)
     codec = puppet.Codec.from_state(extra)
-    samples = validation.read_held_out(held, model, 2, 9, codec, parallel.ALONE)
+    samples = validation.read_held_out(held, model, 2, 9, codec, distributed.ALONE)
     averaged, _ = weights.load_weights(one_step / "weights.safetensors")
     with validation.averaged(model, averaged.state_dict()):
         found = validation.validate(model, samples, validation.TASKS[2], 5, False, 1)
@@ -248,7 +252,7 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
     errors = []
     for i, (_, seed) in enumerate(held):
         clip = puppet.clips([seed], frames=9)
-        motion = (data.puppet_motion(clip) - model.motion_mean) / model.motion_std
+        motion = (puppet_motion(clip) - model.motion_mean) / model.motion_std
         torch.testing.assert_close(samples.motion[i], motion[0])
         pixels = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
         torch.testing.assert_close(samples.video[i], codec.encode(pixels)[0])
@@ -261,7 +265,7 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
 
 def test_held_out_samples_of_a_data_set_are_not_trained_on():
     # catches validation on what is trained on
-    sources = data.open_sources(["puppet:60@1", "puppet:400@1"], PUPPET, puppet.body())
+    sources = open_sources(["puppet:60@1", "puppet:400@1"], PUPPET, puppet.body())
     training, held = validation.hold_out(sources)
     assert [source.count for source in training] == [57, 384]
     assert [number for source, number in held if source.count == 57] == [57, 58, 59]
@@ -271,15 +275,15 @@ def test_held_out_samples_of_a_data_set_are_not_trained_on():
 
 def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
     # catches samples counted twice where they do not divide by the ranks
-    _, held = validation.hold_out(data.open_sources(["puppet"], PUPPET, puppet.body()))
+    _, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
     model, extra = weights.load_weights(tiny_weights)
     given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
     how = validation.TASKS[1], 4, False
-    alone = validation.validate(model, validation.read_held_out(*given, parallel.ALONE), *how, 1)
+    alone = validation.validate(model, validation.read_held_out(*given, distributed.ALONE), *how, 1)
     sums = []
     together = (lambda value, _: sums.append(value) or value, lambda value, _: sums[0] + value)
     for rank, sum_of_ranks in enumerate(together):
-        monkeypatch.setattr(parallel, "mean_over_ranks", sum_of_ranks)
+        monkeypatch.setattr(distributed, "mean_over_ranks", sum_of_ranks)
         share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
         assert len(share.motion) == 3
         found = validation.validate(model, share, *how, 2)
@@ -288,7 +292,7 @@ def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
 
 def test_speed_is_counted_from_what_a_step_computes():
     model = DualDiT(TINY)
-    motion = data.Batch(None, torch.zeros(2, 5, 235), torch.zeros(2, 16, 64), Task.MOTION_ONLY, None)
+    motion = Batch(None, torch.zeros(2, 5, 235), torch.zeros(2, 16, 64), Task.MOTION_ONLY, None)
     joint = motion._replace(video=torch.zeros(2, 48, 2, 8, 8), task=Task.JOINT)
     found = [monitor.speed(model.config, batch, 8, 2.0, 1e12) for batch in (motion, joint)]
     assert [speed["clips_per_second"] for speed in found] == [4, 4]
@@ -370,7 +374,7 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
     pixels = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
     # the middle of the picture and the strongest components, for speed
     video = puppet.Codec.from_state(extra).encode(pixels)[:, :16, :, 2:6, 2:6]
-    motion = (data.puppet_motion(clip) - source.motion_mean) / source.motion_std
+    motion = (puppet_motion(clip) - source.motion_mean) / source.motion_std
     text = puppet.encode_text(clip.caption)
 
     torch.manual_seed(0)
@@ -432,7 +436,7 @@ MISUSE = {
 @pytest.mark.parametrize(("arguments", "words"), MISUSE.values(), ids=MISUSE)
 def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, monkeypatch, arguments, words):
     if "ranks" in words:
-        monkeypatch.setattr(parallel, "start", lambda device: World(torch.device(device), 0, 3))
+        monkeypatch.setattr(distributed, "start", lambda device: World(torch.device(device), 0, 3))
     call = ("--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
     ended = verb(train, *call, *arguments)
     assert ended.code == 2
@@ -463,15 +467,15 @@ def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, t
     ids=("as it is", "one noise level", "video tuning"),
 )
 def test_ablations_reach_the_batch(verb, tiny_weights, tmp_path, monkeypatch, flags, shared, kinds):
-    made, batch = [], data.batch
-    monkeypatch.setattr(data, "batch", lambda *a, **k: made.append(batch(*a, **k)) or made[-1])
+    made, batch = [], batches.batch
+    monkeypatch.setattr(batches, "batch", lambda *a, **k: made.append(batch(*a, **k)) or made[-1])
     call = ("--init", tiny_weights, "--stage", 2, "--steps", 8, "--frames", 5, "--batch", 1)
     assert verb(train, *call, *PLAIN, "--out", tmp_path / "run", *flags).code == 0
     assert len(made) == 8 and {one.task.name for one in made} == kinds
     for one in made:
         assert torch.equal(one.draw.t_video, one.draw.t_motion) == shared
     # the same clips and noise, whatever is ablated: the first draws of the step's generators
-    expected = data.rng("noise", 0, 2, 0, 0)
+    expected = rng("noise", 0, 2, 0, 0)
     torch.rand(1, generator=expected)
     assert torch.equal(made[0].draw.noise_video[0], torch.randn(made[0].video.shape[1:], generator=expected))
 

@@ -1,0 +1,1 @@
+"""Data sets, what is wrong with them, and the batches that training takes from them."""

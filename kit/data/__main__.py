@@ -1,0 +1,162 @@
+"""Data sets, before training: checked, seen, and cached.
+
+python -m kit.data check SPEC                             read everything, say what is wrong
+python -m kit.data preview SPEC --out FILE.png            skeletons over frames
+python -m kit.data cache SPEC --wan FOLDER --out DIR      latents, text features and motion, made once
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from kit import files, pictures, puppet, wan
+from kit.body import Body
+from kit.data import cache
+from kit.data.clips import Camera, Sample
+from kit.data.datasets import open_dataset, parse, read_item
+from kit.geometry import Geometry, geometry
+from kit.puppet.skeleton import PARENTS
+
+PREVIEWED = 4  # clips in a preview
+HEIGHT = 320  # pixels of a frame while it is drawn on
+COLUMNS = 6
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kit.data", description="Check, see and cache data sets.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    shape = argparse.ArgumentParser(add_help=False)
+    kinds = "puppet:COUNT, amass:DIR, humanml3d:DIR+AMASS, clips:DIR; to be checked also cache:DIR"
+    shape.add_argument("spec", metavar="SPEC", help=kinds)
+    shape.add_argument("--wan", type=Path, metavar="FOLDER", help="the backbone (default: the puppet's)")
+    shape.add_argument("--frames", type=int, metavar="N", help="of a sample, 4n+1 (default: the backbone's)")
+    shape.add_argument("--size", type=files.size, metavar="HxW", help="of a video (default: the backbone's)")
+    shape.add_argument("--fps", type=float, metavar="F", help="frames a second (default: the backbone's)")
+    shape.add_argument("--body", type=Path, metavar="FILE", help="an SMPL model (default: the puppet's body)")
+    verbs.add_parser("check", parents=[shape], help="read everything and say what is wrong")
+    picture = verbs.add_parser("preview", parents=[shape], help="draw skeletons over frames")
+    picture.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    store = verbs.add_parser("cache", parents=[shape], help="make latents and text features once")
+    store.add_argument("--out", type=Path, required=True, metavar="DIR")
+    store.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored")
+    store.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def check(spec: str, shape: Geometry, body: Body) -> int:
+    """Read a whole data set and print all that is wrong with it -> how many samples are usable."""
+    kind, where, _ = parse(spec)
+    if kind == "cache":
+        cached = cache.open_cache(where)
+        damaged = cache.damaged_samples(cached)
+        rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
+    else:
+        data, count = open_dataset(spec, shape, body), 0
+        rejected = list(data.problems)
+        for item in tqdm(range(len(data.names)), desc=spec, unit="item"):
+            count += len(read_item(data, item, lambda sample: sample.name, rejected))
+    print("\n".join([*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected"]))
+    return count
+
+
+def picture(spec: str, shape: Geometry, body: Body, out: Path) -> int:
+    """Draw the first sample of a few items, spread over the data set -> how many."""
+    data, samples = open_dataset(spec, shape, body), []
+    rejected = list(data.problems)
+    for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():
+        samples += read_item(data, item, lambda sample: sample, rejected)[:1]
+    if samples:
+        preview(out, samples)
+    print("\n".join([*rejected, f"{out}: {len(samples)} of {len(data.names)} items"]))
+    return len(samples)
+
+
+def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
+    """Make one rank's share of a cache -> how many samples it has, None if another rank is still at it."""
+    rank, ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = f"cuda:{local}" if args.device == "cuda" else args.device
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    data = open_dataset(args.spec, shape, body)
+    if not data.names:
+        raise ValueError(f"{args.spec}: nothing usable; {'; '.join(data.problems) or 'it is empty'}")
+    cache.prepare(args.out, cache.settings_of(args.spec, data, shape, args.dtype, args.wan, body))
+    encoders = cache.Encoders(
+        wan.VideoVAE(args.wan, device=device).encode if data.paired else None,
+        wan.TextEncoder(args.wan, dtype, device),
+    )
+    if not cache.write(data, args.out, encoders, dtype, rank, ranks or 1):
+        return None
+    made = cache.open_cache(args.out)
+    counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
+    if made.rejected:
+        counts += "; what is repaired is read again only into another --out"
+    print("\n".join([*made.rejected, counts]))
+    return len(made.samples)
+
+
+# ---------------------------------------------------------------- the preview
+
+
+def preview(path: Path, samples: Sequence[Sample]) -> None:
+    """Write a contact sheet (.png): a row of frames for each sample, its skeleton drawn over them."""
+    titles = []
+    for sample in samples:
+        about = " | ".join(sample.captions) or "no text"
+        if sample.video is not None and sample.camera is None:
+            about += " (no camera in the file: a usual one is assumed)"
+        titles.append(f"{sample.name}: {about}")
+    pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
+
+
+def overlay(sample: Sample) -> Tensor:
+    """The sample's frames (f 320 w 3) uint8, drawn on; those that a contact sheet leaves out are empty."""
+    joints = rearrange(sample.motion[:, 3:75], "f (j c) -> f j c", c=3)
+    shown = torch.linspace(0, len(joints) - 1, COLUMNS).round().long().unique()
+    if sample.video is None:
+        drawn = pictures.draw_skeleton(joints[shown], PARENTS, pictures.fitted(joints), HEIGHT)
+    else:
+        height, width = sample.video.shape[1:3]
+        camera = sample.camera or assumed_camera(height, width)
+        ground = pictures.resized(sample.video[shown], HEIGHT)
+        rows, columns = ground.shape[1:3]
+        side = max(rows, columns)  # skeletons are drawn on squares
+        ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
+        scaled = side * height / rows
+        drawn = pictures.draw_skeleton(joints[shown], PARENTS, camera.project, side, scaled, ground)
+        drawn = drawn[:, :rows, :columns]
+    frames = drawn.new_zeros(len(joints), *drawn.shape[1:])
+    frames[shown] = drawn
+    return frames
+
+
+def assumed_camera(height: int, width: int) -> Camera:
+    """A pinhole at the origin that sees 53 degrees along the longer side."""
+    focal = float(max(height, width))
+    return Camera(torch.tensor(((focal, 0, width / 2), (0, focal, height / 2), (0, 0, 1))), torch.zeros(3))
+
+
+def main() -> None:
+    args = options()
+    shape = geometry(args.wan, args.frames, args.size, args.fps)
+    body = Body.load(args.body) if args.body else puppet.body()
+    if args.verb == "check":
+        usable = check(args.spec, shape, body)
+    elif args.verb == "preview":
+        usable = picture(args.spec, shape, body, args.out)
+    elif args.wan is None:
+        raise ValueError("cache needs --wan FOLDER, the Wan whose latents and text features are wanted")
+    else:
+        usable = store(args, shape, body)
+    sys.exit(1 if usable == 0 else 0)
+
+
+if __name__ == "__main__":
+    files.run(main)

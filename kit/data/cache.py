@@ -1,0 +1,262 @@
+"""A data set made ready once: latents, text features and motion in safetensors shards, with an index.
+
+    DIR/settings.json               what everything in DIR was made with
+    DIR/shard-00000.safetensors     the samples of 16 items, and which items were rejected
+    DIR/index.json                  written last: how many shards there are
+
+Shards are written whole, one after the other, so that a killed run goes on with the shard it was at, and each
+rank makes its share of them. The index is written by whoever finds that no shard is missing.
+
+In a shard, sample k has the tensors "k.motion" (f 235) fp32; where it has video, "k.latents" (c t h w) and,
+if its camera is known, "k.intrinsics" (3 3) and "k.position" (3,); and for each caption "k.text.0",
+"k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of the empty prompt.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from kit.body import Body
+from kit.data.clips import Sample
+from kit.data.datasets import DataSet, read_item
+from kit.files import whole_file
+from kit.geometry import Geometry
+from kit.pictures import from_frames
+from kit.wan.load import fingerprint
+from motion_tokens import MOTION_DIM
+
+VERSION = 1
+SHARD_ITEMS = 16  # few, so that a killed run loses little
+INDEX, SETTINGS = "index.json", "settings.json"
+FIELDS = {  # what readers rely on
+    SETTINGS: {"paired": bool, "body": str, "fps": (int, float)} | dict.fromkeys(Geometry._fields[1:], int),
+    INDEX: {"shards": int, "rejected": list},
+}
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Encoders(NamedTuple):
+    """What turns pixels and prompts into what the network sees."""
+
+    video: Callable[[Tensor], Tensor]  # (b 3 f h w) in [-1, 1] -> (b c t h w)
+    text: Callable[[list[str]], Tensor]  # prompts -> (b l text_dim), zeros after each prompt's last token
+
+
+def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body) -> dict:
+    """What the content of a cache depends on, as it is recorded: but for the content of the data's files."""
+
+    def digest(content: bytes) -> str:
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    parts = {}
+    for part in ("vae", "text_encoder"):
+        file = wan / part / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}: expected a Wan in the Diffusers layout")
+        parts[part] = fingerprint(wan / part)
+    return {
+        "version": VERSION,
+        "data": spec,
+        "items": f"{len(data.names)} {digest(json.dumps(data.names).encode())}",
+        "paired": data.paired,
+        **shape._asdict(),
+        "dtype": dtype,
+        **parts,
+        "body": digest(body.smpl.v_template.numpy().tobytes()),
+    }
+
+
+def prepare(out: Path, settings: dict) -> None:
+    """Make the folder and record the settings; ValueError if it holds what was made with others."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS
+    if not file.exists():
+        names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+        if strange := sorted(names - {SETTINGS}):  # another rank may have been faster
+            raise ValueError(f"{out} holds {strange[0]} but no {SETTINGS}: choose an empty folder with --out")
+        with whole_file(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    known = _read_json(file)
+    changed = [name for name, value in settings.items() if known.get(name) != value]
+    if changed:
+        changes = "; ".join(f"{name} was {known.get(name)}, now {settings[name]}" for name in changed)
+        raise ValueError(f"{out} was made with other settings ({changes}): use the same, or another --out")
+
+
+def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> bool:
+    """Write this rank's missing shards -> whether all shards are there now; then the index is, too."""
+    items = range(len(data.names))
+    shards = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
+    mine = [shard for shard in range(len(shards))[rank::ranks] if not shard_file(out, shard).exists()]
+    total = sum(len(shards[shard]) for shard in mine)
+
+    def made(sample: Sample) -> tuple[Sample, dict[str, Tensor]]:
+        return sample._replace(motion=None, video=None), encode(sample, encoders, dtype)
+
+    with tqdm(total=total, desc="caching", unit="item", disable=rank > 0) as bar:
+        for shard in mine:
+            file, tensors, samples, rejected = shard_file(out, shard), {}, [], []
+            for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
+                left.unlink()
+            for item in shards[shard]:
+                for sample, parts in read_item(data, item, made, rejected):
+                    tensors |= {f"{len(samples)}.{part}": tensor for part, tensor in parts.items()}
+                    samples.append([sample.name, sample.captions])
+                bar.update()
+            if shard == 0:
+                tensors["null_text"] = encode_text("", encoders, dtype)
+            record = json.dumps({"samples": samples, "rejected": rejected})
+            with whole_file(file) as temporary:
+                save_file(tensors, temporary, {"record": record})
+    if not all(shard_file(out, shard).exists() for shard in range(len(shards))):
+        return False
+    with whole_file(out / INDEX) as temporary:
+        index = {"version": VERSION, "shards": len(shards), "rejected": data.problems}
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+    return True
+
+
+def encode(sample: Sample, encoders: Encoders, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A sample's tensors, as they stand in a shard."""
+    tensors = {"motion": sample.motion}
+    if sample.video is not None:
+        latents = encoders.video(rearrange(from_frames(sample.video), "c f h w -> 1 c f h w"))
+        tensors["latents"] = latents[0].to("cpu", dtype)
+    if sample.camera is not None:
+        # training does not ask for it, but it cannot be made again from latents
+        tensors |= {"intrinsics": sample.camera.intrinsics, "position": sample.camera.position}
+    texts = {f"text.{i}": encode_text(caption, encoders, dtype) for i, caption in enumerate(sample.captions)}
+    # copies: safetensors takes no tensors that share memory
+    return {name: tensor.clone().contiguous() for name, tensor in (tensors | texts).items()}
+
+
+def encode_text(prompt: str, encoders: Encoders, dtype: torch.dtype) -> Tensor:
+    """Features of the prompt's own tokens (tokens text_dim); the zeros after them are put back on reading."""
+    features = encoders.text([prompt])[0]
+    tokens = int(features.any(dim=-1).nonzero().max()) + 1
+    return features[:tokens].to("cpu", dtype).clone()
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Cache(NamedTuple):
+    """A finished cache; its samples are numbered through all shards."""
+
+    folder: Path
+    settings: dict
+    shape: Geometry  # of its samples
+    samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
+    rejected: list[str]
+    null_text: Tensor  # (tokens text_dim)
+
+
+def open_cache(folder: str | Path) -> Cache:
+    """Read what belongs to the whole cache, and see that every shard is there and whole.
+
+    FileNotFoundError or ValueError if it is not finished, is damaged, or of another version.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file():
+        raise FileNotFoundError(f"no {folder / SETTINGS}: expected what `python -m kit.data cache` wrote")
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
+    settings, index = _read_versioned(folder / SETTINGS), _read_versioned(folder / INDEX)
+    samples, rejected, null_text = [], list(index["rejected"]), torch.zeros(0, 1)
+    for shard in range(index["shards"]):
+        with _opened(shard_file(folder, shard)) as file:
+            record = json.loads(file.metadata()["record"])
+            for k, (name, captions) in enumerate(record["samples"]):
+                samples.append((shard, k, name, len(captions)))
+            rejected += record["rejected"]
+            if shard == 0:
+                null_text = file.get_tensor("null_text")
+    shape = Geometry(*(settings[name] for name in Geometry._fields))
+    return Cache(folder, settings, shape, samples, rejected, null_text)
+
+
+class Cached(NamedTuple):
+    """One sample of a cache, in the dtype it is stored in."""
+
+    motion: Tensor  # (f 235) fp32
+    latents: Tensor | None  # (c t h w)
+    texts: list[Tensor]  # for each caption (tokens text_dim)
+
+
+def read_sample(cache: Cache, number: int, video: bool) -> Cached:
+    """The sample of this number, from disk; its latents only if `video`."""
+    shard, k, _, captions = cache.samples[number]
+    with _opened(shard_file(cache.folder, shard)) as file:
+        latents = file.get_tensor(f"{k}.latents") if video else None
+        texts = [file.get_tensor(f"{k}.text.{i}") for i in range(captions)]
+        return Cached(file.get_tensor(f"{k}.motion"), latents, texts)
+
+
+def damaged_samples(cache: Cache) -> list[str]:
+    """Read every sample -> what is wrong with those that hold NaN or are not of the cache's shape."""
+    problems = []
+    t, h, w = (cache.shape.frames - 1) // 4 + 1, *(x // cache.shape.stride for x in cache.shape[2:4])
+    for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
+        sample = read_sample(cache, number, cache.settings["paired"])
+        where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
+        if sample.motion.shape != (cache.shape.frames, MOTION_DIM):
+            expected = cache.shape.frames, MOTION_DIM
+            problems.append(f"{where} has motion {tuple(sample.motion.shape)}, expected {expected}")
+        elif sample.latents is not None and sample.latents.shape[1:] != (t, h, w):
+            problems.append(f"{where} has latents {tuple(sample.latents.shape)}, expected (c, {t}, {h}, {w})")
+        elif not all(
+            x.isfinite().all() for x in (sample.motion, sample.latents, *sample.texts) if x is not None
+        ):
+            problems.append(f"{where} holds NaN or infinity")
+    return problems
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A shard; ValueError naming it if it is missing, cut short, or lacks what is asked of it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}): delete it and {INDEX}, and run the cache command again"
+        ) from error
+
+
+def _read_versioned(path: Path) -> dict:
+    content = _read_json(path)
+    if content.get("version") != VERSION:
+        found = content.get("version")
+        raise ValueError(f"{path} is of version {found}, expected {VERSION}: make the cache again")
+    wrong = [name for name, kind in FIELDS[path.name].items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}, or they are no such values: make the cache again")
+    return content
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete the folder and make the cache again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no record of a cache: delete the folder and make the cache again")
+    return content

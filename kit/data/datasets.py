@@ -1,0 +1,184 @@
+"""Data sets by name, read item by item: which clips there are, and what is wrong with them.
+
+    puppet:COUNT          clips of the embedded world, of seeds of their own
+    amass:DIR             every AMASS .npz below DIR; motion only, no captions
+    humanml3d:DIR+AMASS   HumanML3D's training split in DIR, over AMASS files (default: in DIR/amass)
+    clips:DIR             videos with prompts and motions, see kit/data/clips.py
+    puppet                the embedded world without end, for training only (kit/data/sources.py)
+    cache:DIR             what `python -m kit.data cache` wrote (kit/data/cache.py)
+
+@WEIGHT after a name is its share, where training mixes several.
+Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kit import puppet
+from kit.body import Body
+from kit.data import humanml3d
+from kit.data.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
+from kit.data.motion_files import Motion, canonical, load_amass, resample, windows
+from kit.geometry import Geometry
+from kit.pictures import to_frames
+from motion_tokens import encode_smpl
+
+T = TypeVar("T")
+PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
+PUPPET_CAMERA = Camera(
+    torch.tensor(((puppet.FOCAL, 0, puppet.SIZE / 2), (0, puppet.FOCAL, puppet.SIZE / 2), (0, 0, 1))),
+    torch.tensor((0.0, puppet.CAMERA_HEIGHT, puppet.CAMERA_DISTANCE)),
+)
+
+
+class DataSet(NamedTuple):
+    """Items (a clip, a motion file), each of which yields samples or raises ValueError or OSError."""
+
+    names: list[str]  # of the items
+    read: Callable[[int], Iterator[Sample]]  # by the item's number
+    paired: bool  # whether samples have video
+    problems: list[str]  # of what did not even become an item
+
+
+def parse(spec: str) -> tuple[str, str, float | None]:
+    """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
+    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:@(\d+\.?\d*))?", spec)
+    if not match:
+        raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
+    kind, where, weight = match.groups()
+    if weight is not None and float(weight) == 0:
+        raise ValueError(f"data set {spec!r}: its weight must be above 0; leave it out instead")
+    return kind, where or "", None if weight is None else float(weight)
+
+
+def open_dataset(spec: str, geometry: Geometry, body: Body) -> DataSet:
+    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none."""
+    kind, where, _ = parse(spec)
+    if kind not in KINDS:
+        raise ValueError(f"data set {spec!r}: expected one of {', '.join(f'{kind}:...' for kind in KINDS)}")
+    return KINDS[kind](where, geometry, body)
+
+
+def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str]) -> list[T]:
+    """What `use` makes of each sample of an item, one sample in memory at a time.
+
+    Nothing, and the reason in `rejected`, if the item turns out to be unusable.
+    """
+    known = len(rejected)
+    made = [use(sample) for sample in _until_bad(data.read(item), rejected)]
+    return made if len(rejected) == known else []
+
+
+def _until_bad(samples: Iterator[Sample], rejected: list[str]) -> Iterator[Sample]:
+    try:
+        yield from samples
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
+
+
+# ---------------------------------------------------------------- the kinds
+
+
+def puppet_motion(clips: puppet.Clips) -> Tensor:
+    """Motion vectors (b f 235) of puppet clips, in their camera's frame, not normalised."""
+    body = puppet.body(clips.transl.device)
+    return encode_smpl(clips.global_orient, clips.body_pose, clips.betas, clips.transl, body)
+
+
+def puppet_count(where: str) -> int:
+    if not where.isdecimal() or int(where) < 1:
+        raise ValueError(f"puppet:{where}: expected a number of clips, such as puppet:100")
+    return int(where)
+
+
+def _puppets(where: str, geometry: Geometry, body: Body) -> DataSet:
+    """COUNT clips at the puppet's own rate and size, of its own body whatever `body`."""
+    names = [f"puppet {item}" for item in range(puppet_count(where))]
+    fps, size = puppet.FPS, f"{puppet.SIZE}x{puppet.SIZE}"
+    if (geometry.fps, f"{geometry.height}x{geometry.width}") != (fps, size):
+        raise ValueError(f"puppet clips have {fps} frames a second of {size}: add --fps {fps} --size {size}")
+
+    def read(item: int) -> Iterator[Sample]:
+        clip = puppet.clips([PUPPET_SEED + item], geometry.frames)
+        video = to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
+        yield Sample(names[item], tuple(clip.caption), puppet_motion(clip)[0], video, PUPPET_CAMERA)
+
+    return DataSet(names, read, paired=True, problems=[])
+
+
+def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder = _folder(where)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.npz"))
+    # AMASS keeps a subject's shape and calibration beside the motions
+    files = [file for file in files if file.name != "shape.npz" and not file.stem.endswith("_stagei")]
+
+    def read(item: int) -> Iterator[Sample]:
+        motion = resample(load_amass(inside(folder, files[item]), body), geometry.fps)
+        yield from _windows(str(files[item]), (), motion, geometry, body)
+
+    problems = [] if files else [f"{folder} holds no .npz, at any depth: unpack AMASS there"]
+    return DataSet([str(file) for file in files], read, paired=False, problems=problems)
+
+
+def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder, _, amass = where.partition("+")
+    texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
+    if not amass.is_dir():
+        raise FileNotFoundError(
+            f"no folder {amass}: expected AMASS there, or where humanml3d:{folder}+AMASS says"
+        )
+    entries, problems = humanml3d.entries(texts, amass, "train")
+
+    def read(item: int) -> Iterator[Sample]:
+        entry = entries[item]
+        inside(amass, entry.source.relative_to(amass))
+        motion = humanml3d.read_entry(entry, body, geometry.fps)
+        yield from _windows(entry.name, entry.captions, motion, geometry, body)
+
+    return DataSet([entry.name for entry in entries], read, paired=False, problems=problems)
+
+
+def _windows(
+    name: str, captions: tuple[str, ...], motion: Motion, geometry: Geometry, body: Body
+) -> Iterator[Sample]:
+    """Samples of a motion at the geometry's rate, end to end; ValueError if it is too short for one."""
+    parts = windows(motion, geometry.frames, stride=geometry.frames)
+    if not parts:
+        raise ValueError(
+            f"{name} has {len(motion.transl)} frames at {geometry.fps:g} fps, fewer than {geometry.frames}: "
+            "ask for fewer --frames"
+        )
+    for part in parts:
+        yield Sample(name, captions, motion_vector(canonical(part, body), body), None, None)
+
+
+def _clips(where: str, geometry: Geometry, body: Body) -> DataSet:
+    folder = _folder(where)
+    clips, problems = read_metadata(folder)
+    if not clips and not problems:
+        problems = ["metadata.csv has no rows"]
+
+    def read(item: int) -> Iterator[Sample]:
+        yield from read_clip(folder, clips[item], geometry, body)
+
+    return DataSet([clip.video for clip in clips], read, paired=True, problems=problems)
+
+
+def _folder(where: str) -> Path:
+    if not where or not Path(where).is_dir():
+        raise FileNotFoundError(f"no folder {where or 'named'}: expected KIND:DIR with an existing folder")
+    return Path(where)
+
+
+KINDS: dict[str, Callable[[str, Geometry, Body], DataSet]] = {
+    "puppet": _puppets,
+    "amass": _amass,
+    "humanml3d": _humanml3d,
+    "clips": _clips,
+}

@@ -1,0 +1,181 @@
+"""HumanML3D (Guo et al., CVPR 2022): captions for AMASS motions, as an index over a folder of AMASS files.
+
+    FOLDER/index.csv                   source_path,start_frame,end_frame,new_name: which frames of which file
+    FOLDER/texts/NAME.txt              lines of caption#tokens#start#end, seconds within the clip, 0 0 for all
+    FOLDER/train.txt, val.txt, ...     names, one a line; a name with M before it is the mirrored clip
+
+index.csv lies at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
+what its frames mean. AMASS is its SMPL+H G release, in folders named as in index.csv.
+"""
+
+import csv
+import math
+import re
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from kit.body import Body
+from kit.data.motion_files import NOT_SMPL, Motion, at_times, check_motion, load_amass, mirror, times_between
+
+FPS = 20  # of the frame numbers in index.csv
+COLUMNS = ("source_path", "start_frame", "end_frame", "new_name")
+# frames before frame 0: these captures begin with a calibration pose
+SKIPPED = {
+    "Eyes_Japan_Dataset": 60, "MPI_HDM05": 60, "TotalCapture": 20, "MPI_Limits": 20, "Transitions_mocap": 10,
+}  # fmt: skip
+NO_AMASS = "humanact12"  # its clips are joint positions, without SMPL parameters
+LINE = "caption#tokens#start#end"
+SLACK = 1.0  # seconds that a caption may reach beyond its clip; annotators wrote round numbers
+
+
+class Entry(NamedTuple):
+    """A stretch of an AMASS file and what it shows; times are on HumanML3D's clock, see `read_entry`."""
+
+    name: str  # as in train.txt
+    source: Path
+    start: float  # seconds from the file's beginning
+    end: float  # seconds, where the first frame after it would be
+    mirrored: bool
+    captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
+
+
+class Clip(NamedTuple):
+    """A line of index.csv."""
+
+    source: Path | None  # None: not in AMASS
+    start: int  # frame of the file, at 20 a second
+    end: int  # the first frame after it
+
+
+def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Entry], list[str]]:
+    """List a split ("train", "val", "test") -> its entries and, a line each, why others were left out.
+
+    No motion is opened. A clip with captions for parts of it gives an entry for each part. FileNotFoundError
+    or ValueError for an index or a split that cannot be trusted; a clip with a bad span or text is left out.
+    """
+    folder, amass = Path(folder), Path(amass)
+    index = folder / "index.csv"
+    if folder.suffix == ".npy" or (any(folder.glob("*[0-9].npy")) and not index.is_file()):
+        raise ValueError(f"{folder}: {NOT_SMPL}")
+    if not amass.is_dir():
+        raise FileNotFoundError(f"{amass}: no such folder; expected AMASS's SMPL+H G files")
+    clips = _read_index(index, amass)
+    names = _read_text(folder / f"{split}.txt").split()
+    if not names:
+        raise ValueError(f"{folder / split}.txt is empty, expected names such as 000004")
+    unknown = [name for name in names if name.removeprefix("M") not in clips]
+    if unknown:
+        raise ValueError(
+            f"{folder / split}.txt has {len(unknown)} names that index.csv lacks, as {unknown[0]}"
+        )
+    known = [name for name in names if clips[name.removeprefix("M")].source]
+    found, problems = [], []
+    if len(known) < len(names):
+        problems.append(f"{len(names) - len(known)} clips of HumanAct12 left out: no AMASS source")
+    for name in known:
+        try:
+            found += _entries_of(name, clips[name.removeprefix("M")], folder / "texts" / f"{name}.txt")
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
+    """The motion of an entry at `fps`, mirrored if the entry is. FileNotFoundError or ValueError, naming it.
+
+    HumanML3D takes every int(rate / 20)-th frame of a file for 1/20 s. Right for rates such as 60, 100 and
+    120 Hz; of others (59.94, 150, 250 Hz) its seconds are no seconds, and are converted here.
+    """
+    motion = load_amass(entry.source, body)
+    check_motion(motion._replace(fps=fps), f"{entry.name} resampled")
+    if motion.fps < FPS:
+        raise ValueError(f"{entry.source} has {motion.fps:g} frames a second, expected at least {FPS}")
+    second = FPS * int(motion.fps / FPS) / motion.fps  # one of HumanML3D's, in seconds
+    start, last = entry.start * second, (entry.end - 1 / FPS) * second
+    duration = (len(motion.transl) - 1) / motion.fps
+    if last > duration + 1e-6:  # a margin for rounding
+        raise ValueError(
+            f"{entry.name} ends at {last:.2f} s of {entry.source}, which lasts {duration:.2f} s; "
+            "is that file of the SMPL+H G release?"
+        )
+    times = times_between(start, min(last, duration), fps)
+    cut = at_times(motion, times)._replace(fps=float(fps))
+    return mirror(cut, body) if entry.mirrored else cut
+
+
+def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Captions by the part they describe of a clip of `frames` at 20 a second: first frame, first after it.
+
+    ValueError names the line that is malformed. A part that ends little beyond the clip ends with it.
+    """
+    duration = frames / FPS
+    parts: dict[tuple[int, int], tuple[str, ...]] = {}
+    for number, line in enumerate(_read_text(Path(path)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            caption, _, *times = line.rsplit("#", 3)
+            start, end = (0.0 if math.isnan(float(time)) else float(time) for time in times)
+        except ValueError:
+            raise ValueError(f"{path} line {number} is {line!r}, expected {LINE}") from None
+        if not caption.strip():
+            raise ValueError(f"{path} line {number}: the caption is empty")
+        if start == end == 0:
+            end = duration
+        if not 0 <= start <= end <= duration + SLACK:
+            span = f"{start:g} to {end:g} s"
+            raise ValueError(f"{path} line {number}: {span} is no part of a clip of {duration:g} s")
+        part = int(start * FPS), min(int(end * FPS), frames)  # rounded as HumanML3D's own loader does
+        if part[0] >= part[1]:
+            raise ValueError(f"{path} line {number}: from {start:g} to {end:g} s the clip has no frame")
+        parts[part] = (*parts.get(part, ()), caption.strip())
+    if not parts:
+        raise ValueError(f"{path} holds no caption, expected lines of {LINE}")
+    return parts
+
+
+def _entries_of(name: str, clip: Clip, texts: Path) -> list[Entry]:
+    if not 0 <= clip.start < clip.end:
+        raise ValueError(f"{name}: frames {clip.start} to {clip.end} in index.csv are no span")
+    mirrored = name.startswith("M")
+    return [
+        Entry(name, clip.source, (clip.start + start) / FPS, (clip.start + end) / FPS, mirrored, captions)
+        for (start, end), captions in read_captions(texts, clip.end - clip.start).items()
+    ]
+
+
+def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
+    """index.csv -> clips by name. ValueError for lines that are malformed or lead out of the AMASS folder."""
+    reader = csv.DictReader(_read_text(path).splitlines())
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; expected the columns {', '.join(COLUMNS)}")
+    clips: dict[str, Clip] = {}
+    for row in reader:
+        source, start, end, name = (row[column] or "" for column in COLUMNS)
+        line = f"{path} line {reader.line_num}"
+        if not re.fullmatch(r"\w+\.npy", name) or name.removesuffix(".npy") in clips:
+            raise ValueError(f"{line}: new_name is {name!r}, expected a new one such as 000004.npy")
+        if not re.fullmatch(r"-?\d+", start) or not re.fullmatch(r"-?\d+", end):
+            raise ValueError(f"{line}: frames {start!r} to {end!r}, expected whole numbers")
+        top, *place = PurePosixPath(source).parts or [""]
+        if top != "pose_data" or not source.endswith(".npy") or ".." in place or "\\" in source:
+            raise ValueError(f"{line}: source_path is {source!r}, expected ./pose_data/DATASET/.../NAME.npy")
+        dataset = place[0]
+        file = None if dataset == NO_AMASS else amass.joinpath(*place).with_suffix(".npz")
+        skipped = SKIPPED.get(dataset, 0)
+        clips[name.removesuffix(".npy")] = Clip(file, skipped + int(start), skipped + int(end))
+    if not clips:
+        raise ValueError(f"{path} has no lines, expected one for each clip")
+    return clips
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; HumanML3D has index.csv, texts/NAME.txt and train.txt"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -1,0 +1,157 @@
+"""What training draws samples from: the puppet world, data sets in memory, caches on disk."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from kit import puppet
+from kit.body import Body
+from kit.data import cache
+from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_item
+from kit.geometry import PUPPET, Geometry
+from kit.pictures import from_frames
+from kit.wan.names import TEXT_TOKENS
+
+PRINTED = 10  # reasons of rejection
+
+
+class Read(NamedTuple):
+    """n samples of a source, as the network takes them."""
+
+    motion: Tensor  # (n f 235) not normalised
+    latents: Tensor | None  # (n c t h w)
+    texts: list[list[Tensor]]  # of each sample, of each of its captions: features (tokens text_dim)
+
+
+class Source(NamedTuple):
+    """A data set, ready for training."""
+
+    weight: float | None  # its share of the samples, relative to the other sources'
+    count: int | None  # samples; None: endless, and the number of a sample is its seed
+    frames: int  # of a sample; where fewer are asked for they are its beginning (of the puppet: a window)
+    paired: bool  # whether samples have video
+    body: str  # what a cache's joints are of; empty for what is not cached
+    null_text: Tensor  # (l text_dim) features of the empty prompt, zeros after its last token
+    # sample numbers, frames, whether video is wanted, the codec for what is pixels, device
+    read: Callable[[list[int], int, bool, puppet.Codec | None, torch.device], Read]
+
+
+def open_sources(
+    specs: Sequence[str], geometry: Geometry, body: Body, wan: bool = False, rank: int = 0
+) -> list[Source]:
+    """Open data sets for training; rank 0 prints how many samples each has and what is wrong with the rest.
+
+    For the puppet preset a data set is read whole, into memory, and "puppet" is endless; for Wan each is a
+    cache. Without weights every sample counts the same. Raises ValueError or FileNotFoundError if a data set
+    holds nothing usable or does not fit the geometry.
+    """
+    weights = [parse(spec)[2] for spec in specs]
+    endless = any(parse(spec)[:2] == ("puppet", "") for spec in specs)
+    if len(specs) > 1 and None in weights and (endless or any(weights)):
+        raise ValueError(f"{', '.join(specs)}: state the weight of every data set, such as {specs[0]}@1")
+    sources = []
+    for spec in specs:
+        kind, where, weight = parse(spec)
+        if wan and kind != "cache":
+            raise ValueError(
+                f"{spec}: Wan trains on latents and text features that are made once: "
+                f"`python -m kit.data cache {spec} --wan FOLDER --out DIR`, then --data cache:DIR"
+            )
+        if kind == "cache" and not wan:
+            raise ValueError(f"{spec} holds Wan's latents: the puppet preset takes the data set itself")
+        if kind == "puppet":
+            source, rejected = _puppet_source(where, geometry), []
+        elif kind == "cache":
+            source, rejected = _cached_source(where, geometry)
+        else:
+            source, rejected = _read_source(spec, geometry, body, rank)
+        if source.count == 0:
+            raise ValueError(
+                f"{spec}: nothing usable, {len(rejected)} rejected: {'; '.join(rejected[:PRINTED])}"
+            )
+        if rank == 0 and source.count:
+            more = [f"... and more, see `python -m kit.data check {spec}`"] if len(rejected) > PRINTED else []
+            counts = f"{spec}: {source.count} samples, {len(rejected)} rejected"
+            print("\n".join([counts, *rejected[:PRINTED], *more]))
+        sources.append(source._replace(weight=weight or source.count or 1.0))
+    if len({source.body for source in sources}) > 1:
+        raise ValueError(
+            f"{', '.join(specs)} were cached with different bodies: cache them with the same --body"
+        )
+    return sources
+
+
+def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
+    """What cache:DIR holds, or the first `frames` frames of it; for another data set what a puppet makes."""
+    kind, where, _ = parse(spec)
+    if kind != "cache":
+        return PUPPET  # open_sources says that Wan needs a cache
+    made = cache.open_cache(where).shape
+    return made._replace(frames=frames or made.frames)
+
+
+def _puppet_source(where: str, geometry: Geometry) -> Source:
+    """The embedded world, drawn anew for every batch: endless, or the COUNT clips of puppet:COUNT."""
+    first, count = (PUPPET_SEED, puppet_count(where)) if where else (0, None)
+
+    def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
+        clips = puppet.clips([first + number for number in numbers], frames=frames, device=device)
+        latents = codec.encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0]) if video else None
+        return Read(puppet_motion(clips), latents, [_puppet_texts([caption]) for caption in clips.caption])
+
+    frames = max(geometry.frames, puppet.FRAMES)
+    return Source(None, count, frames, True, "", *_puppet_texts([""]), read)
+
+
+def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
+    """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
+    data, samples = open_dataset(spec, geometry, body), []
+    rejected = list(data.problems)
+    for item in tqdm(range(len(data.names)), desc=spec, unit="item", disable=rank > 0):
+        samples += read_item(data, item, lambda sample: sample, rejected)
+
+    def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
+        chosen = [samples[number] for number in numbers]
+        motion = torch.stack([sample.motion[:frames] for sample in chosen]).to(device)
+        latents = None
+        if video:
+            pixels = torch.stack([from_frames(sample.video[:frames]) for sample in chosen])
+            latents = codec.encode(pixels.to(device))
+        return Read(motion, latents, [_puppet_texts(sample.captions) for sample in chosen])
+
+    return Source(None, len(samples), geometry.frames, data.paired, "", *_puppet_texts([""]), read), rejected
+
+
+def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
+    """What kit.data.cache wrote -> the source, and what was rejected when it was written."""
+    cached = cache.open_cache(folder)
+    made, settings = cached.shape, cached.settings
+    if made._replace(frames=geometry.frames) != geometry or made.frames < geometry.frames:
+        raise ValueError(
+            f"{folder} has {made.frames} frames of {made.height}x{made.width} at {made.fps:g} fps, stride "
+            f"{made.stride}; asked for are {geometry.frames} of {geometry.height}x{geometry.width} at "
+            f"{geometry.fps:g} fps, stride {geometry.stride}: ask for the same, or cache again"
+        )
+
+    def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
+        samples = [cache.read_sample(cached, number, video) for number in numbers]
+        motion = torch.stack([sample.motion[:frames] for sample in samples]).to(device)
+        latents = None
+        if video:  # the codec is causal: the first latents are those of the first frames
+            latents = torch.stack([sample.latents[:, : (frames - 1) // 4 + 1] for sample in samples])
+            latents = latents.to(device).float()
+        return Read(motion, latents, [sample.texts for sample in samples])
+
+    null_text = F.pad(cached.null_text, (0, 0, 0, TEXT_TOKENS - len(cached.null_text)))
+    paired, body = settings["paired"], settings["body"]
+    return Source(None, len(cached.samples), made.frames, paired, body, null_text, read), cached.rejected
+
+
+def _puppet_texts(captions: Iterable[str]) -> list[Tensor]:
+    """Features (16 64) of each caption; of a longer one its first 16 words, as tokenizers do."""
+    words = (caption.replace(".", " ").replace(",", " ").split() for caption in captions)
+    return list(puppet.encode_text([" ".join(caption[: puppet.TEXT_LEN]) for caption in words]))

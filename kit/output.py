@@ -1,0 +1,235 @@
+"""A sample on disk: its latents before they are decoded, then what people look at and work with.
+
+Motion for other programs is a skeleton as .bvh, a mesh as .npz or as one .obj a frame; metres, y up.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flow import Task
+from kit.backbone import Backbone
+from kit.body import JOINT_NAMES, Body
+from kit.data.motion_files import Motion, check_motion, save_amass
+from kit.files import whole_file
+from kit.pictures import contact_sheet, draw_skeleton, fitted, resized, side_by_side, to_frames, write_video
+from motion_tokens import axis_angle_to_matrix, decode_smpl
+
+PICTURE = 256  # height of the video in the GIF, pixels
+AT_ONCE = 256  # frames skinned at a time: SMPL's 6,890 vertices then take a few hundred megabytes
+MESH = {"npz": "-mesh.npz", "obj": "-mesh"}  # what is added to a sample's name
+
+
+class Job(NamedTuple):
+    """One sample to be made, and what its files are called."""
+
+    name: str
+    task: Task
+    prompt: str
+    seed: int
+
+
+# ---------------------------------------------------------------- latents
+
+
+def save_latents(path: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> None:
+    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing."""
+    tensors = {"latents": latents, "motion": motion}
+    tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
+    """-> what it is of, latents (b c t h w), motion (b f 235); raises if the file holds none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
+    try:
+        with safe_open(path, "pt") as file:
+            name, task, prompt, seed = json.loads(file.metadata()["job"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        job = Job(name, Task(task), prompt, seed)
+        return job, tensors["latents"], tensors.get("motion")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
+
+
+# ---------------------------------------------------------------- what people look at
+
+
+def mesh_path(out: Path, job: Job, mesh: str, pictures: bool) -> Path:
+    """Where write() puts a mesh "npz" or "obj"."""
+    return motion_folder(out, pictures) / f"{job.name}{MESH[mesh]}"
+
+
+def motion_folder(out: Path, pictures: bool) -> Path:
+    """Without pictures, motion goes to a folder of its own, so that `out` has MP4s only."""
+    return out if pictures else out / "motion"
+
+
+def write(
+    out: Path,
+    job: Job,
+    video: Tensor,
+    motion: Tensor | None,
+    world: Backbone,
+    pictures: bool = True,
+    mesh: str | None = None,
+) -> list[str]:
+    """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
+
+    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Returns what was added to the names,
+    and where that is another folder's.
+    """
+    frames, fps = to_frames(video[0]), world.geometry.fps
+    rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_video(out / f"{job.name}.mp4", frames, fps)
+    if motion is not None:
+        smpl = decode_smpl(motion.float().cpu())
+        fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
+        folder = motion_folder(out, pictures)
+        folder.mkdir(exist_ok=True)
+        moved = Motion(*fields, fps, "neutral")
+        save_amass(folder / f"{job.name}.npz", moved, world.body)
+        save_bvh(folder / f"{job.name}.bvh", moved, world.body)
+        made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
+        if mesh:
+            save = {"npz": save_mesh, "obj": save_objs}[mesh]
+            save(mesh_path(out, job, mesh, pictures), moved, world.body)
+            made += [MESH[mesh]]
+    if pictures:
+        if motion is not None:
+            joints = smpl["joints"][0]
+            project = world.project or fitted(joints)
+            rows += [draw_skeleton(joints, world.body.parents, project, PICTURE)]
+            titles += ["motion"]
+        moving = side_by_side(*rows) if motion is not None else resized(frames, PICTURE)
+        write_video(out / f"{job.name}.gif", moving, fps)
+        contact_sheet(out / f"{job.name}.png", rows, titles)
+        made += [".gif", ".png"]
+    return made
+
+
+# ---------------------------------------------------------------- motion for other programs: a skeleton
+
+
+def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
+    """Write a Biovision Hierarchy: the 24 joints, one offset each from the body's shape, and their rotations.
+
+    Lengths are metres (many programs expect centimetres: import with a scale of 100), angles degrees. The
+    pelvis has its place in the world and its rotation, all others a rotation; a rotation is Rz·Rx·Ry, as its
+    channels are listed. The same motion gives the same bytes. ValueError for a malformed motion or another
+    suffix, FileNotFoundError for a missing folder.
+    """
+    if Path(path).suffix != ".bvh":
+        raise ValueError(f"cannot write {path}: a Biovision Hierarchy ends in .bvh")
+    check_motion(motion, f"motion for {path}")
+    rest, parents = body.rest_joints(motion.betas).double(), body.parents.tolist()
+    offsets = rest - rest[[0, *parents[1:]]]  # none for the pelvis: its channels hold all of its place
+    order: list[int] = []
+    hierarchy = _branch(0, parents, offsets.tolist(), order)
+    pose = torch.cat([rearrange(motion.global_orient, "f c -> f 1 c"), motion.body_pose], dim=1).double()
+    angles = torch.rad2deg(_euler_zxy(axis_angle_to_matrix(pose[:, order])))
+    place = rest[0] + motion.transl.double()
+    channels = torch.cat([place, rearrange(angles, "f j c -> f (j c)")], dim=1).tolist()
+    timing = [f"Frames: {len(channels)}", f"Frame Time: {1 / motion.fps:.9f}"]
+    lines = ["HIERARCHY", *hierarchy, "MOTION", *timing, *map(_numbers, channels)]
+    with whole_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="ascii", newline="\n")
+
+
+def _branch(joint: int, parents: list[int], offsets: list[list[float]], order: list[int]) -> list[str]:
+    """The lines of a joint and all below it; their numbers are added to `order` as the lines have them."""
+    order.append(joint)
+    place = "" if joint else "Xposition Yposition Zposition "
+    lines = [f"OFFSET {_numbers(offsets[joint])}"]
+    lines += [f"CHANNELS {6 if place else 3} {place}Zrotation Xrotation Yrotation"]
+    children = [child for child, parent in enumerate(parents) if parent == joint]
+    for child in children:
+        lines += _branch(child, parents, offsets, order)
+    if not children:  # the format wants an end, SMPL has none: the last bone once more
+        lines += ["End Site", "{", f"  OFFSET {_numbers(offsets[joint])}", "}"]
+    title = f"{'JOINT' if joint else 'ROOT'} {JOINT_NAMES[joint]}"
+    return [title, "{", *(f"  {line}" for line in lines), "}"]
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{round(value, 6) + 0.0:.6f}" for value in values)  # + 0.0: no -0.000000
+
+
+def _euler_zxy(matrix: Tensor) -> Tensor:
+    """Rz(a)·Rx(b)·Ry(c) (... 3 3) -> (a, b, c) (... 3) radians; c is 0 where b is a right angle."""
+    m = rearrange(matrix, "... row column -> row column ...")
+    cosine = torch.hypot(m[0, 1], m[1, 1])
+    locked = cosine < 1e-9  # a and c then turn about the same axis
+    a = torch.where(locked, torch.atan2(m[1, 0], m[0, 0]), torch.atan2(-m[0, 1], m[1, 1]))
+    c = torch.where(locked, torch.zeros_like(a), torch.atan2(-m[2, 0], m[2, 2]))
+    return torch.stack((a, torch.atan2(m[2, 1], cosine), c), dim=-1)
+
+
+# ---------------------------------------------------------------- motion for other programs: a mesh
+
+
+def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
+    """Write the skinned mesh as FILE.npz: vertices (f V 3) float32, faces (F 3) int32, fps.
+
+    The same motion gives the same bytes. ValueError for a malformed motion or another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"cannot write {path}: expected FILE.npz")
+    vertices, faces = _mesh(path, motion, body)
+    with whole_file(path) as temporary:
+        np.savez(temporary, vertices=vertices.numpy(), faces=faces.numpy(), fps=np.array(float(motion.fps)))
+
+
+def save_objs(folder: str | Path, motion: Motion, body: Body) -> None:
+    """Write the skinned mesh as a new folder of frame_000000.obj, frame_000001.obj, ...
+
+    The same motion gives the same bytes. ValueError for a malformed motion, FileExistsError for a folder that
+    is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; choose another folder")
+    _write_objs(folder, *_mesh(folder, motion, body))
+
+
+@torch.no_grad()
+def _mesh(path: Path, motion: Motion, body: Body) -> tuple[Tensor, Tensor]:
+    """Vertices (f V 3) and faces (F 3) int32 for a file of this name."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
+    check_motion(motion, f"motion for {path}")
+    pieces = (x.split(AT_ONCE) for x in (motion.global_orient, motion.body_pose, motion.transl))
+    vertices = [
+        body.mesh(orient, pose, motion.betas, transl)[0] for orient, pose, transl in zip(*pieces, strict=True)
+    ]
+    return torch.cat(vertices), body.faces.int()
+
+
+def _write_objs(folder: Path, vertices: Tensor, faces: Tensor) -> None:
+    """A file a frame, in a folder that appears when all are written."""
+    triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (faces + 1).tolist())  # .obj counts from 1
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir()
+        for number, frame in enumerate(vertices.tolist()):
+            points = "".join(f"v {_numbers(point)}\n" for point in frame)
+            file = temporary / f"frame_{number:06d}.obj"
+            file.write_text(points + triangles, encoding="ascii", newline="\n")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

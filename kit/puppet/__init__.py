@@ -1,0 +1,29 @@
+"""The embedded world: a small body that moves, its videos and captions, a tiny video codec and text encoder.
+
+Everything is a pure function of a seed and needs no download: the body is procedural but runs through
+smplx, so that a real SMPL file is a drop-in. 16 frames a second, 64x64 pixels, metres, y up; the camera
+stands in front of the body and looks along -z.
+"""
+
+from kit.body import JOINT_NAMES
+from kit.puppet.codec import FIT_SEEDS, LATENT_CHANNELS, Codec
+from kit.puppet.drawing import (
+    BACKGROUND,
+    CAMERA_DISTANCE,
+    CAMERA_HEIGHT,
+    FOCAL,
+    SHIRTS,
+    SIZE,
+    project,
+    render,
+    silhouette,
+)
+from kit.puppet.skeleton import body
+from kit.puppet.text import TEXT_DIM, TEXT_LEN, encode_text
+from kit.puppet.world import ACTIONS, COLOURS, FPS, FRAMES, JOINT, Clips, clips, nearest_frames
+
+__all__ = [
+    "ACTIONS", "BACKGROUND", "CAMERA_DISTANCE", "CAMERA_HEIGHT", "COLOURS", "FIT_SEEDS", "FOCAL", "FPS",
+    "FRAMES", "JOINT", "JOINT_NAMES", "LATENT_CHANNELS", "SHIRTS", "SIZE", "TEXT_DIM", "TEXT_LEN", "Clips",
+    "Codec", "body", "clips", "encode_text", "nearest_frames", "project", "render", "silhouette",
+]  # fmt: skip

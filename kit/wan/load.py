@@ -1,0 +1,283 @@
+"""Real backbones from a local folder: Wan's transformer, VAE and text encoder.
+
+    load_transformer(folder)    the transformer becomes the video expert; the motion expert is new
+    save_transformer(...)       the video expert back in either of Wan's two layouts
+    VideoVAE(folder)            pixels <-> latents, through diffusers' AutoencoderKLWan
+    TextEncoder(folder)         prompts -> features, through transformers' umT5
+
+A folder holds the Diffusers layout (transformer/, vae/, text_encoder/, tokenizer/), or the transformer
+alone, in Wan's own layout or in Diffusers'. Nothing is fetched from a network.
+"""
+
+import hashlib
+import html
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dual_dit import DualDiT
+from kit.files import whole_file
+from kit.wan.names import (
+    STEM,
+    SUPPORTED,
+    TEXT_TOKENS,
+    config_of,
+    diffusers_name,
+    expert_name,
+    opened,
+    own_names,
+    read_config,
+    shard_files,
+    transformer_folder,
+    wan_name,
+)
+from kit.weights import stored_dtype
+
+NEEDED = "a real Wan needs diffusers and transformers: pip install -r requirements-wan.txt"
+
+# ---------------------------------------------------------------- the transformer
+
+
+def load_transformer(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    init_motion: str = "copy",
+) -> DualDiT:
+    """A Wan transformer as the video expert of a DualDiT, in evaluation mode; the motion expert is new.
+
+    `init_motion`: "copy" starts it from the video expert where shapes agree, "fresh" from scratch. Timestep
+    layers, modulation and norms stay fp32 whatever `dtype`. Strict: FileNotFoundError or ValueError unless
+    every tensor of the files, and no other, makes up the video expert.
+    """
+    if init_motion not in ("copy", "fresh"):
+        raise ValueError(f"init_motion is 'copy' or 'fresh', got {init_motion!r}")
+    folder = transformer_folder(Path(folder))
+    files = shard_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with opened(file) as tensors:
+            shapes |= {wan_name(name): tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    config = config_of(shapes, read_config(folder))
+    with torch.device("meta"):
+        model = DualDiT(config)
+    expected = {own: tuple(model.state_dict()[name].shape) for name, own in own_names(model).items()}
+    if wrong := sorted(expected.items() ^ shapes.items()):
+        name = wrong[0][0]
+        raise ValueError(
+            f"{folder}: {len({name for name, _ in wrong})} tensors do not fit, first {name}: "
+            f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
+        )
+    # what is new gets memory and Wan's initialisation, which skips the video expert: it has no memory yet
+    video = set(own_names(model))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name not in video:
+            _replace(model, name, torch.empty_like(tensor, dtype=stored_dtype(name, dtype), device=device))
+    model.init_weights()
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                ours = expert_name(wan_name(name))
+                _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
+    # paper is silent: what the motion expert starts from
+    if init_motion == "copy":
+        copy_video_to_motion(model)
+    return model.eval().requires_grad_(False)
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter or buffer of this name is."""
+    *path, leaf = name.split(".")
+    module = model.get_submodule(".".join(path))
+    setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
+
+
+@torch.no_grad()
+def copy_video_to_motion(model: DualDiT) -> None:
+    """Start the motion expert from the video expert's weights, where names and shapes agree.
+
+    Its head stays zero, and what only motion has (the MLPs of 51 tokens) stays as it is.
+    """
+    state = model.state_dict()
+    for name, own in own_names(model).items():
+        twin = state.get(expert_name(own, "motion"))
+        if twin is not None and twin.shape == state[name].shape:
+            twin.copy_(state[name])
+
+
+def save_transformer(
+    model: DualDiT, folder: str | Path, layout: str = "diffusers", dtype=torch.float32
+) -> None:
+    """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json."""
+    if layout not in ("diffusers", "wan"):
+        raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any((folder / f"{STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
+        raise ValueError(f"{folder} holds a transformer: name another folder")
+    c, state = model.config, model.state_dict()
+    names = own_names(model)
+    if layout == "diffusers":
+        names = {ours: diffusers_name(own) for ours, own in names.items()}
+        config = {
+            "_class_name": "WanTransformer3DModel", "num_layers": c.layers, "num_attention_heads": c.heads,
+            "attention_head_dim": c.width // c.heads, "ffn_dim": c.ffn, "in_channels": c.channels,
+            "out_channels": c.channels, "text_dim": c.text_dim, "patch_size": list(c.patch),
+            "freq_dim": c.freq_dim, "eps": c.eps, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+        }  # fmt: skip
+    else:
+        config = {
+            "_class_name": "WanModel", "model_type": "ti2v" if c.channels == 48 else "t2v",
+            "num_layers": c.layers, "num_heads": c.heads,
+            "dim": c.width, "ffn_dim": c.ffn, "in_dim": c.channels, "out_dim": c.channels,
+            "text_dim": c.text_dim, "patch_size": list(c.patch), "freq_dim": c.freq_dim,
+            "eps": c.eps, "text_len": TEXT_TOKENS,
+        }  # fmt: skip
+    tensors = {
+        name: state[ours].to("cpu", stored_dtype(ours, dtype)).contiguous() for ours, name in names.items()
+    }
+    with whole_file(folder / f"{STEM}.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with whole_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- pixels <-> latents
+
+
+class VideoVAE:
+    """Wan's video autoencoder: 4 x 8 x 8 with 16 channels (2.1), or 4 x 16 x 16 with 48 (2.2).
+
+    Latents are normalised by the mean and deviation that the file states, as the transformer expects them.
+    Time is worked through latent by latent, and large frames are decoded in tiles: memory stays bounded.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise ValueError(NEEDED) from error
+        self.vae = _model(AutoencoderKLWan, Path(folder), "vae", dtype).to(device)
+        config = self.vae.config
+        self.channels: int = config.z_dim
+        self.stride = (config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial)
+        self.mean, self.std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels (b 3 f h w) in [-1, 1] -> latents (b c t h w) float32, the posterior's mode."""
+        stride_t, stride_h, stride_w = self.stride
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video: expected (b, 3, f, h, w), got {tuple(video.shape)}")
+        f, h, w = video.shape[2:]
+        if f % stride_t != 1 or h % stride_h or w % stride_w:
+            raise ValueError(
+                f"video of {f} frames, {h}x{w}: expected {stride_t}n+1 frames, sizes a multiple of {stride_h}"
+            )
+        self.vae.disable_tiling()  # seams between tiles would be trained on
+        latents = self.vae.encode(video.to(self.mean.device, self.vae.dtype)).latent_dist.mode().float()
+        return (latents - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b c t h w) -> pixels (b 3 f h w) in [-1, 1], float32 on the CPU."""
+        if latents.ndim != 5 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents: expected (b, {self.channels}, t, h, w), got {tuple(latents.shape)}")
+        raw = latents.to(self.mean.device).float() * self.std + self.mean
+        self.vae.enable_tiling()  # takes effect above 256 pixels a side only
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.float().cpu()
+
+
+def _pretrained(cls, folder: Path, part: str, **options):
+    """cls.from_pretrained(folder/part), offline, with an error that says what is missing."""
+    path = folder / part
+    if not path.is_dir():
+        raise FileNotFoundError(f"no {path}: expected the Diffusers layout's {part}/ there; {SUPPORTED}")
+    try:
+        return cls.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({first}): fetch that folder again") from error
+
+
+def _model(cls, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """A whole model of diffusers or transformers: both only warn where a tensor is missing, and draw it."""
+    model, info = _pretrained(cls, folder, part, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder / part} lacks {len(missing)} tensors such as {missing[0]}: fetch it again")
+    return model.eval()
+
+
+# ---------------------------------------------------------------- prompts -> features
+
+
+class TextEncoder:
+    """umT5: prompts -> features (b 512 text_dim), zeros after each prompt's last token, as Wan was trained.
+
+    `cache` names a folder that keeps features by a hash of tokens, model and precision.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        cache: Path | None = None,
+    ):
+        try:
+            from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+        except ImportError as error:
+            raise ValueError(NEEDED) from error
+        folder = Path(folder)
+        # tokenizer.json as it stands: AutoTokenizer would rebuild it as T5's, with another <unk>
+        self.tokenizer = _pretrained(PreTrainedTokenizerFast, folder, "tokenizer")
+        self.model = _model(UMT5EncoderModel, folder, "text_encoder", dtype).to(device)
+        self.cache = cache
+        self.key = f"{dtype} {fingerprint(folder / 'text_encoder')}"
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """-> (b 512 text_dim), on the CPU in the encoder's dtype."""
+        return torch.stack([self._features(clean_prompt(prompt)) for prompt in prompts])
+
+    def _features(self, prompt: str) -> Tensor:
+        tokens = self.tokenizer(prompt, max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        name = hashlib.blake2b(f"{self.key} {tokens.input_ids.tolist()}".encode(), digest_size=16).hexdigest()
+        file = self.cache / f"{name}.safetensors" if self.cache else None
+        known = None
+        if file and file.is_file():
+            with suppress(SafetensorError, KeyError):  # a damaged file is made again
+                known = load_file(file)["features"]
+        if known is None:
+            tokens = tokens.to(self.model.device)
+            known = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].cpu()
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(file) as temporary:
+                    save_file({"features": known.contiguous()}, temporary)
+        return torch.cat((known, known.new_zeros(TEXT_TOKENS - len(known), known.shape[1])))
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells models apart without reading all of them: a hash of every file's name, size and last 64 kB."""
+    found = hashlib.blake2b(digest_size=16)
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            content.seek(max(0, size - 65536))
+            found.update(f"{file.name} {size} ".encode() + content.read())
+    return found.hexdigest()
+
+
+def clean_prompt(prompt: str) -> str:
+    """HTML entities resolved and white space collapsed, as in Wan's own pipeline."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()

@@ -1,0 +1,352 @@
+"""The README's figures: `python -m study.figures [NAME ...] [--out DIR]` draws them into assets/.
+
+blocks       the dual block
+lattice      where MVS-RoPE puts video and motion, and where they would be without it
+alignment    which latent a motion frame finds by position alone, with MVS-RoPE and without
+ablation     which latents motion frames have learned to look at, with MVS-RoPE and without
+tasks        the three tasks, sampled
+trajectory   both modalities on their way from noise to sample
+guidance     motion to video over ω1 and ω2
+curves       the losses of a run (--run RUN)
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import flow
+from dual_dit import DualDiT
+from flow import Task
+from kit import files, pictures, plots, puppet, weights
+from kit.backbone import PUPPET_DEFAULTS
+from kit.data.batch import rng
+from kit.data.datasets import puppet_motion
+from motion_tokens import MOTION_DIM, decode_smpl
+from rope import (
+    FRAMES_PER_LATENT,
+    TOKENS_PER_FRAME,
+    apply_rope,
+    motion_positions,
+    rope_table,
+    video_positions,
+)
+from sample import denoise
+from study import measures
+
+ASSETS = Path(__file__).parent.parent / "assets"
+ABLATION = ASSETS / "ablation.json"
+INK, VIDEO, MOTION, SHARED = (
+    "#{:02x}{:02x}{:02x}".format(*colour)
+    for colour in (pictures.INK, *(pictures.SIDE_COLOURS[side] for side in ("left", "right", "middle")))
+)
+CLIP, SEED = 7, 0  # the puppet clip that conditions, and the noise
+PROMPT = "a person in a red shirt waves the left hand"
+SHOWN = 10  # motion tokens of a frame in the lattice
+TILE = 128  # pixels of a frame
+TIMES = 7  # columns of the trajectory
+OMEGAS = ((1.0, 1.5, 3.0, 6.0), (0.0, 1.0, 1.5, 3.0))  # ω1, ω2
+
+
+class World(NamedTuple):
+    """What samples are made with."""
+
+    model: DualDiT
+    codec: puppet.Codec
+
+
+# ---------------------------------------------------------------- drawn from the code's own numbers
+
+
+def box(
+    axes: Axes, x: float, y: float, text: str, colour: str, width: float = 2.6, height: float = 0.5
+) -> None:
+    """A box centred on (x, y)."""
+    corner = (x - width / 2, y - height / 2)
+    style = {"boxstyle": "round,pad=0.02,rounding_size=0.08", "linewidth": 1.2}
+    axes.add_patch(FancyBboxPatch(corner, width, height, edgecolor=colour, facecolor=colour + "22", **style))
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK)
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = SHARED) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=1.1)
+    )
+
+
+def blocks(path: Path) -> None:
+    """The network from its inputs (below) to its velocities (above), under the names of dual_dit.py."""
+    figure = plots.blank_figure(8.6, 6.6)
+    axes = figure.subplots()
+    axes.set(xlim=(-5.9, 5.9), ylim=(-0.7, 8.5))
+    axes.axis("off")
+    frame = {"boxstyle": "round,pad=0.05,rounding_size=0.15", "linestyle": (0, (4, 3))}
+    axes.add_patch(FancyBboxPatch((-5.0, 1.45), 10, 5.3, edgecolor="#c8c8c4", facecolor="#f6f6f3", **frame))
+    axes.text(0, 6.5, "DualBlock, once a layer", ha="center", va="center", fontsize=9, color=SHARED)
+    for x, colour, name, given, embedding in (
+        (
+            -3.0,
+            VIDEO,
+            "video",
+            "video latents (b c t h w)",
+            "patch_embedding\n+ place on the grid + task hint",
+        ),
+        (3.0, MOTION, "motion", "motion (b f 235)", "MotionEncoder: 3 MLPs → 51 tokens\n+ task hint"),
+    ):
+        rows = [  # from below; those of a block, from the third on, up to the head
+            (-0.35, given),
+            (0.75, embedding),
+            (2.05, "modulate: · (1 + scale) + shift\nq k v, RMS norm, RoPE"),
+            (4.1, "+ gate · o-projection"),
+            (5.0, "+ cross-attention to text"),
+            (5.9, "+ gate · ffn(modulate)"),
+            (7.2, "Head: modulate, project"),
+            (8.05, f"velocity of {name}"),
+        ]
+        reach = [0.31 if "\n" in text else 0.22 for _, text in rows]  # half a box's height
+        for (y, text), half in zip(rows, reach, strict=True):
+            box(axes, x, y, text, colour, width=3.4, height=2 * half)
+        for k in (0, 1, 3, 4, 5, 6):
+            arrow(axes, (x, rows[k][0] + reach[k]), (x, rows[k + 1][0] - reach[k + 1]), colour)
+        side = 1 if x > 0 else -1
+        arrow(axes, (x, 2.36), (side * 1.0, 2.8), colour)
+        arrow(axes, (side * 1.0, 3.4), (x, 3.88), colour)
+        outside = side * 5.35
+        axes.plot((outside, outside), (0.75, 7.2), color=colour, linewidth=1.1)
+        axes.text(outside, 0.55, f"t of\n{name}", ha="center", va="top", fontsize=8.5, color=colour)
+        for y in (2.05, 4.1, 5.9, 7.2):  # shift, scale and gate are functions of the modality's own time
+            arrow(axes, (outside, y), (side * 4.72, y), colour)
+        arrow(axes, (side * 0.5, 5.0), (side * 1.28, 5.0))
+    joint = "one self-attention over both\nattend([q_v; q_m], [k_v; k_m], [v_v; v_m])"
+    box(axes, 0, 3.1, joint, SHARED, width=4.4, height=0.6)
+    box(axes, 0, 5.0, "text", SHARED, width=1.0, height=0.44)
+    plots.save_figure(figure, path)
+
+
+def lattice(path: Path) -> None:
+    """Positions of 3 latents of 6x6 tokens and of the first tokens of 9 motion frames."""
+    t, h, w = 3, 6, 6
+    frames = FRAMES_PER_LATENT * (t - 1) + 1
+    figure = plots.blank_figure(8.6, 4.4)
+    for panel, synced in enumerate((True, False), start=1):
+        axes = figure.add_subplot(1, 2, panel, projection="3d")
+        axes.set_box_aspect((1, 1.5, 1), zoom=0.95)
+        video = video_positions(t, h, w).numpy()
+        motion = motion_positions(frames, h, w, synced=synced).numpy()
+        motion = rearrange(motion, "(f i) xyz -> f i xyz", f=frames)[:, :SHOWN]
+        axes.scatter(*video[:, [1, 0, 2]].T, s=10, color=VIDEO, depthshade=False, label="video (t, h, w)")
+        for f, line in enumerate(motion):
+            size, faint = (9, 1.0) if f % FRAMES_PER_LATENT == 0 else (4, 0.5)
+            axes.plot(*line[:, [1, 0, 2]].T, color=MOTION, linewidth=0.8, alpha=faint)
+            axes.scatter(*line[:, [1, 0, 2]].T, s=size, color=MOTION, depthshade=False, alpha=faint)
+        name = "(f/4, H+i, W+i)" if synced else "(f, i, i)"
+        axes.plot([], [], color=MOTION, marker="o", markersize=3, label=f"motion {name}, i < {SHOWN} of 51")
+        title = "MVS-RoPE: one clock, no collisions" if synced else "unsynced: another clock, collisions"
+        axes.set_title(title, fontsize=10, y=0.98)
+        axes.set(
+            xlabel="h", ylabel="t", zlabel="w", yticks=range(0, t if synced else frames, 1 if synced else 2)
+        )
+        axes.tick_params(labelsize=6, pad=-2)
+        axes.view_init(elev=20, azim=-40)
+        axes.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(-0.08, -0.12))
+    plots.save_figure(figure, path)
+
+
+def by_position(frames: int, synced: bool, head_dim: int = 128) -> Tensor:
+    """Mean logit of motion frame f on latent frame t (f t) if every query and key had the same content."""
+    t, h, w = (frames - 1) // FRAMES_PER_LATENT + 1, 8, 8
+    q, k = (
+        apply_rope(torch.ones(1, 1, len(at), head_dim), *rope_table(at, head_dim))[0, 0]
+        for at in (motion_positions(frames, h, w, synced=synced), video_positions(t, h, w))
+    )
+    logits = q @ k.mT / head_dim**0.5
+    return reduce(logits, "(f i) (t hw) -> f t", "mean", i=TOKENS_PER_FRAME, t=t)
+
+
+def alignment(path: Path) -> None:
+    """The two maps side by side; each frame's best latent is marked."""
+    frames = 33
+    figure = plots.blank_figure(8.4, 3.0)
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, synced in zip(panels, (True, False), strict=True):
+        logits = by_position(frames, synced)
+        panel.imshow(logits.mT.numpy(), cmap="magma", origin="lower", aspect="auto")
+        panel.plot([0, frames - 1], [0, (frames - 1) / 4], color="white", linewidth=1, linestyle=(0, (2, 3)))
+        panel.scatter(range(frames), logits.argmax(dim=1), s=9, color="#7fd0ff", label="largest logit")
+        panel.set_title("MVS-RoPE" if synced else "unsynced", fontsize=10)
+        panel.set_xlabel("motion frame f", fontsize=8)
+        panel.tick_params(labelsize=7)
+    panels[0].set_ylabel("latent frame t", fontsize=8)
+    panels[0].legend(fontsize=7, loc="lower right")
+    figure.suptitle("Logits for equal content, by position alone; dotted: t = f/4", fontsize=10)
+    plots.save_figure(figure, path)
+
+
+def ablation(path: Path) -> None:
+    """Learned attention of motion to video, a row with MVS-RoPE and one without, from ABLATION."""
+    found = json.loads(ABLATION.read_text())["variants"]
+    rows = {"MVS-RoPE": "echomotion", "unsynced": "unsynced"}
+    maps = torch.cat([torch.tensor(found[name]["attention"]) for name in rows.values()])
+    names = [f"{row}, layer {i}" for row in rows for i in range(len(maps) // len(rows))]
+    title = f"learned motion → video attention, mean of {len(found['unsynced']['seeds'])} seeds"
+    plots.attention_picture(path, maps, measures.attention_share(maps), title, names)
+
+
+# ---------------------------------------------------------------- sampled
+
+
+def skeleton(motion: Tensor, size: int = TILE) -> Tensor:
+    """Motion (f 235), not normalised -> frames (f size size 3)."""
+    joints = decode_smpl(motion[None])["joints"][0]
+    return pictures.draw_skeleton(joints, puppet.body().parents, puppet.project, size)
+
+
+def picture(world: World, latents: Tensor, size: int = TILE) -> Tensor:
+    """Latents (c t h w) -> frames (f size size 3)."""
+    return pictures.resized(pictures.to_frames(world.codec.decode(latents[None])[0]), size)
+
+
+def sampled(world: World, task: Task, prompt: str, **sampling: float) -> tuple[Tensor, Tensor]:
+    """One sample -> latents (c t h w) and motion (f 235); what conditions it comes from the clip CLIP."""
+    clip = puppet.clips([CLIP])
+    latents = world.codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
+    text = puppet.encode_text([prompt]), puppet.encode_text([""])
+    options = PUPPET_DEFAULTS._asdict() | sampling
+    made = denoise(world.model, task, *text, SEED, latents.shape[2:], latents, puppet_motion(clip), **options)
+    return made[0][0], made[1][0]
+
+
+def titled(frames: Tensor, title: str) -> Tensor:
+    """Frames (f h w 3) with a line of text above them."""
+    strip = Image.new("RGB", (frames.shape[2], 22), pictures.PAPER)
+    face = ImageFont.truetype(pictures.FACE, 12)
+    ImageDraw.Draw(strip).text((4, 4), title, fill=pictures.INK, font=face)
+    above = torch.from_numpy(np.array(strip)).expand(len(frames), -1, -1, -1)
+    return torch.cat((above, frames), dim=1)
+
+
+def tasks(path: Path, world: World) -> None:
+    """A GIF of six columns: what is given and what is made, for each task."""
+    caption = puppet.clips([CLIP]).caption[0]
+    video, motion = sampled(world, Task.JOINT, PROMPT)
+    columns = [titled(picture(world, video), "text → video +"), titled(skeleton(motion), "motion")]
+    video, motion = sampled(world, Task.MOTION_TO_VIDEO, caption)
+    columns += [titled(skeleton(motion), "motion →"), titled(picture(world, video), "video")]
+    video, motion = sampled(world, Task.VIDEO_TO_MOTION, caption)
+    columns += [titled(picture(world, video), "video →"), titled(skeleton(motion), "motion")]
+    gap = torch.tensor(pictures.PAPER, dtype=torch.uint8).expand(*columns[0].shape[:2], 10, 3)
+    parts = [part for k, column in enumerate(columns) for part in ([gap] if k in (2, 4) else []) + [column]]
+    pictures.write_video(path, torch.cat(parts, dim=2), puppet.FPS)
+
+
+def trajectory(path: Path, world: World) -> None:
+    """Middle frames of both states x_t at some times of one joint sample, motion ahead of video."""
+    model, frame = world.model, puppet.FRAMES // 2
+    generator = rng("sample", SEED)
+    video = torch.randn((1, model.config.channels, 5, 8, 8), generator=generator)
+    motion = torch.randn((1, puppet.FRAMES, MOTION_DIM), generator=generator)
+    text = puppet.encode_text([PROMPT]), puppet.encode_text([""])
+    options = PUPPET_DEFAULTS._asdict()
+    states = flow.sample(model, video, motion, *text, Task.JOINT, keep_trajectory=True, **options).trajectory
+    times = flow.clocks(PUPPET_DEFAULTS.steps, PUPPET_DEFAULTS.shift, PUPPET_DEFAULTS.lead)
+    figure = plots.blank_figure(7.2, 2.4)
+    panels = figure.subplots(2, TIMES)
+    for column, step in enumerate(torch.linspace(0, len(times) - 1, TIMES).round().long().tolist()):
+        x_video, x_motion = states[step]
+        shown = (
+            skeleton(x_motion[0] * model.motion_std + model.motion_mean, 2 * TILE)[frame],
+            picture(world, x_video[0])[frame],
+        )
+        for row, (panel, image, t) in enumerate(
+            zip(panels[:, column], shown, times[step][::-1], strict=True)
+        ):
+            panel.imshow(image.numpy())
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_title(f"t = {t:.2f}", fontsize=8, color=(MOTION, VIDEO)[row])
+    for panel, name, colour in zip(panels[:, 0], ("motion", "video"), (MOTION, VIDEO), strict=True):
+        panel.set_ylabel(name, fontsize=9, color=colour)
+    plots.save_figure(figure, path)
+
+
+def guidance(path: Path, world: World) -> None:
+    """The middle frame of the same motion and noise, over ω1 (text) and ω2 (motion)."""
+    clip, frame = puppet.clips([CLIP]), puppet.FRAMES // 2
+    figure = plots.blank_figure(4.6, 4.3)
+    panels = figure.subplots(len(OMEGAS[1]), len(OMEGAS[0]))
+    for row, w2 in enumerate(OMEGAS[1]):
+        for column, w1 in enumerate(OMEGAS[0]):
+            weights_of = {"guidance_text": w1, "guidance_condition": w2}
+            video, _ = sampled(world, Task.MOTION_TO_VIDEO, clip.caption[0], **weights_of)
+            panel = panels[row, column]
+            panel.imshow(picture(world, video)[frame].numpy())
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_title(f"ω1 = {w1:g}" if row == 0 else "", fontsize=9)
+            panel.set_ylabel(f"ω2 = {w2:g}" if column == 0 else "", fontsize=9)
+    figure.suptitle(f"motion → video, “{clip.caption[0]}”", fontsize=10)
+    plots.save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+DRAWN: dict[str, Callable[[Path], None]] = {
+    "blocks": blocks, "lattice": lattice, "alignment": alignment, "ablation": ablation,
+}  # fmt: skip
+SAMPLED: dict[str, Callable[[Path, World], None]] = {
+    "tasks": tasks, "trajectory": trajectory, "guidance": guidance,
+}  # fmt: skip
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__.splitlines()[0])
+    names = (*DRAWN, *SAMPLED, "curves")
+    what = f"{', '.join(names)}; default: all, curves if --run is given"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
+    what = "for what is sampled; default: the shipped puppet"
+    parser.add_argument(
+        "--weights", type=Path, default=ASSETS / "puppet.safetensors", metavar="FILE", help=what
+    )
+    parser.add_argument("--run", type=Path, metavar="RUN", help="whose losses are drawn")
+    parser.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in names:
+            parser.error(f"no figure {name!r}: choose from {', '.join(names)}")
+    args.names = args.names or [*DRAWN, *SAMPLED, *(["curves"] if args.run else [])]
+    return args
+
+
+def main() -> None:
+    args = options()
+    if "curves" in args.names and not args.run:
+        raise ValueError("curves are of a run: add --run RUN, a folder that train.py has written")
+    if not args.out.is_dir():
+        raise FileNotFoundError(f"{args.out}: no such folder; create it first")
+    world = None
+    for name in args.names:
+        path = args.out / f"{name}.{'gif' if name == 'tasks' else 'png'}"
+        if name in DRAWN:
+            DRAWN[name](path)
+        elif name in SAMPLED:
+            if world is None:
+                model, extra = weights.load_weights(args.weights)
+                world = World(model, puppet.Codec.from_state(extra))
+            SAMPLED[name](path, world)
+        else:
+            plots.loss_picture(args.run / "metrics.jsonl", path)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,0 +1,167 @@
+"""bench: how it measures, what it counts, and that a tiny run has all the keys. No speed is asserted."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+import dual_dit
+from bench import __main__ as commands
+from bench import plan, puppet, speed, timing
+from dual_dit import PRESETS
+from kit import flops
+
+TINY = speed.Setting(
+    dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2, width=96, heads=2, ffn=160, text_dim=32),
+    shapes=(speed.Shape(2, 4, 6, 5),),
+    share=0.0,
+    least=1,
+)
+KEYS = {
+    "memory_ratio", "forward_ratio_fp32", "forward_ratio_bf16", "train_ratio_fp32", "train_ratio_bf16",
+    "floor_share", "motion_overhead", "sample_ratio", "iccfg_speedup", "iccfg_default_speedup",
+    "puppet_step_seconds", "puppet_data_ratio", "muon_speedup",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_figure_is_the_median_with_its_extremes():
+    assert timing.figure([3.0, 1.0, 10.0, 2.0]) == (2.5, 1.0, 10.0)
+    # a ratio is of each round: what slows a whole round cancels
+    assert timing.ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == (2.0, 2.0, 2.2)
+    assert timing.ratio([3.0], [1.0], by=1.5).median == 2.0
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (10.0, 5), (6.6, 4)])
+def test_calls_take_turns_within_a_budget(monkeypatch, budget, rounds):
+    clock, order = itertools.count(0.0, 0.25), []
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # a look at it takes a quarter of a second
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = timing.interleaved(calls, budget, least=3, most=5)
+    assert order == ["a", "b"] * (rounds + 1)  # one more warms up
+    assert times == {"a": [0.25] * rounds, "b": [0.25] * rounds}
+
+
+def test_shape_is_the_largest_that_fits_its_time(monkeypatch):
+    large, small = speed.Shape(21, 30, 52), speed.Shape(1, 2, 4, 4)
+    setting = speed.Setting(shapes=(large, small))
+    counted = sum(flops.forward_flops(setting.config, large.tokens()).values())
+    for seconds, expected in ((0.9, large), (1.1, small), (1000.0, small)):
+        monkeypatch.setattr(speed, "matmul_rate", lambda *_, s=seconds, **__: 6 * counted / s)
+        assert setting.fitting(torch.float32, 6, budget=6.0) == expected
+        assert setting.half.fitting(torch.float32, 6, budget=12.0) == expected
+
+
+def test_shapes_keep_the_proportion_of_81_frames_of_480x832():
+    exact = speed.Shape(21, 30, 52)
+    assert exact.tokens(motion=True) == flops.tokens_of(PRESETS["wan2.1-1.3b"], 81, (480, 832), 8)
+    for shape in speed.SHAPES[:6]:
+        (video, motion, _), expected = shape.tokens(motion=True), exact.tokens(motion=True)
+        assert motion / video == pytest.approx(expected.motion / expected.video, rel=0.01)
+
+
+# ---------------------------------------------------------------- the counted floor
+
+
+def test_floor_of_one_block_by_hand():
+    config = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=1)
+    counted = flops.all_products(config, flops.Tokens(video=100, motion=0, text=7))
+    d, rate, attention_rate = 1536.0, 2e9, 5e8
+    block = 6 * 100 * d * d + 2 * 7 * d * d + 2 * 100 * d * 8960  # projections of tokens and text, FFN
+    ends = 2 * 100 * 64 * d + 7 * 4096 * d + 7 * d * d + 256 * d + d * d + 6 * d * d
+    attended = 2 * (100 * 100 + 100 * 7) * d  # queries by keys, and weights by values
+    expected = 2 * (block + ends) / rate + 2 * attended / attention_rate
+    rates = {product: attention_rate if product.heads else rate for product in counted}
+    assert flops.floor_seconds(counted, rates) == pytest.approx(expected, rel=1e-9)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(("gpus", "node", "shards"), ((4, 8, 4), (16, 8, 8), (16, 1, 16)))
+def test_plan_shards_as_training_does(gpus, node, shards, capsys):
+    # kit.distributed shards over the ranks of a node, and over all where nodes have one rank each
+    args = argparse.Namespace(
+        preset="wan2.1-1.3b", gpus=gpus, node=node, batch=2 * gpus, frames=5, size=(64, 64), steps=10,
+        peak_tflops=312.0, mfu=0.4, check=False,
+    )  # fmt: skip
+    found = plan.plan(args)["gib"]
+    for checkpointing in (False, True):
+        counted = flops.training_memory(PRESETS["wan2.1-1.3b"], (2, 8, 8), 2, shards, checkpointing)
+        assert found[str(checkpointing)] == pytest.approx(sum(counted) / 2**30)
+    assert f"sharded over {shards};" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peer_computes_the_same(dtype):
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    with torch.no_grad():
+        ours, theirs = (
+            call().float() for call in speed.Sides(TINY.config, dtype).calls(TINY.shapes[0]).values()
+        )
+    assert (ours - theirs).norm() / theirs.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_keeps_no_more_than_the_peer(dtype, monkeypatch):
+    # catches copies kept for the backward pass: of attention's result in another order, of a branch in fp32
+    monkeypatch.setattr(dual_dit, "CACHE", 0)  # where scores are not kept for speed: all but a CPU's bf16
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    sides, shape = speed.Sides(TINY.config, dtype), speed.Shape(2, 16, 16, 64)
+    sides.training(shape)
+    models = {"ours": sides.ours, "peer": sides.peer}
+    kept = {
+        side: flops.kept_bytes(call, models[side].parameters()) for side, call in sides.calls(shape).items()
+    }
+    assert 0.9 * kept["peer"] < kept["ours"] <= kept["peer"]
+
+
+def test_both_sides_sample_latents_of_one_shape():
+    # that a guided sample is diffusers', number for number, is in test_wan.py, on evenly spaced times
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    shape = TINY.shapes[0]
+    with torch.no_grad():
+        calls = speed.Sides(TINY.config, torch.float32).sampling(shape)
+        ours, theirs = calls["ours"](), calls["peer"]()
+    assert ours.shape == theirs.shape and ours.isfinite().all() and theirs.isfinite().all()
+
+
+def test_a_whole_wan_runs_beside_the_peer(verb, monkeypatch, tmp_path):
+    # catches a time under another's name, and networks that are not given the same
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    monkeypatch.setitem(commands.PRESETS, "wan2.1-1.3b", TINY.config)
+    monkeypatch.setattr(commands, "faster_in_bf16", lambda device: False)
+    results, times = [], iter((8.0, 4.0, 1.0))
+    monkeypatch.setattr(commands, "seconds", lambda call, *_: results.append(call()) or next(times))
+    ended = verb(commands, "wan", "--frames", 5, "--device", "cpu", "--json", tmp_path / "wan.json")
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "wan.json").read_text()) == {
+        "joint_seconds": 8.0, "video_seconds": 4.0, "diffusers_seconds": 1.0, "ratio": 0.25,
+    }  # fmt: skip
+    joint, plain, theirs = results
+    assert joint[1].shape == (1, 5, 235) and plain[1] is None
+    assert (plain[0] - theirs.sample).norm() / theirs.sample.norm() < 1e-5
+
+
+def test_default_run_has_every_key(capsys, monkeypatch):
+    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
+    for name in ("BATCH", "STEPS"):
+        monkeypatch.setattr(puppet, name, 1)
+    muon = puppet.muon  # torch's own takes long on a CPU without bf16 units
+    monkeypatch.setattr(puppet, "muon", lambda setting, matrices: muon(setting, matrices[:1]))
+    result = commands.bench_all(argparse.Namespace(), TINY)
+    assert result.keys() == KEYS | {"spread", "device"} and result["spread"].keys() == KEYS
+    for key in KEYS:
+        low, high = result["spread"][key]
+        assert 0 < low <= result[key] <= high < float("inf"), key
+    assert set(capsys.readouterr().out.split()) >= KEYS
+    json.dumps(result)

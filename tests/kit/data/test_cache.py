@@ -1,0 +1,316 @@
+"""kit/data/cache.py: what is stored is what the networks make, made once, whoever makes which part when."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import ROOT, contents
+from safetensors.torch import load_file
+
+from kit import puppet
+from kit.data import __main__ as commands
+from kit.data import batch as batches
+from kit.data import cache
+from kit.data.clips import Sample
+from kit.data.datasets import DataSet, open_dataset
+from kit.data.sources import open_sources
+from kit.geometry import Geometry, geometry
+from kit.pictures import from_frames
+
+FAKE = Geometry(16, 9, 64, 64, 8)
+COUNT = 40  # items: two whole shards and a half
+CPU = torch.device("cpu")
+
+
+class Fake:
+    """Encoders that are quick, and count; `fail_at` is the call that dies."""
+
+    def __init__(self, fail_at: int = -1):
+        self.calls, self.fail_at = [], fail_at
+
+    def note(self, what: object) -> None:
+        self.calls.append(what)
+        if len(self.calls) - 1 == self.fail_at:
+            raise KeyboardInterrupt
+
+    def video(self, video: torch.Tensor) -> torch.Tensor:
+        self.note("video")
+        return video[:, :1, ::4, ::8, ::8].repeat(1, 2, 1, 1, 1)
+
+    def text(self, prompts: list[str]) -> torch.Tensor:
+        self.note(prompts[0])
+        features = torch.zeros(len(prompts), 12, 3)
+        for row, prompt in zip(features, prompts, strict=True):
+            row[: 1 + len(prompt.split())] = 1 + len(prompt)
+        return features
+
+    def both(self) -> cache.Encoders:
+        return cache.Encoders(self.video, self.text)
+
+
+def made_up(count: int = COUNT, paired: bool = True, bad: tuple[int, ...] = ()) -> DataSet:
+    """Items of one or two samples each, cheap; those in `bad` fail after their first sample."""
+
+    def read(item: int):
+        for part in range(1 + item % 2):
+            motion = torch.full((9, 235), 10.0 * item + part)
+            video = torch.full((9, 64, 64, 3), item, dtype=torch.uint8) if paired else None
+            yield Sample(f"clip {item}", (f"words of {item}",) if item % 3 else (), motion, video, None)
+            if item in bad:
+                raise ValueError(f"clip {item} is bad")
+
+    return DataSet([f"clip {item}" for item in range(count)], read, paired, ["line 7: empty"])
+
+
+def settings(data_set: DataSet, **other: object) -> dict:
+    names = dict.fromkeys(("data", "items", "vae", "text_encoder", "body"), "x")
+    made = {"version": cache.VERSION, "paired": data_set.paired, "dtype": "fp32", **FAKE._asdict()}
+    return made | names | other
+
+
+def write(folder: Path, data_set: DataSet, fake: Fake | None = None, rank: int = 0, ranks: int = 1) -> bool:
+    cache.prepare(folder, settings(data_set))
+    return cache.write(data_set, folder, (fake or Fake()).both(), torch.float32, rank, ranks)
+
+
+# ---------------------------------------------------------------- with networks of the real format
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    wan_folder = pytest.importorskip("wan_folder", reason="pip install -r requirements-wan.txt")
+    return wan_folder.write(tmp_path_factory.mktemp("wan") / "2.1", "2.1")
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    options = ("--frames", "5", "--size", "64x64", "--device", "cpu")
+    return ["-m", "kit.data", "cache", f"puppet:{COUNT}", "--wan", str(folder), "--out", str(out), *options]
+
+
+def begun(*arguments: str) -> subprocess.Popen:
+    """Python with these arguments, on one thread: another number of them may round differently."""
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=env, **pipe)
+
+
+class Killed(NamedTuple):
+    """A cache whose first run was killed at its second shard, and whose second run finished it."""
+
+    out: Path
+    left: set[str]  # files that the first run left
+    written: tuple[int, int]  # when the first shard was, as each run left it
+
+
+@pytest.fixture(scope="module")
+def killed(folder, tmp_path_factory) -> Killed:
+    out = tmp_path_factory.mktemp("caches") / "killed"
+    first, threads = out / "shard-00000.safetensors", torch.get_num_threads()
+    with begun(*command(folder, out)) as process:
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    left, written = {file.name for file in out.iterdir()}, first.stat().st_mtime_ns
+    (out / ".shard-00001.123.safetensors").write_bytes(b"half a shard")  # as if it had been killed writing
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr(sys, "argv", command(folder, out)[1:])
+        commands.main()
+    torch.set_num_threads(threads)
+    return Killed(out, left, (written, first.stat().st_mtime_ns))
+
+
+def test_a_killed_run_goes_on_where_it_was(killed):
+    assert "index.json" not in killed.left and "shard-00002.safetensors" not in killed.left
+    assert killed.written[0] == killed.written[1]  # what was finished is not made again
+    expected = {"index.json", "settings.json", *(f"shard-0000{k}.safetensors" for k in range(3))}
+    assert contents(killed.out).keys() == expected  # and nothing half-written remains
+
+
+def test_two_ranks_make_the_cache_of_one(folder, killed, tmp_path):
+    # catches shards divided by rank, an index of one rank's shards, and ranks that wait for each other
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    with begun(*torchrun, *command(folder, tmp_path / "a")) as process:
+        output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    assert f"{COUNT} samples, 0 rejected" in output
+    assert contents(tmp_path / "a") == contents(killed.out)
+
+
+def test_a_cache_holds_what_the_networks_make(folder, killed):
+    from kit import wan
+
+    shape = geometry(folder, 5, (64, 64))
+    tensors = load_file(killed.out / "shard-00001.safetensors")
+    sample = next(open_dataset(f"puppet:{COUNT}", shape, puppet.body()).read(16))
+    latents = wan.VideoVAE(folder).encode(from_frames(sample.video)[None])[0]
+    torch.testing.assert_close(tensors["0.latents"], latents.bfloat16(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(tensors["0.motion"], sample.motion, atol=1e-6, rtol=0)
+    text = wan.TextEncoder(folder, torch.bfloat16)
+    features = text([sample.captions[0], ""])
+    for stored, full in zip((tensors["0.text.0"], _null_text(killed.out)), features, strict=True):
+        assert stored.dtype == torch.bfloat16 and stored.any(dim=1).all()
+        torch.testing.assert_close(stored, full[: len(stored)], atol=0.02, rtol=0.02)
+        assert not full[len(stored) :].any()
+
+
+def _null_text(out: Path) -> torch.Tensor:
+    return load_file(out / "shard-00000.safetensors")["null_text"]
+
+
+def test_training_from_a_cache_loads_no_encoder(folder, killed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing them is an error now
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    shape = geometry(folder, 5, (64, 64))
+    sources = open_sources([f"cache:{killed.out}"], shape, puppet.body(), wan=True)
+    mean, std = batches.statistics(sources, 0)
+    where = {"seed": 0, "stage": 2, "frames": 5, "batch": COUNT, "samples": range(COUNT), "device": CPU}
+    part = batches.batch(sources, mean, std, step=0, **where)
+    assert part.video.shape == (COUNT, 16, 2, 8, 8) and part.text.shape == (COUNT, 512, 32)
+    assert {part.video.dtype, part.motion.dtype, part.text.dtype} == {torch.float32}
+    torch.testing.assert_close(sources[0].null_text[:1], _null_text(killed.out), atol=0, rtol=0)
+    assert not sources[0].null_text[1:].any()
+    # an epoch: each clip once, with its own text or none
+    motion, texts = part.motion * std + mean, set()
+    for item in range(COUNT):
+        file, k = killed.out / f"shard-{item // 16:05d}.safetensors", item % 16
+        stored = load_file(file)
+        row = (motion - stored[f"{k}.motion"]).abs().amax(dim=(1, 2)).argmin()
+        torch.testing.assert_close(part.video[row], stored[f"{k}.latents"].float(), atol=0, rtol=0)
+        length = len(stored[f"{k}.text.0"])
+        own = (
+            part.text[row][:length].equal(stored[f"{k}.text.0"].float()) and not part.text[row][length:].any()
+        )
+        assert own or part.text[row].equal(sources[0].null_text.float())
+        texts.add(own)
+    assert True in texts
+
+
+def test_other_settings_are_refused_and_leave_the_cache_alone(folder, killed, verb):
+    before = contents(killed.out)
+    ended = verb(commands, *command(folder, killed.out)[2:], "--dtype", "fp32", "--size", "64x128")
+    assert ended.code == 2
+    ended = verb(commands, *command(folder, killed.out)[2:], "--dtype", "fp32")
+    assert ended.code == 2 and "(dtype was bf16, now fp32): use the same, or another --out" in ended.err
+    assert contents(killed.out) == before
+
+
+# ---------------------------------------------------------------- with encoders that count
+
+
+def test_it_may_die_at_any_call_and_makes_nothing_twice(tmp_path):
+    # catches shards that are there before they are whole, and a restart that begins anew
+    whole = Fake()
+    assert write(tmp_path / "whole", made_up(), whole)
+    for dies_at in range(0, len(whole.calls), 7):
+        out, first, second = tmp_path / str(dies_at), Fake(dies_at), Fake()
+        with pytest.raises(KeyboardInterrupt):
+            write(out, made_up(), first)
+        assert not (out / "index.json").exists()
+        finished = len(list(out.glob("shard-*")))
+        assert write(out, made_up(), second)
+        assert contents(out) == contents(tmp_path / "whole")
+        again = len(first.calls) - 1 + len(second.calls) - len(whole.calls)
+        assert 0 <= again <= len(whole.calls) // 2 and (finished == 0 or len(second.calls) < len(whole.calls))
+
+
+@pytest.mark.parametrize("ranks", (2, 3, 5))
+def test_ranks_in_any_order_share_the_work_and_make_the_same_cache(tmp_path, ranks):
+    whole, shared = Fake(), Fake()
+    write(tmp_path / "one", made_up(), whole)
+    for rank in reversed(range(ranks)):
+        before = len(shared.calls)
+        finished = write(tmp_path / "many", made_up(), shared, rank, ranks)
+        assert finished == (rank == 0) == (tmp_path / "many" / "index.json").exists()
+        assert len(shared.calls) - before <= len(whole.calls) * 2 / 3
+    assert sorted(shared.calls) == sorted(whole.calls)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
+    def killed_while_writing(tensors: dict, path: Path, record: dict) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "save_file", killed_while_writing)
+        write(tmp_path / "a", made_up())
+    assert contents(tmp_path / "a").keys() == {"settings.json"}
+    assert write(tmp_path / "a", made_up())
+
+
+def test_a_bad_item_leaves_no_sample_and_its_reason(tmp_path):
+    write(tmp_path / "a", made_up(bad=(3, 16)))
+    made = cache.open_cache(tmp_path / "a")
+    assert made.rejected == ["line 7: empty", "clip 3 is bad", "clip 16 is bad"]
+    names = [name for _, _, name, _ in made.samples]
+    assert len(names) == COUNT * 3 // 2 - 3 and not {"clip 3", "clip 16"} & set(names)
+    for number, (_, _, name, captions) in enumerate(made.samples):
+        sample = cache.read_sample(made, number, video=True)
+        item = int(name.split()[1])
+        assert sample.motion[0, 0] // 10 == item
+        torch.testing.assert_close(sample.latents, torch.full((2, 3, 8, 8), item / 127.5 - 1))
+        assert len(sample.texts) == captions == min(item % 3, 1)
+        for text in sample.texts:  # four tokens of "words of N" and their end
+            assert text.shape == (4, 3) and text.all()
+
+
+def test_motion_alone_is_cached_without_latents(tmp_path):
+    write(tmp_path / "a", made_up(paired=False))
+    source = open_sources([f"cache:{tmp_path / 'a'}"], FAKE, puppet.body(), wan=True)[0]
+    assert (source.paired, source.count) == (False, 60)
+    assert not any("latents" in name for name in load_file(tmp_path / "a" / "shard-00000.safetensors"))
+    read = source.read([3, 4], 9, False, None, CPU)
+    assert read.latents is None and [len(texts) for texts in read.texts] == [1, 0]
+
+
+def test_memory_does_not_grow_with_the_number_of_clips(tmp_path):
+    alive, peaks = weakref.WeakSet(), []
+    plain = made_up()
+
+    def read(item: int):
+        for sample in plain.read(item):
+            alive.add(sample.video)
+            peaks.append(len(alive))
+            yield sample
+
+    write(tmp_path / "a", plain._replace(read=read))
+    assert len(peaks) == 60 and max(peaks) <= 3
+
+
+def test_shorter_clips_are_the_beginning_of_longer_ones(tmp_path):
+    # catches latents cut at the motion's frame numbers: latent 0 holds one frame, the others four
+    write(tmp_path / "a", made_up())
+    shape, spec = FAKE._replace(frames=5), f"cache:{tmp_path / 'a'}"
+    source = open_sources([spec], shape, puppet.body(), wan=True)[0]
+    short, whole = (source.read([7], frames, True, None, CPU) for frames in (5, 9))
+    assert short.motion.shape == (1, 5, 235) and short.latents.shape == (1, 2, 2, 8, 8)
+    torch.testing.assert_close(short.latents, whole.latents[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    (FAKE._replace(frames=13), FAKE._replace(fps=24), FAKE._replace(width=128), FAKE._replace(stride=16)),
+)
+def test_a_cache_of_another_shape_is_refused(tmp_path, asked):
+    write(tmp_path / "a", made_up(count=2))
+    with pytest.raises(ValueError, match="has 9 frames of 64x64 at 16 fps, stride 8; asked for are"):
+        open_sources([f"cache:{tmp_path / 'a'}"], asked, puppet.body(), wan=True)
+
+
+def test_caches_of_different_bodies_are_not_mixed(tmp_path):
+    for name in ("a", "b"):
+        cache.prepare(tmp_path / name, settings(made_up(), body=name))
+        write_with = made_up(count=2)
+        cache.write(write_with, tmp_path / name, Fake().both(), torch.float32, 0, 1)
+    specs = [f"cache:{tmp_path / name}" for name in ("a", "b")]
+    with pytest.raises(ValueError, match="cached with different bodies"):
+        open_sources(specs, FAKE, puppet.body(), wan=True)

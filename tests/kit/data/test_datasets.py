@@ -1,0 +1,280 @@
+"""kit/data/datasets.py and kit/data/sources.py: data sets by name, and what training makes of them."""
+
+import clip_folder
+import numpy as np
+import pytest
+import torch
+
+from kit import puppet
+from kit.data import __main__ as commands
+from kit.data import batch as batches
+from kit.data.datasets import DataSet, open_dataset, parse, puppet_motion
+from kit.data.motion_files import Motion, load_amass, save_amass
+from kit.data.sources import open_sources
+from kit.geometry import PUPPET, Geometry, geometry
+from motion_tokens import decode_smpl, sixd_to_matrix
+
+CPU = torch.device("cpu")
+
+
+def samples(data: DataSet) -> list:
+    return [sample for item in range(len(data.names)) for sample in data.read(item)]
+
+
+def save_walk(path, seed: int, frames: int = 40, fps: float = 20.0) -> Motion:
+    """A puppet's motion somewhere in the room, as an AMASS file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clip = puppet.clips([seed], frames=frames + 1)
+    fields = (clip.global_orient[0, :frames], clip.body_pose[0, :frames], clip.betas[0])
+    motion = Motion(*fields, clip.transl[0, :frames] + torch.tensor((3.0, 0.1, -7.0)), fps, "neutral")
+    save_amass(path, motion, puppet.body())
+    return motion
+
+
+@pytest.fixture(scope="module")
+def amass(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("amass")
+    save_walk(folder / "CMU" / "01" / "walk_poses.npz", 1, frames=44)
+    save_walk(folder / "BMLrub" / "turn_poses.npz", 2, frames=80)
+    np.savez(folder / "CMU" / "01" / "shape.npz", betas=np.zeros(16))
+    np.savez(folder / "BMLrub" / "neutral_stagei.npz", betas=np.zeros(16))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def humanml3d(amass):
+    folder = amass / "humanml3d"
+    (folder / "texts").mkdir(parents=True)
+    (folder / "index.csv").write_text(
+        "source_path,start_frame,end_frame,new_name\n./pose_data/CMU/01/walk_poses.npy,0,40,000001.npy\n"
+    )
+    text = "{}#a/DET#0.0#0.0\n{}#a/DET#0.0#0.0\n{}#a/DET#0.0#1.0\n"
+    (folder / "texts/000001.txt").write_text(text.format("a man walks", "someone, walking left", "he starts"))
+    (folder / "texts/M000001.txt").write_text(text.format("a man walks", "walking right", "he starts"))
+    (folder / "train.txt").write_text("000001\nM000001\n")
+    return folder
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        ("puppet", ("puppet", "", None)),
+        ("puppet:12", ("puppet", "12", None)),
+        ("puppet@2", ("puppet", "", 2.0)),
+        ("clips:a/b c@d", ("clips", "a/b c@d", None)),
+        ("amass:/x:y@0.25", ("amass", "/x:y", 0.25)),
+    ],
+)
+def test_a_name_and_its_weight(spec, expected):
+    assert parse(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "spec, reason",
+    [
+        ("", "expected KIND:WHERE"),
+        (":x", "expected KIND:WHERE"),
+        ("clips:x@0", "weight must be above 0"),
+        ("movies:x", "expected one of puppet:..., amass:..., humanml3d:..., clips:..."),
+        ("puppet:many", "expected a number of clips"),
+        ("puppet:0", "expected a number of clips"),
+        ("clips:", "expected KIND:WHERE"),
+        ("amass:nowhere", "no folder nowhere"),
+        ("humanml3d:nowhere", "no folder nowhere"),
+    ],
+)
+def test_names_that_mean_nothing(spec, reason):
+    with pytest.raises((ValueError, FileNotFoundError), match=reason.replace(".", r"\.")):
+        open_dataset(spec, PUPPET, puppet.body())
+
+
+def test_a_puppet_has_its_own_rate_and_size():
+    with pytest.raises(ValueError, match="16 frames a second of 64x64: add --fps 16 --size 64x64"):
+        open_dataset("puppet:3", Geometry(24, 17, 64, 64, 8), puppet.body())
+
+
+# ---------------------------------------------------------------- motion alone
+
+
+def test_amass_is_cut_into_canonical_windows(amass):
+    found = open_dataset(f"amass:{amass}", Geometry(10, 17, 64, 64, 8), puppet.body())
+    assert found.names == ["BMLrub/turn_poses.npz", "CMU/01/walk_poses.npz"]  # not the shapes beside them
+    cut = samples(found)
+    assert [sample.name for sample in cut] == [found.names[0]] * 2 + [found.names[1]]
+    for sample in cut:
+        assert (sample.video, sample.captions, tuple(sample.motion.shape)) == (None, (), (17, 235))
+        left, right = sample.motion[0, 6:9], sample.motion[0, 9:12]
+        x, _, z = left - right
+        np.testing.assert_allclose(sample.motion[0, [3, 5]], 0, atol=1e-5)  # the pelvis
+        assert x > 0.1 and abs(z) < 1e-5
+    # the second window goes on where the first ended: the same poses as frames 34 to 66 of the file
+    motion = load_amass(amass / "BMLrub/turn_poses.npz", puppet.body())
+    pose = decode_smpl(cut[1].motion[None])["body_pose"][0]
+    torch.testing.assert_close(pose, motion.body_pose[34:68:2], atol=1e-3, rtol=0)
+
+
+def test_humanml3d_has_a_sample_for_each_part_with_its_captions(humanml3d, amass):
+    found = open_dataset(f"humanml3d:{humanml3d}+{amass}", Geometry(16, 13, 64, 64, 8), puppet.body())
+    cut = samples(found)
+    both = ("a man walks", "someone, walking left")
+    assert [sample.captions for sample in cut] == [
+        both, both, ("he starts",), ("a man walks", "walking right"), ("a man walks", "walking right"),
+        ("he starts",),
+    ]  # fmt: skip
+    assert {sample.name for sample in cut} == {"000001", "M000001"}
+    # what is mirrored turns the other way about the vertical
+    turns = [sixd_to_matrix(cut[k].motion[6, 219:225]) for k in (0, 3)]
+    torch.testing.assert_close(turns[0][0, 2], -turns[1][0, 2], atol=1e-4, rtol=0)
+
+
+def test_what_is_too_short_is_rejected_by_name(amass, capsys):
+    assert commands.check(f"amass:{amass}", Geometry(20, 49, 64, 64, 8), puppet.body()) == 1
+    text = capsys.readouterr().out
+    assert "CMU/01/walk_poses.npz has 44 frames at 20 fps, fewer than 49" in text
+    assert text.endswith("1 samples accepted, 1 rejected\n")
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(amass, tmp_path, capsys):
+    folder = tmp_path / "amass"
+    save_walk(folder / "a.npz", 1)
+    (folder / "b.npz").symlink_to(amass / "BMLrub" / "turn_poses.npz")
+    assert commands.check(f"amass:{folder}", PUPPET, puppet.body()) == 1
+    assert f"b.npz leads out of {folder}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the verbs
+
+
+def test_check_ends_with_1_where_nothing_is_usable(verb, amass):
+    assert verb(commands, "check", f"amass:{amass}").code == 0
+    assert verb(commands, "check", f"amass:{amass}", "--frames", 401).code == 1
+    ended = verb(commands, "check", f"amass:{amass}", "--frames", 16)
+    assert (ended.code, "16 frames are not 4n+1; the nearest is 17" in ended.err) == (2, True)
+
+
+def test_preview_writes_its_picture_or_none(verb, amass, tmp_path):
+    assert verb(commands, "preview", f"amass:{amass}", "--out", tmp_path / "a.png").code == 0
+    assert verb(commands, "preview", f"amass:{amass}", "--frames", 401, "--out", tmp_path / "b.png").code == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_cache_needs_a_wan(verb, tmp_path):
+    ended = verb(commands, "cache", "puppet:3", "--out", tmp_path / "a")
+    assert ended.code == 2 and "cache needs --wan FOLDER" in ended.err
+    assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------- for training
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return puppet.Codec.fit(range(8))
+
+
+def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, codec, monkeypatch):
+    monkeypatch.setattr(batches, "STATISTICS_CLIPS", 16)
+    clip_folder.write(tmp_path / "clips", range(3))
+    kinds = ["puppet@1", "puppet:5@1", f"amass:{amass}@1", f"humanml3d:{humanml3d}+{amass}@1"]
+    sources = open_sources([*kinds, f"clips:{tmp_path / 'clips'}@1"], PUPPET, puppet.body())
+    assert [source.count for source in sources] == [None, 5, 5, 2, 3]
+    mean, std = batches.statistics([sources[1]], 0)
+    where = {"seed": 0, "step": 0, "frames": 9, "batch": 24, "samples": range(24), "device": CPU}
+    first = batches.batch(sources, mean, std, stage=1, **where)
+    assert first.video is None and first.motion.shape == (24, 9, 235) and first.text.shape == (24, 16, 64)
+    second = batches.batch(sources, mean, std, stage=2, codec=codec, **where)
+    assert second.video.shape == (24, 48, 3, 8, 8) and second.motion.isfinite().all()
+
+
+def test_a_clip_is_read_as_it_was_written(tmp_path, codec):
+    # catches another camera frame, and pixels in another range or order
+    clip_folder.write(tmp_path / "clips", [7])
+    source = open_sources([f"clips:{tmp_path / 'clips'}"], PUPPET, puppet.body())[0]
+    read = source.read([0], 17, True, codec, CPU)
+    clip = puppet.clips([7], clip_folder.FRAMES)
+    moved = clip._replace(transl=clip.transl - clip_folder.PLACE)
+    expected = puppet_motion(moved)[:, :17]
+    torch.testing.assert_close(read.motion[..., :75], expected[..., :75], atol=1e-4, rtol=0)
+    video = puppet.render(clip.joints, clip.betas, clip.shirt)[0][:, :, :17]
+    error = (codec.decode(read.latents) - codec.decode(codec.encode(video))).abs().mean()
+    assert error < 0.01
+    torch.testing.assert_close(read.texts[0][0], puppet.encode_text(clip.caption)[0], atol=0, rtol=0)
+
+
+def test_captions_may_be_longer_than_the_puppet_reads(humanml3d, amass, monkeypatch):
+    for module in ("kit.puppet", "kit.puppet.text"):
+        monkeypatch.setattr(f"{module}.TEXT_LEN", 2)
+    source = open_sources([f"humanml3d:{humanml3d}+{amass}"], PUPPET, puppet.body())[0]
+    texts = source.read([0], 17, False, None, CPU).texts[0]
+    torch.testing.assert_close(texts[1], puppet.encode_text(["someone walking"])[0], atol=0, rtol=0)
+
+
+def test_bad_files_are_told_of_before_training(tmp_path, capsys):
+    folder = clip_folder.write(tmp_path / "clips", range(2))
+    (folder / "1.mp4").write_bytes(b"")
+    open_sources([f"clips:{folder}"], PUPPET, puppet.body())
+    assert f"clips:{folder}: 1 samples, 1 rejected\n{folder / '1.mp4'} is damaged" in capsys.readouterr().out
+    open_sources([f"clips:{folder}"], PUPPET, puppet.body(), rank=1)
+    assert capsys.readouterr().out == ""
+    (folder / "0.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"nothing usable, 2 rejected: .*0\.mp4 is damaged"):
+        open_sources([f"clips:{folder}"], PUPPET, puppet.body())
+
+
+@pytest.mark.parametrize(
+    "specs, wan, reason",
+    [
+        (["amass:x"], True, "python -m kit.data cache amass:x --wan FOLDER --out DIR"),
+        (["cache:x"], False, "holds Wan's latents"),
+        (["cache:x"], True, "expected what `python -m kit.data cache` wrote"),
+        (["puppet", "puppet:3"], False, "state the weight of every data set, such as puppet@1"),
+        (["puppet:9", "puppet:3@2"], False, "state the weight of every data set, such as puppet:9@1"),
+        (["puppet:-3"], False, "expected a number of clips"),
+    ],
+)
+def test_what_cannot_be_trained_on(specs, wan, reason):
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        open_sources(specs, PUPPET, puppet.body(), wan=wan)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_geometry_of_the_published_wans(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text('{"z_dim": 16}')
+    assert geometry(tmp_path) == (16, 81, 480, 832, 8)
+    (tmp_path / "vae/config.json").write_text('{"scale_factor_spatial": 16}')
+    assert geometry(tmp_path) == (24, 121, 704, 1280, 16)
+    assert geometry(tmp_path, 5, (32, 64), 12.5) == (12.5, 5, 32, 64, 16)
+    assert geometry(None) == PUPPET
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        ({"frames": 0}, "not 4n"),
+        ({"frames": -3}, "not 4n"),
+        ({"size": (48, 70)}, "nearest is 64x64"),
+        ({"size": (0, 64)}, "nearest is 32x64"),
+        ({"fps": 0.5}, "expected 1 to 240"),
+    ],
+    ids=str,
+)
+def test_sizes_that_a_wan_cannot_make(tmp_path, asked, reason):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/config.json").write_text('{"scale_factor_spatial": 16}')
+    with pytest.raises(ValueError, match=reason):
+        geometry(tmp_path, **asked)
+
+
+def test_data_sets_without_anything_say_why(tmp_path):
+    body = puppet.body()
+    assert "unpack AMASS there" in open_dataset(f"amass:{tmp_path}", PUPPET, body).problems[0]
+    (tmp_path / "metadata.csv").write_text("video,prompt,motion\n")
+    assert open_dataset(f"clips:{tmp_path}", PUPPET, body).problems == ["metadata.csv has no rows"]
+    with pytest.raises(FileNotFoundError, match=r"amass: expected AMASS there, or where humanml3d:.*\+AMASS"):
+        open_dataset(f"humanml3d:{tmp_path}", PUPPET, body)

@@ -1,0 +1,231 @@
+"""kit/data/humanml3d.py against HumanML3D's own slicing of frame lists, done here by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from kit import puppet
+from kit.data.humanml3d import entries, read_captions, read_entry
+from kit.data.motion_files import load_amass, mirror
+from motion_tokens import axis_angle_to_matrix
+
+HEADER = "source_path,start_frame,end_frame,new_name\n"
+CAPTION = "a person waves the left hand.#a/DET person/NOUN wave/VERB#0.0#0.0\n"
+KICK = "./pose_data/KIT/3/kick high_left02_poses.npy"
+
+
+@pytest.fixture(scope="module")
+def body():
+    return puppet.body()
+
+
+def write_amass(path, frames, fps):
+    """A motion that is different in every frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    poses = np.cumsum(generator.normal(0, 0.03, (frames, 156)), axis=0)
+    trans = np.cumsum(generator.normal(0, 0.01, (frames, 3)), axis=0)
+    np.savez(path, poses=poses, trans=trans, betas=np.zeros(16), gender="male", mocap_framerate=fps)
+
+
+def write_index(folder, rows, texts, split):
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    (folder / "index.csv").write_text(HEADER + "".join(f"{row}\n" for row in rows))
+    for name, text in texts.items():
+        (folder / "texts" / f"{name}.txt").write_text(text)
+    (folder / "train.txt").write_text("\n".join(split))
+    (folder / "amass").mkdir(exist_ok=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A clip of 83 frames, its mirrored twin, one with captions of parts, and one of HumanAct12."""
+    rows = [
+        f"{KICK},2,85,000000.npy",
+        "./pose_data/humanact12/humanact12/P11G01R02F1812T1847A0402.npy,0,-1,000001.npy",
+        "./pose_data/CMU/80/80_63_poses.npy,116,216,000004.npy",
+    ]
+    other = "someone kicks # high, twice#kick/VERB#nan#nan\n"
+    parts = "first#x/NOUN#0.0#2.3\nlast#x/NOUN#2.0#5.4\n\n also first #x/NOUN#0.0#2.3\r\nall#x/NOUN#0#0"
+    mirrored = CAPTION.replace("left", "right")
+    texts = {"000000": CAPTION + other, "M000000": mirrored, "000004": parts, "000001": CAPTION}
+    write_index(tmp_path, rows, texts, ["000000", "M000000", "000001", "000004"])
+    return tmp_path
+
+
+def test_entries_without_any_motion(folder):
+    found, problems = entries(folder, folder / "amass", "train")
+    kick, mirrored, first, last, whole = found
+    assert kick.captions == ("a person waves the left hand.", "someone kicks # high, twice")
+    assert kick.source == folder / "amass/KIT/3/kick high_left02_poses.npz"
+    assert (kick.name, kick.start, kick.end, kick.mirrored) == ("000000", 0.1, 4.25, False)
+    assert mirrored == kick._replace(
+        name="M000000", mirrored=True, captions=("a person waves the right hand.",)
+    )
+    assert [entry.name for entry in (first, last, whole)] == ["000004"] * 3
+    assert (first.start, first.end, first.captions) == (5.8, 8.1, ("first", "also first"))
+    # a caption may reach a little beyond its clip, which ends at 10.8 s
+    assert (last.start, last.end, last.captions) == (7.8, 10.8, ("last",))
+    assert (whole.start, whole.end, whole.captions) == (5.8, 10.8, ("all",))
+    assert problems == ["1 clips of HumanAct12 left out: no AMASS source"]
+
+
+TRIMMED = {
+    "Eyes_Japan_Dataset": 3.0,
+    "MPI_HDM05": 3.0,
+    "TotalCapture": 1.0,
+    "MPI_Limits": 1.0,
+    "Transitions_mocap": 0.5,
+    "SSM_synced": 0,
+}
+
+
+@pytest.mark.parametrize("fps", [60.0, 100.0, 120.0, 59.9999885559082, 150.0, 250.0])
+@pytest.mark.parametrize("dataset", TRIMMED)
+def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
+    """Its notebook: every int(fps / 20)-th frame, then the trim, then [start:end]."""
+    file = tmp_path / "amass" / dataset / "s1/run_poses.npz"
+    write_amass(file, frames=1500, fps=fps)
+    rows = [f"./pose_data/{dataset}/s1/run_poses.npy,7,50,000009.npy"]
+    write_index(tmp_path, rows, {"000009": "all#x#0#0\npart#x#0.5#1.3\n"}, ["000009"])
+    step = int(fps / 20)
+    kept = np.arange(1500)[::step][int(TRIMMED[dataset] * 20) :][7:50]
+    original = load_amass(file, body)
+    (whole, part), _ = entries(tmp_path, tmp_path / "amass", "train")
+    for entry, frames in ((whole, kept), (part, kept[10:26])):
+        # at the rate that HumanML3D's 20 frames a second really are, its frames come out untouched
+        motion = read_entry(entry, body, fps / step)
+        assert torch.equal(motion.transl, original.transl[frames])
+        assert torch.equal(motion.body_pose, original.body_pose[frames])
+        assert torch.equal(motion.global_orient, original.global_orient[frames])
+        assert motion.fps == fps / step and motion.gender == "male"
+
+
+def test_other_rates_and_the_mirror(folder, body):
+    write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
+    (kick, mirrored, *_), _ = entries(folder, folder / "amass", "train")
+    original, motion = load_amass(kick.source, body), read_entry(kick, body, fps=16.0)
+    times = 0.1 + np.arange(66) / 16  # to the 83rd frame, at 0.1 + 82/20 s
+    assert len(motion.transl) == 66 and len(read_entry(kick, body).transl) == 83
+    for axis in range(3):
+        expected = np.interp(times, np.arange(600) / 100, original.transl[:, axis])
+        np.testing.assert_allclose(motion.transl[:, axis], expected, atol=1e-6)
+    reflected, expected = read_entry(mirrored, body, fps=16.0), mirror(motion, body)
+    matrices = (axis_angle_to_matrix(x.body_pose) for x in (reflected, expected))
+    torch.testing.assert_close(*matrices, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reflected.transl, expected.transl, atol=1e-6, rtol=0)
+
+
+def test_a_motion_that_does_not_fit_its_entry(folder, body):
+    file = folder / "amass/KIT/3/kick high_left02_poses.npz"
+    kick = entries(folder, folder / "amass", "train")[0][0]
+    with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
+        read_entry(kick, body)
+    write_amass(
+        file, frames=5 * 84, fps=100.0
+    )  # the 85th of HumanML3D's frames is missing, by one of AMASS's
+    with pytest.raises(ValueError, match=r"000000 ends at 4\.20 s of .*which lasts 4\.19 s"):
+        read_entry(kick, body)
+    write_amass(file, frames=5 * 84 + 1, fps=100.0)
+    assert len(read_entry(kick, body).transl) == 83
+    with pytest.raises(ValueError, match="000000 resampled"):
+        read_entry(kick, body, fps=0.0)
+    write_amass(file, frames=100, fps=15.0)
+    with pytest.raises(ValueError, match="at least 20"):
+        read_entry(kick, body)
+
+
+def index(*rows):
+    return (HEADER + "".join(f"{row}\n" for row in rows)).encode()
+
+
+GOOD = f"{KICK},2,85,000000.npy"
+BAD_INDEX = [
+    ({"index.csv": None}, "no such file"),
+    ({"index.csv": b""}, "lacks source_path, start_frame"),
+    ({"index.csv": HEADER.encode()}, "no lines"),
+    ({"index.csv": b"source_path,start_frame,new_name\n"}, "lacks end_frame"),
+    ({"index.csv": index(f"{KICK},2,85")}, "line 2: new_name is ''"),
+    ({"index.csv": index(GOOD, f"{KICK},2.5,85,000001.npy")}, "line 3: frames '2.5'"),
+    ({"index.csv": index(f"{KICK},2,,000000.npy")}, "whole numbers"),
+    ({"index.csv": index(f"{KICK},2,85,../../000000.npy")}, "new_name"),
+    ({"index.csv": index(f"{KICK},2,85,000000.npz")}, "new_name"),
+    ({"index.csv": index(GOOD, GOOD)}, "line 3: new_name"),
+    ({"index.csv": index("./pose_data/../../secret.npy,2,85,000000.npy")}, r"\.\./secret"),
+    ({"index.csv": index("./pose_data/KIT/../../../secret.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index("../pose_data/KIT/3/a.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index("/pose_data/KIT/3/a.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index("/etc/a.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index(r".\pose_data\..\secret.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index(r"./pose_data/..\..\secret.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index("./pose_data/KIT/3/a.npz,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index(",2,85,000000.npy")}, "source_path"),
+    ({"index.csv": b"\xff\xfe" + index(GOOD)}, "not UTF-8"),
+    ({"train.txt": None}, r"train\.txt: no such file"),
+    ({"train.txt": b" \n"}, r"train\.txt is empty"),
+    ({"train.txt": b"000000\n000077\nM000078\n"}, r"train\.txt has 2 names .* 000077"),
+    ({"train.txt": b"\xff"}, "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize("files, message", BAD_INDEX)
+def test_an_index_that_cannot_be_trusted(folder, files, message):
+    (folder / "train.txt").write_text("000000")
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        entries(folder, folder / "amass", "train")
+    assert next(iter(files)) in str(error.value)
+
+
+BAD_TEXTS = [
+    (b"", "holds no caption"),
+    (b"\n\n", "holds no caption"),
+    (b"a person walks\n", "line 1 is 'a person walks', expected caption#tokens#start#end"),
+    (b"walks#walk/VERB#0.0\n", "line 1"),
+    (b"walks#walk/VERB#0.0#0.0\nwalks#walk/VERB#zero#0.0\n", "line 2"),
+    (b"walks#walk/VERB#3.0#1.0\n", "3 to 1 s is no part of a clip of 4.15 s"),
+    (b"walks#walk/VERB#-1.0#1.0\n", "no part"),
+    (b"walks#walk/VERB#1.0#99.0\n", "1 to 99 s is no part"),
+    (b"walks#walk/VERB#0#inf\n", "no part"),
+    (b"walks#walk/VERB#4.5#5.0\n", "no frame"),
+    (b"walks#walk/VERB#1.0#1.01\n", "no frame"),
+    (b" #walk/VERB#0.0#0.0\n", "empty"),
+    (b"caf\xe9#x/NOUN#0.0#0.0\n", "not UTF-8"),
+    (None, "no such file"),
+]
+
+
+@pytest.mark.parametrize("content, message", BAD_TEXTS)
+def test_a_bad_text_leaves_its_clip_out(folder, content, message):
+    file = folder / "texts/000000.txt"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        read_captions(file, frames=83)
+    found, problems = entries(folder, folder / "amass", "train")
+    assert problems == ["1 clips of HumanAct12 left out: no AMASS source", str(error.value)]
+    assert "000000.txt" in problems[1] and "000000" not in {entry.name for entry in found}
+    assert "M000000" in {entry.name for entry in found}
+
+
+@pytest.mark.parametrize("span", ["85,2", "2,2", "-3,85", "0,-1"])
+def test_a_span_that_is_none_leaves_its_clip_out(folder, span):
+    (folder / "index.csv").write_bytes(index(f"{KICK},{span},000000.npy"))
+    (folder / "train.txt").write_text("000000")
+    found, (problem,) = entries(folder, folder / "amass", "train")
+    assert not found and problem.startswith("000000: frames") and "no span" in problem
+
+
+def test_vectors_are_refused_with_the_reason(tmp_path):
+    vectors = tmp_path / "new_joint_vecs"
+    vectors.mkdir()
+    np.save(vectors / "M000004.npy", np.zeros((60, 263)))
+    for place in (vectors, vectors / "M000004.npy"):
+        with pytest.raises(ValueError, match="refitted to another skeleton"):
+            entries(place, tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        entries(tmp_path, tmp_path / "nowhere", "train")

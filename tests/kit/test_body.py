@@ -1,0 +1,376 @@
+"""kit/body.py: joints without the mesh, and model files that cannot run code."""
+
+import copyreg
+import io
+import pickle
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from kit.body import FIELDS, JOINT_NAMES, Body
+from kit.puppet.skeleton import _body_data, body
+from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
+
+
+def parameters(*lead: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((3,), (23, 3), (10,), (3,))
+    return tuple(torch.randn(*lead, *shape, generator=generator) for shape in shapes)
+
+
+def test_joints_equal_smplx():
+    pose = parameters(2, 5)
+    vertices, joints = body().mesh(*pose)
+    assert vertices.shape == (2, 5, len(body().smpl.v_template), 3)
+    torch.testing.assert_close(body().joints(*pose), joints, atol=2e-6, rtol=1e-5)
+
+
+def test_leading_axes_broadcast_and_gradients_flow():
+    orient, pose, betas, transl = parameters(2, 5)
+    betas = betas[:, :1].requires_grad_()
+    joints = body().joints(orient, pose, betas, transl)
+    torch.testing.assert_close(joints, body().joints(orient, pose, betas.expand(2, 5, 10), transl))
+    joints.square().sum().backward()
+    assert betas.grad.abs().sum() > 0
+    single = body().joints(orient[0, 0], pose[0, 0], betas[0, 0], transl[0, 0])
+    torch.testing.assert_close(single, joints[0, 0])
+
+
+def test_turning_the_parameters_turns_the_body():
+    """The root turns about the pelvis' rest position, so a turn about the origin also moves `transl`."""
+    orient, pose, betas, transl = parameters(3)
+    turn = axis_angle_to_matrix(torch.tensor((0.3, -1.2, 0.5)))
+    pelvis = body().rest_joints(betas)[:, 0]
+    turned_orient = matrix_to_axis_angle(turn @ axis_angle_to_matrix(orient))
+    turned_transl = (pelvis + transl) @ turn.T - pelvis
+    vertices, joints = body().mesh(orient, pose, betas, transl)
+    turned_vertices, turned_joints = body().mesh(turned_orient, pose, betas, turned_transl)
+    torch.testing.assert_close(turned_vertices, vertices @ turn.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned_joints, joints @ turn.T, atol=1e-5, rtol=1e-5)
+
+
+def test_the_puppet_stands_like_smpl():
+    joints = body().rest_joints(torch.zeros(10))
+    left, right = (joints[JOINT_NAMES.index(f"{side}_hand"), 0] for side in ("left", "right"))
+    assert left > 0.6 > -0.6 > right
+    vertices, _ = body().mesh(torch.zeros(3), torch.zeros(23, 3), torch.zeros(10), torch.zeros(3))
+    assert 1.6 < vertices[:, 1].max() - vertices[:, 1].min() < 1.8
+    assert body().parents.tolist()[:5] == [-1, 0, 0, 0, 1] and body().faces.max() == len(vertices) - 1
+
+
+def assert_same_body(loaded: Body) -> None:
+    pose = parameters(4)
+    for ours, theirs in zip(body().mesh(*pose), loaded.mesh(*pose), strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
+def test_npz_round_trip(tmp_path):
+    np.savez(tmp_path / "SMPL_NEUTRAL.npz", **_body_data())
+    assert_same_body(Body.load(tmp_path / "SMPL_NEUTRAL.npz"))
+    assert_same_body(Body.load(tmp_path))
+
+
+def test_three_hundred_shapes_are_read_as_ten(tmp_path):
+    data = _body_data()
+    data["shapedirs"] = np.concatenate((data["shapedirs"], np.ones((*data["v_template"].shape, 290))), axis=2)
+    np.savez(tmp_path / "wide.npz", **data)
+    assert_same_body(Body.load(tmp_path / "wide.npz"))
+
+
+NAMES = {
+    "neutral": (
+        "SMPL_NEUTRAL.npz", "SMPL_NEUTRAL.pkl", "smpl/SMPL_NEUTRAL.pkl",
+        "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl", "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl",
+    ),
+    "female": (
+        "SMPL_FEMALE.npz", "SMPL_FEMALE.pkl", "smpl/SMPL_FEMALE.npz",
+        "basicmodel_f_lbs_10_207_0_v1.1.0.pkl", "basicModel_f_lbs_10_207_0_v1.0.0.pkl",
+    ),
+    "male": (
+        "SMPL_MALE.npz", "SMPL_MALE.pkl", "smpl/SMPL_MALE.pkl",
+        "basicmodel_m_lbs_10_207_0_v1.1.0.pkl", "basicmodel_m_lbs_10_207_0_v1.0.0.pkl",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gender, name", [(gender, name) for gender in NAMES for name in NAMES[gender]])
+def test_a_folder_holds_a_model_for_each_gender(tmp_path, gender, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".npz":
+        np.savez(file, **_body_data())
+    else:
+        file.write_bytes(pickle.dumps(_body_data()))
+    assert_same_body(Body.load(tmp_path, gender=gender))
+    other = "male" if gender == "female" else "female"
+    with pytest.raises(FileNotFoundError, match=f"SMPL_{other.upper()}.npz.*basicModel_{other[0]}_lbs"):
+        Body.load(tmp_path, gender=other)
+
+
+@pytest.fixture
+def chumpy(monkeypatch):
+    """Classes under chumpy's names, to write pickles that hold them, as the official files do."""
+    module, ch, reordering = (types.ModuleType(n) for n in ("chumpy", "chumpy.ch", "chumpy.reordering"))
+    ch.Ch = type("Ch", (), {"__module__": "chumpy.ch"})
+    reordering.Select = type("Select", (), {"__module__": "chumpy.reordering"})
+    for written in (module, ch, reordering):
+        monkeypatch.setitem(sys.modules, written.__name__, written)
+    return types.SimpleNamespace(Ch=ch.Ch, Select=reordering.Select)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_official_pickle(tmp_path, chumpy, protocol):
+    sparse = pytest.importorskip("scipy.sparse")
+    data = _body_data()
+    data["J_regressor"] = sparse.csc_matrix(data["J_regressor"])
+    data["v_template"], wrapped = chumpy.Ch(), data["v_template"]
+    data["v_template"].x = wrapped
+    wide, select = np.concatenate((data["shapedirs"], data["shapedirs"] * 7), axis=2), chumpy.Select()
+    select.a, select.idxs = chumpy.Ch(), np.arange(wide.size).reshape(wide.shape)[..., :10].ravel()
+    select.a.x, select.preferred_shape = np.asfortranarray(wide), data["shapedirs"].shape
+    data["shapedirs"] = select
+    data["bs_type"] = "lrotmin"
+    (tmp_path / "SMPL_NEUTRAL.pkl").write_bytes(pickle.dumps(data, protocol=protocol))
+    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
+        del sys.modules[name]  # a reader does not have it
+    assert_same_body(Body.load(tmp_path))
+
+
+def python2(value: object) -> bytes:
+    """A value as Python 2 pickled it at protocol 2: byte strings, old module names, chumpy's state."""
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, str):
+        return b"U" + bytes([len(value)]) + value.encode("latin1")
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(python2, value)) + b"t"
+    if isinstance(value, dict):
+        return b"}(" + b"".join(python2(key) + python2(value[key]) for key in value) + b"u"
+    if isinstance(value, set):
+        return b"c__builtin__\nset\n(](" + b"".join(map(python2, sorted(value))) + b"etR"
+    if isinstance(value, np.ndarray):
+        code = value.dtype.str[1:]
+        empty = (
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + python2((0,)) + python2("b") + b"tR"
+        )
+        dtype = b"cnumpy\ndtype\n" + python2((code, 0, 1)) + b"R"
+        dtype += python2((3, "<", None, None, None, -1, -1, 0)) + b"b"
+        order = "F" if value.flags.f_contiguous else "C"
+        content = b"T" + struct.pack("<i", value.nbytes) + value.tobytes(order)
+        state = b"(" + python2(1) + python2(value.shape) + dtype + python2(order == "F") + content + b"t"
+        return empty + state + b"b"
+    name, state = value
+    return f"c{name[0]}\n{name[1]}\n".encode() + b")\x81" + python2(state) + b"b"
+
+
+def python2_object(module: str, name: str, **state: object) -> list:
+    return [(module, name), state]
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    """As the SMPL release has it: written by hand, without Python 2, chumpy or scipy."""
+    data = _body_data()
+    rows, columns = np.nonzero(data["J_regressor"].T)[::-1]
+    counts = np.bincount(columns, minlength=data["J_regressor"].shape[1])
+    common = {"_dirty_vars": {"x"}, "_itr": None, "_depends_on_deps": {}, "_make_dense": False}
+    wide = np.asfortranarray(np.concatenate((data["shapedirs"], data["shapedirs"] * 7), axis=2))
+    chosen = np.arange(wide.size).reshape(wide.shape)[..., :10].ravel()
+    data |= {
+        "J_regressor": python2_object(
+            "scipy.sparse.csc",
+            "csc_matrix",
+            _shape=data["J_regressor"].shape,
+            maxprint=50,
+            indices=rows.astype(np.int32),
+            indptr=np.concatenate(([0], counts.cumsum())).astype(np.int32),
+            data=data["J_regressor"][rows, columns],
+        ),
+        "v_template": python2_object("chumpy.ch", "Ch", x=data["v_template"], **common),
+        "shapedirs": python2_object(
+            "chumpy.reordering",
+            "Select",
+            a=python2_object("chumpy.ch", "Ch", x=wide, **common),
+            idxs=chosen,
+            preferred_shape=data["shapedirs"].shape,
+            **common,
+        ),
+        "kintree_table": data["kintree_table"].astype(np.uint32),  # the root's parent is 4294967295
+        "J": python2_object("chumpy.reordering", "transpose", a=None, **common),  # not needed, not evaluated
+        "bs_style": "lbs",
+        "pose_training_info": {"gender": "female", "note": "\xe9"},
+    }
+    file = tmp_path / "basicModel_f_lbs_10_207_0_v1.0.0.pkl"
+    file.write_bytes(b"\x80\x02" + python2(data) + b".")
+    assert_same_body(Body.load(tmp_path, "female"))
+    data["v_template"] = python2_object("chumpy.ch_ops", "add", x=_body_data()["v_template"])
+    file.write_bytes(b"\x80\x02" + python2(data) + b".")
+    with pytest.raises(ValueError, match=r"v1\.0\.0\.pkl.*got add"):
+        Body.load(file)
+
+
+class Touch:
+    """Unpickled by the plain reader, it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return io.open, (self.path, "w")
+
+
+class Forged:
+    """An object array over raw memory: numpy's own unpickling would take the bytes for pointers."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), np.dtype("O"), bytearray(8))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_hostile_pickle_is_refused(tmp_path, protocol):
+    bait, file = tmp_path / "bait", tmp_path / "model.pkl"
+    file.write_bytes(pickle.dumps({"bs_type": Touch(bait)}, protocol=protocol))
+    with open(file, "rb") as stream:
+        pickle.load(stream)  # it is armed
+    assert bait.exists()
+    bait.unlink()
+    file.write_bytes(pickle.dumps({**_body_data(), "bs_type": Touch(bait)}, protocol=protocol))
+    with pytest.raises(ValueError, match=r"model\.pkl.*io\.open"):
+        Body.load(file)
+    assert not bait.exists()
+    file.write_bytes(pickle.dumps(Forged(), protocol=protocol))
+    with pytest.raises(ValueError, match=r"model\.pkl"):
+        Body.load(file)
+
+
+HOSTILE = [
+    "posix system", "os system", "builtins eval", "__builtin__ execfile", "builtins getattr",
+    "subprocess Popen", "numpy load", "numpy fromfile", "numpy.core.multiarray fromfile",
+    "numpy.testing measure", "copyreg __newobj__", "scipy.sparse load_npz",
+    "scipy.sparse.os system", "chumpyx.ch Ch", "codecs open", "_codecs lookup", "pickle loads",
+    "shutil rmtree", "functools partial", "torch load", "kit.body load",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_outside_the_allow_list(tmp_path, name):
+    file = tmp_path / "model.pkl"
+    module, attribute = name.split()
+    file.write_bytes(f"c{module}\n{attribute}\n(S'bait'\ntR.".encode())
+    with pytest.raises(ValueError, match=rf"model\.pkl.*{module}\.{attribute}"):
+        Body.load(file)
+
+
+def test_a_pickle_leaves_nothing_behind(tmp_path):
+    """BUILD can set attributes on a class that a pickle names: the next pickle must not inherit them."""
+    file, named = tmp_path / "model.pkl", b"\x80\x02cchumpy.ch\nCh\n"
+    file.write_bytes(named + b"(N}U\x01xK\x05stb.")  # Ch.x = 5
+    with pytest.raises(ValueError, match=r"model\.pkl"):
+        Body.load(file)
+    file.write_bytes(b"\x80\x02}U\x0av_template" + named[2:] + b")\x81s.")  # a Ch without x
+    with pytest.raises(ValueError, match="no attribute 'x'"):
+        Body.load(file)
+
+
+def test_extension_codes_meet_the_allow_list(tmp_path):
+    copyreg.add_extension("os", "getcwd", 0x7FFF)
+    try:
+        (tmp_path / "model.pkl").write_bytes(pickle.PROTO + b"\x02" + pickle.EXT2 + b"\xff\x7f)R.")
+        with pytest.raises(ValueError, match=r"os\.getcwd"):
+            Body.load(tmp_path / "model.pkl")
+    finally:
+        copyreg.remove_extension("os", "getcwd", 0x7FFF)
+
+
+GOOD = _body_data()
+MALFORMED = [
+    ({"v_template": None}, "lacks.*v_template"),
+    (dict.fromkeys(FIELDS), "lacks"),
+    ({"v_template": GOOD["v_template"].ravel()}, "v_template is"),
+    ({"v_template": np.array(1.0)}, "v_template is"),
+    ({"v_template": GOOD["v_template"] * np.nan}, "v_template.*finite"),
+    ({"shapedirs": GOOD["shapedirs"][..., :9]}, r"shapedirs is .*9\), expected .*10"),
+    ({"shapedirs": GOOD["shapedirs"][..., 0]}, "shapedirs is"),
+    ({"shapedirs": GOOD["shapedirs"][:5]}, "shapedirs is"),
+    ({"posedirs": GOOD["posedirs"][..., :9]}, "posedirs is"),
+    ({"posedirs": GOOD["posedirs"].astype(str)}, "posedirs.*finite numbers"),
+    ({"J_regressor": GOOD["J_regressor"].T}, "J_regressor is"),
+    ({"J_regressor": GOOD["J_regressor"] + np.inf}, "J_regressor.*finite"),
+    ({"weights": np.zeros((5, 52))}, "24 joints"),
+    ({"weights": GOOD["weights"][:5]}, "weights is"),
+    ({"weights": np.array(1.0)}, "24 joints"),
+    ({"kintree_table": GOOD["kintree_table"][:1]}, "kintree_table is"),
+    ({"kintree_table": GOOD["kintree_table"][:, ::-1]}, "come before its joint"),
+    ({"f": GOOD["f"] + 10_000}, "f names vertices"),
+    ({"f": GOOD["f"][:0]}, "f is"),
+    ({"f": np.array(3)}, "f is"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+@pytest.mark.parametrize("change, message", MALFORMED)
+def test_malformed_models(tmp_path, suffix, change, message):
+    data = {name: value for name, value in (GOOD | change).items() if value is not None}
+    file = tmp_path / f"bad{suffix}"
+    if suffix == ".npz":
+        np.savez(file, **data)
+    else:
+        file.write_bytes(pickle.dumps(data))
+    with pytest.raises(ValueError, match=rf"bad\{suffix}.*{message}"):
+        Body.load(file)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+def test_damaged_files(tmp_path, suffix):
+    np.savez_compressed(tmp_path / "whole.npz", **GOOD)
+    (tmp_path / "whole.pkl").write_bytes(pickle.dumps(GOOD, protocol=2))
+    whole = (tmp_path / f"whole{suffix}").read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3 : len(whole) // 3 + 50] = bytes(50)
+    lone = io.BytesIO()
+    np.save(lone, GOOD["f"])
+    contents = [
+        b"",
+        b"\0" * 64,
+        b"no model",
+        b"\x80\x02K\x05.",
+        b"\x80\x02]q\x00.",
+        b"PK\x03\x04" + whole[4:99],
+    ]
+    contents += [whole[:n] for n in (1, 100, len(whole) // 2, len(whole) - 1)] + [lone.getvalue()]
+    if suffix == ".npz":  # a pickle's numbers have no checksum
+        contents.append(bytes(damaged))
+    for content in contents:
+        (tmp_path / f"bad{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"bad\{suffix}"):
+            Body.load(tmp_path / f"bad{suffix}")
+
+
+def test_objects_in_an_npz_are_refused(tmp_path):
+    bait = tmp_path / "bait"
+    np.savez(tmp_path / "bad.npz", **GOOD | {"f": np.array([Touch(bait)], dtype=object)})
+    with pytest.raises(ValueError, match=r"bad\.npz.*Object arrays"):
+        Body.load(tmp_path / "bad.npz")
+    assert not bait.exists()
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"SMPL_NEUTRAL.*basicmodel_neutral.*smpl/SMPL_NEUTRAL"):
+        Body.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
+        Body.load(tmp_path / "none.pkl")
+    with pytest.raises(ValueError, match="expected one of female, male, neutral"):
+        Body.load(tmp_path, gender="other")
+    (tmp_path / "model.txt").write_text("")
+    with pytest.raises(ValueError, match=r"\.npz or \.pkl"):
+        Body.load(tmp_path / "model.txt")
+    orient, pose, betas, transl = parameters(2)
+    with pytest.raises(ValueError, match="body_pose"):
+        body().joints(orient, pose[:, :21], betas, transl)
+    with pytest.raises(ValueError, match="betas"):
+        body().joints(orient, pose, betas[:, :4], transl)

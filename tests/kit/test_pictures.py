@@ -1,0 +1,162 @@
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kit import pictures, plots
+from kit.puppet import body, project
+from kit.puppet.skeleton import PARENTS
+
+
+def moving_picture(frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:
+    """A smooth wave that travels: (3 f h w) in [-1, 1]."""
+    f = torch.arange(frames).view(1, frames, 1, 1)
+    y, x = torch.arange(height).view(1, 1, height, 1), torch.arange(width).view(1, 1, 1, width)
+    return 0.8 * torch.sin(x / 10 + y / 14 + f / 3 + torch.tensor([0.0, 0.7, 1.4]).view(3, 1, 1, 1))
+
+
+def standing(frames: int = 4) -> torch.Tensor:
+    """Joints (f 24 3) of the puppet in its rest pose, facing the camera."""
+    return body().rest_joints(torch.zeros(10)).expand(frames, 24, 3)
+
+
+def test_frames_and_video_are_inverse():
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 16, 16, 3)
+    assert torch.equal(pictures.to_frames(pictures.from_frames(levels)), levels)
+    assert pictures.to_frames(torch.full((3, 1, 2, 2), 7.0)).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("fps", [16.0, 30000 / 1001])
+def test_mp4_round_trip(tmp_path, fps):
+    frames = pictures.to_frames(moving_picture())
+    pictures.write_video(tmp_path / "a.mp4", frames, fps)
+    back, rate = pictures.read_video(tmp_path / "a.mp4")
+    assert back.shape == frames.shape and back.dtype == torch.uint8
+    assert rate == pytest.approx(fps, abs=1e-6)
+    error = (back.float() - frames.float()).square().mean()
+    assert 10 * torch.log10(255**2 / error) > 30
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_gif_plays_every_frame_for_ever(tmp_path):
+    frames = pictures.to_frames(moving_picture())
+    pictures.write_video(tmp_path / "a.gif", frames, 10)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert (image.n_frames, image.size) == (9, (64, 48))
+        assert (image.info["duration"], image.info["loop"]) == (100, 0)
+        image.seek(8)
+        last = np.asarray(image.convert("RGB")).astype(float)
+    assert np.abs(last - frames[8].numpy()).mean() < 6
+
+
+def test_skeleton():
+    joints = standing()
+    frames = pictures.draw_skeleton(joints, PARENTS, project, size=96)
+    assert frames.shape == (4, 96, 96, 3) and frames.dtype == torch.uint8
+    assert torch.equal(frames[0], frames[3])
+    assert tuple(frames[0, 0, 0].tolist()) == pictures.PAPER
+    for joint, side in ((20, "left"), (21, "right")):  # the wrists, where the camera sees them
+        column, row = (project(joints[0, joint])[0] * 96 / 64).long().tolist()
+        colour = torch.tensor(pictures.SIDE_COLOURS[side])
+        assert (frames[0, row, column] - colour).abs().max() < 60
+
+    ground = torch.zeros(4, 96, 96, 3, dtype=torch.uint8)
+    over = pictures.draw_skeleton(joints, torch.tensor(PARENTS), project, size=96, background=ground)
+    assert over[0, 0, 0].tolist() == [0, 0, 0] and over.max() > 100
+    behind = pictures.draw_skeleton(joints + torch.tensor([0.0, 0.0, 100.0]), PARENTS, project, size=96)
+    assert (behind == torch.tensor(pictures.PAPER)).all()
+
+
+def test_side_by_side():
+    video = pictures.to_frames(moving_picture(4, 16, 16))
+    skeleton = pictures.draw_skeleton(standing(), PARENTS, project, size=64)
+    both = pictures.side_by_side(video, skeleton)
+    assert both.shape == (4, 64, 64 + 4 + 64, 3)
+    assert torch.equal(both[:, :, 68:], skeleton)
+    with pytest.raises(ValueError, match="3 frames, the video 4"):
+        pictures.side_by_side(video, skeleton[:3])
+
+
+def test_fitted_view_holds_the_motion_upright_and_unmirrored():
+    joints = standing() * 3 + torch.tensor([5.0, -2.0, 1.0])
+    pixels, depth = pictures.fitted(joints)(joints)
+    assert (depth > 0).all() and pixels.min() >= 4 - 1e-3 and pixels.max() <= 60 + 1e-3
+    head, foot, left, right = (pixels[0, joint] for joint in (15, 7, 20, 21))
+    assert head[1] < foot[1] and left[0] > right[0]  # a person who faces the camera
+
+
+def test_contact_sheet(tmp_path):
+    rows = [pictures.to_frames(moving_picture(17, 64, 64)), pictures.to_frames(moving_picture(5, 32, 64))]
+    pictures.contact_sheet(tmp_path / "a.png", rows, ["a person waves", "a long title " * 20], columns=3)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 8 + 3 * (2 * 160 + 8)  # the wider row sets the columns
+        assert image.height > 2 * 160
+
+
+def test_same_input_same_bytes(tmp_path):
+    frames = pictures.to_frames(moving_picture())
+    attention = torch.full((7, 17, 5), 0.2)
+    metrics = tmp_path / "metrics.jsonl"
+    steps = [{"step": k, "stage": 1 + k // 10, "task": "joint", "loss": 2 / (k + 1)} for k in range(20)]
+    metrics.write_text("\n".join(map(json.dumps, [{"note": "no loss"}, *steps])))
+    contents = []
+    for _ in range(2):
+        pictures.write_video(tmp_path / "a.mp4", frames, 16)
+        pictures.write_video(tmp_path / "a.gif", frames, 16)
+        pictures.contact_sheet(tmp_path / "sheet.png", [frames], ["title"])
+        plots.attention_picture(tmp_path / "attention.png", attention, torch.full((7,), 0.2), "title")
+        plots.loss_picture(metrics, tmp_path / "loss.png")
+        contents.append({file.name: file.read_bytes() for file in tmp_path.iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) == 6
+
+
+def test_bad_video_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        pictures.read_video(tmp_path / "none.mp4")
+    (tmp_path / "text.mp4").write_text("not a video")
+    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    pictures.write_video(tmp_path / "whole.mp4", pictures.to_frames(moving_picture()), 16)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    for name, message in (("text", "damaged or no video"), ("sound", "no video stream"), ("cut", "damaged")):
+        with pytest.raises(ValueError, match=message):
+            pictures.read_video(tmp_path / f"{name}.mp4")
+
+
+FRAMES = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+ATTENTION = torch.full((2, 5, 2), 0.5)
+BAD = {
+    "suffix": (lambda at: pictures.write_video(at / "a.avi", FRAMES, 16), "expected .mp4 or .gif"),
+    "fps": (lambda at: pictures.write_video(at / "a.mp4", FRAMES, 0), "1 to 1000"),
+    "odd": (lambda at: pictures.write_video(at / "a.mp4", FRAMES[:, :15], 16), "even"),
+    "float": (lambda at: pictures.write_video(at / "a.mp4", FRAMES.float(), 16), "uint8"),
+    "empty": (lambda at: pictures.write_video(at / "a.gif", FRAMES[:0], 16), "none 0"),
+    "channels": (lambda at: pictures.to_frames(torch.zeros(1, 2, 8, 8)), "expected \\(3"),
+    "nan": (lambda at: pictures.to_frames(torch.full((3, 1, 2, 2), torch.nan)), "NaN"),
+    "joints": (lambda at: pictures.draw_skeleton(torch.zeros(2, 22, 3), PARENTS, project, 64), "24"),
+    "titles": (lambda at: pictures.contact_sheet(at / "a.png", [FRAMES], []), "title"),
+    "shares": (lambda at: plots.attention_picture(at / "a.png", ATTENTION, torch.ones(3), ""), "layers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(tmp_path, name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_metrics(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        plots.loss_picture(tmp_path / "none.jsonl", tmp_path / "a.png")
+    metrics = tmp_path / "metrics.jsonl"
+    for text, message in (("", "no loss"), ('{"loss": 1}', "line 1"), ("{", "line 1"), ("3", "line 1")):
+        metrics.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plots.loss_picture(metrics, tmp_path / "a.png")

@@ -1,0 +1,744 @@
+"""kit/wan/ against what defines Wan: diffusers' and transformers' models, and the published layouts."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import flow
+from dual_dit import PRESETS, DualDiT
+from flow import Task
+from kit import wan
+from kit.wan.load import clean_prompt
+from kit.wan.names import diffusers_name, own_names
+from motion_tokens import MOTION_DIM
+
+NEEDS = "pip install -r requirements-wan.txt"
+diffusers = pytest.importorskip("diffusers", reason=NEEDS)
+tokenizers = pytest.importorskip("tokenizers", reason=NEEDS)
+wan_folder = pytest.importorskip("wan_folder", reason=NEEDS)
+
+VERSIONS = ("2.1", "2.2")
+STEM = wan_folder.STEM
+TIMES = torch.tensor([0, 0.001, 0.3, 0.999, 1])
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> dict[str, Path]:
+    """One tiny folder a version, not to be changed."""
+    return {v: wan_folder.write(tmp_path_factory.mktemp("wan") / v, v) for v in VERSIONS}
+
+
+@pytest.fixture(params=VERSIONS)
+def folder(request, published) -> Path:
+    return published[request.param]
+
+
+@pytest.fixture
+def copied(tmp_path, folder) -> Path:
+    """A folder that a test may change."""
+    return shutil.copytree(folder, tmp_path / "wan")
+
+
+@pytest.fixture
+def small(tmp_path, published) -> Path:
+    """The same, of one version, where the version makes no difference."""
+    return shutil.copytree(published["2.2"], tmp_path / "wan")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Fails a test in which anything looks up a host."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: asked.append(args) or [])
+    yield
+    assert not asked
+
+
+@pytest.fixture
+def nan_memory():
+    """Memory that nobody has written reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    assert found.shape == expected.shape
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def theirs(folder: Path, dtype: torch.dtype = torch.float32):
+    return diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype).eval()
+
+
+def latents(folder: Path, b: int, t: int, h: int, w: int) -> Tensor:
+    channels = json.loads((folder / "vae" / "config.json").read_text())["z_dim"]
+    return torch.randn(b, channels, t, h, w, generator=torch.Generator().manual_seed(b * t * h * w))
+
+
+def text_features(b: int) -> Tensor:
+    return torch.randn(b, 9, wan_folder.TEXT_DIM, generator=torch.Generator().manual_seed(b))
+
+
+@torch.no_grad()
+def velocity(model: DualDiT, video: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return model(video, None, t, None, text, Task.VIDEO_ONLY)[0]
+
+
+def file_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a transformer's files, by their names there."""
+    return {
+        k: v for file in (folder / "transformer").glob("*.safetensors") for k, v in load_file(file).items()
+    }
+
+
+def in_dual_dit(name: str) -> str:
+    """A Diffusers name -> ours, by the renaming that wan_folder knows."""
+    name = wan_folder.original_name(name)
+    return re.sub(r"^(blocks\.\d+)", r"\1.video", name) if name.startswith("blocks.") else f"video.{name}"
+
+
+# ---------------------------------------------------------------- names and shapes
+
+
+@pytest.mark.parametrize(
+    ("preset", "heads", "ffn", "channels"), [("wan2.1-1.3b", 12, 8960, 16), ("wan2.2-5b", 24, 14336, 48)]
+)
+def test_presets_have_the_tensors_of_the_published_models(preset, heads, ffn, channels):
+    with torch.device("meta"):
+        reference = diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=heads,
+            attention_head_dim=128,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=4096,
+            freq_dim=256,
+            ffn_dim=ffn,
+            num_layers=30,
+        )
+        model = DualDiT(PRESETS[preset])
+    ours, expected = model.state_dict(), reference.state_dict()
+    names = own_names(model)
+    exported = {diffusers_name(own): ours[name].shape for name, own in names.items()}
+    assert exported == {name: tensor.shape for name, tensor in expected.items()}
+    assert {in_dual_dit(name): wan_folder.original_name(name) for name in expected} == names
+    assert (model.config.heads, model.config.eps) == (heads, reference.config.eps)
+
+
+def test_renaming_of_these_tests_is_diffusers_own(published):
+    names = file_tensors(published["2.1"]).keys()
+    convert = diffusers.loaders.single_file_utils.convert_wan_transformer_to_diffusers
+    assert convert({wan_folder.original_name(name): name for name in names}) == {name: name for name in names}
+
+
+# ---------------------------------------------------------------- loading
+
+LAYOUTS = {
+    "diffusers": lambda folder: folder,
+    "diffusers shards": wan_folder.shard,
+    "wan": wan_folder.original,
+    "wan shards": lambda folder: wan_folder.original(folder, shards=3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tensor_lands(copied, layout):
+    tensors = file_tensors(copied)
+    heads = json.loads((copied / "transformer" / "config.json").read_text())["num_attention_heads"]
+    changed = LAYOUTS[layout](copied)
+    assert len(list((copied / "transformer").glob("*.safetensors"))) == 1 or "shards" in layout
+    for dtype in (torch.float32, torch.bfloat16):
+        for place in (changed, changed / "transformer"):
+            model = wan.load_transformer(place, dtype)
+            state = model.state_dict()
+            assert {in_dual_dit(name) for name in tensors} == {k for k in state if "video" in k.split(".")}
+            for name, tensor in tensors.items():
+                found = state[in_dual_dit(name)]
+                exact = re.search("time_embed|time_proj|norm|scale_shift", name)  # fp32 in Wan
+                assert torch.equal(found, tensor if exact else tensor.to(dtype)), name
+                assert found.dtype == (torch.float32 if exact else dtype), name
+            assert not model.training and not any(p.requires_grad for p in model.parameters())
+            assert model.config.heads == heads
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_config_json_heads_are_128_wide(published, tmp_path, layout):
+    folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
+    expected = wan.load_transformer(folder)
+    (folder / "transformer" / "config.json").unlink()
+    assert wan.load_transformer(folder).config == expected.config
+    assert expected.config.heads == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_motion_expert_is_initialised(folder, dtype, nan_memory):
+    model = wan.load_transformer(folder, dtype, init_motion="fresh")
+    state = model.state_dict()
+    for name, expected in DualDiT(model.config).state_dict().items():
+        found = state[name].float()
+        if "video" in name.split("."):
+            continue
+        if expected.unique().numel() == 1:  # zeros or ones
+            assert torch.equal(found, expected), name
+        else:
+            assert 0.7 < found.std() / expected.std() < 1.4, name
+
+
+def test_a_copied_motion_expert_is_the_video_expert_but_for_its_ends(folder):
+    state = wan.load_transformer(folder).state_dict()
+    copied = r"blocks\.\d+\.motion\.|motion\.(text_embedding|time_embedding|time_projection|head\.modulation)"
+    for name in state:
+        if re.match(copied, name):
+            assert torch.equal(state[name], state[name.replace("motion", "video")]), name
+        elif "motion" in name.split("."):
+            assert name.startswith(("motion.encoder.", "motion.head.head.")), name
+
+
+def test_training_starts_from_wan(folder):
+    video, text, t = latents(folder, 2, 2, 4, 4), text_features(2), TIMES[2:4]
+    motion = torch.randn(2, 5, MOTION_DIM)
+    with torch.no_grad():
+        expected = theirs(folder)(video, 1000 * t, text).sample
+    for init_motion in ("copy", "fresh"):
+        model = wan.load_transformer(folder, init_motion=init_motion)
+        assert relative(velocity(model, video, t, text), expected) < 1e-5
+        with torch.no_grad():
+            u_video, u_motion = model(video, motion, t, t, text, Task.JOINT)
+        assert not u_motion.any()
+        assert relative(u_video, expected) > 1e-3  # the video does see the motion
+    with pytest.raises(ValueError, match="init_motion is 'copy' or 'fresh', got 'copied'"):
+        wan.load_transformer(folder, init_motion="copied")
+
+
+# ---------------------------------------------------------------- number for number
+
+GRIDS = [(1, 2, 2), (3, 4, 6), (5, 10, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_video_only_is_diffusers(folder, grid):
+    model, reference = wan.load_transformer(folder), theirs(folder)
+    video, text = latents(folder, len(TIMES), *grid), text_features(len(TIMES))
+    found, expected = velocity(model, video, TIMES, text), reference(video, 1000 * TIMES, text).sample
+    assert expected.std() > 0.1
+    assert max(map(relative, found, expected)) < 1e-5
+    # Wan2.2-TI2V gives each token a time of its own, for text to video all the same
+    each = (1000 * TIMES)[:, None].expand(-1, math.prod(grid) // 4)
+    assert max(map(relative, found, reference(video, each, text).sample)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_video_only_is_diffusers_in_bf16(folder, grid):
+    model = wan.load_transformer(folder, torch.bfloat16)
+    video, text = latents(folder, len(TIMES), *grid), text_features(len(TIMES))
+    found = velocity(model, video, TIMES, text)
+    expected = theirs(folder)(video, 1000 * TIMES, text).sample
+    low = theirs(folder, torch.bfloat16)(video.bfloat16(), 1000 * TIMES, text.bfloat16()).sample
+    assert max(map(relative, found, expected)) < 2e-2
+    assert max(map(relative, found, low)) < 2e-2
+
+
+# ---------------------------------------------------------------- from a prompt to pixels
+
+
+class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler on evenly spaced sigmas; its own spacing ends at its smallest sigma, not at 0."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(
+            sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device
+        )
+
+
+def test_times_are_diffusers_shifted_sigmas():
+    scheduler = ShiftedEuler(shift=5.0)
+    scheduler.set_timesteps(7)
+    times = flow.shift_time(torch.linspace(1, 0, 8), 5.0)
+    torch.testing.assert_close(scheduler.sigmas, times, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * times[:-1], atol=1e-3, rtol=0)
+
+
+def test_guided_sampling_is_diffusers_pipeline(folder):
+    pipeline = diffusers.WanPipeline.from_pretrained(folder)
+    pipeline.scheduler = ShiftedEuler(shift=5.0)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, prompts = latents(folder, 2, 2, 4, 6), ["a person waves", "the dancer turns"]
+    stride = pipeline.vae_scale_factor_spatial
+    options = {
+        "negative_prompt": "jumps",
+        "height": 4 * stride,
+        "width": 6 * stride,
+        "num_frames": 5,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "latents": noise,
+    }
+    expected = pipeline(prompts, **options, output_type="latent").frames
+    pixels = pipeline(prompts, **options, output_type="pt").frames  # (b f 3 h w) in [0, 1]
+
+    encode = wan.TextEncoder(folder)
+    sampled = flow.sample(
+        wan.load_transformer(folder),
+        noise,
+        None,
+        encode(prompts),
+        encode(["jumps"]).expand(2, -1, -1),
+        Task.VIDEO_ONLY,
+        steps=4,
+        guidance_text=3.0,
+        shift=5.0,
+        solver="euler",
+    ).video
+    assert relative(sampled, expected) < 1e-4
+    assert relative(sampled, noise) > 0.1
+    found = (wan.VideoVAE(folder).decode(sampled) + 1) / 2
+    assert relative(found.transpose(1, 2), pixels) < 1e-4
+
+
+# ---------------------------------------------------------------- pixels <-> latents
+
+
+@pytest.fixture
+def vae(folder) -> wan.VideoVAE:
+    return wan.VideoVAE(folder)
+
+
+@pytest.fixture
+def reference_vae(folder):
+    return diffusers.AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+
+
+def clip(f: int, h: int, w: int, b: int = 1) -> Tensor:
+    return 2 * torch.rand(b, 3, f, h, w, generator=torch.Generator().manual_seed(f * h * w)) - 1
+
+
+def shapes_given(module: torch.nn.Module) -> list[tuple[int, ...]]:
+    """The (t h w) of every call of a module from here on."""
+    shapes = []
+    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
+    return shapes
+
+
+@torch.no_grad()
+def test_latents_are_diffusers_normalised(vae, reference_vae):
+    video = clip(9, 32, 64, b=2)
+    mode = reference_vae.encode(video).latent_dist.mode()
+    mean, std = (
+        torch.tensor(x).view(-1, 1, 1, 1)
+        for x in (reference_vae.config.latents_mean, reference_vae.config.latents_std)
+    )
+    found = vae.encode(video)
+    assert relative(found, (mode - mean) / std) < 1e-6
+    assert found.shape == (2, vae.channels, 3, 32 // vae.stride[1], 64 // vae.stride[2])
+    assert relative(vae.decode(found), reference_vae.decode(mode).sample) < 1e-5
+    assert torch.equal(found, vae.encode(video)) and torch.equal(vae.decode(found), vae.decode(found))
+
+
+def test_vae_geometry(published):
+    for version, channels, stride in (("2.1", 16, (4, 8, 8)), ("2.2", 48, (4, 16, 16))):
+        vae = wan.VideoVAE(published[version])
+        assert (vae.channels, vae.stride) == (channels, stride)
+
+
+def test_vae_in_bf16(folder, vae):
+    low, video = wan.VideoVAE(folder, torch.bfloat16), clip(5, 32, 32)
+    found = low.encode(video)
+    assert found.dtype == low.decode(found).dtype == torch.float32
+    assert relative(found, vae.encode(video)) < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height", [256, 288])
+def test_large_frames_are_decoded_in_tiles(folder, vae, reference_vae, height):
+    stride = vae.stride[1]
+    noise = latents(folder, 1, 1, height // stride, 64 // stride)
+    given = shapes_given(vae.vae.decoder)
+    found = vae.decode(noise)
+    assert given[0] == (1, 256 // stride, 64 // stride)
+    assert len(given) == (1 if height == 256 else 2)
+    whole = reference_vae.decode(noise * vae.std + vae.mean).sample
+    assert relative(found, whole) < (1e-6 if height == 256 else 0.2)
+
+
+def test_encoding_uses_no_tiles_whatever_came_before(vae, reference_vae):
+    video = clip(1, 288, 32)
+    vae.decode(vae.encode(clip(1, 32, 32)))
+    mode = reference_vae.encode(video).latent_dist.mode()
+    assert relative(vae.encode(video), (mode - vae.mean) / vae.std) < 1e-6
+
+
+def test_a_long_clip_is_worked_through_in_pieces(vae):
+    decoded, encoded = shapes_given(vae.vae.decoder), shapes_given(vae.vae.encoder)
+    found = vae.encode(clip(17, 32, 32))
+    video = vae.decode(found)
+    assert [t for t, _, _ in encoded] == [1, 4, 4, 4, 4]
+    assert [t for t, _, _ in decoded] == [1] * 5
+    assert relative(vae.decode(found[:, :, :3]), video[:, :, :9]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 8, 32, 32), "video of 8 frames, 32x32: expected 4n.1 frames"),
+        ((1, 3, 5, 36, 32), r"36x32: .* a multiple of (8|16)"),
+        ((1, 3, 5, 32, 36), r"32x36: .* a multiple of (8|16)"),
+        ((1, 4, 5, 32, 32), r"expected \(b, 3, f, h, w\), got \(1, 4, 5, 32, 32\)"),
+        ((5, 3, 32, 32), r"expected \(b, 3, f, h, w\), got \(5, 3, 32, 32\)"),
+    ],
+)
+def test_videos_that_do_not_fit_are_refused(vae, shape, message):
+    with pytest.raises(ValueError, match=message):
+        vae.encode(torch.zeros(shape))
+
+
+def test_latents_of_another_vae_are_refused(vae):
+    with pytest.raises(ValueError, match=rf"expected \(b, {vae.channels}, t, h, w\), got \(1, 8, 1, 2, 2\)"):
+        vae.decode(torch.zeros(1, 8, 1, 2, 2))
+
+
+# ---------------------------------------------------------------- prompts -> features
+
+PROMPTS = [
+    "a person walks forward",
+    "",
+    "  the left&amp;nbsp;arm\n\n\twaves &lt;quickly&gt; ",
+    300 * "the dancer turns and jumps ",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_diffusers_prompt_embeddings(folder, dtype):
+    pipeline = diffusers.WanPipeline.from_pretrained(folder, transformer=None)
+    expected = pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=512)
+    found = wan.TextEncoder(folder, dtype)(PROMPTS)
+    assert found.shape == (4, 512, wan_folder.TEXT_DIM) and found.dtype == dtype
+    assert max(map(relative, found, expected)) < (1e-5 if dtype == torch.float32 else 2e-2)
+    lengths = [len(pipeline.tokenizer(clean_prompt(prompt)).input_ids) for prompt in PROMPTS]
+    assert lengths[1] == 1 and lengths[3] > 512
+    for row, length in zip(found, lengths, strict=True):
+        assert row[:length].any(dim=1).all() and not row[length:].any()
+
+
+def test_prompts_are_cleaned():
+    assert clean_prompt("  a\n\n b &amp;amp; &lt;c&gt;\t ") == "a b & <c>"
+    assert clean_prompt("") == ""
+
+
+def test_tokens_are_those_of_tokenizer_json(folder):
+    encode, given = wan.TextEncoder(folder), []
+    encode.model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0][0].tolist()))
+    prompts = ["a person waves", "a person ☃ waves", ""]  # the snowman is unknown
+    encode(prompts)
+    file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    assert given == [file.encode(prompt).ids for prompt in prompts]
+    assert file.token_to_id("<unk>") in given[1] and given[2] == [1]
+
+
+class Unusable(torch.nn.Module):
+    device = torch.device("cpu")
+
+    def forward(self, *_):
+        raise AssertionError("the model was called")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_features_need_no_model(folder, tmp_path, dtype):
+    expected = wan.TextEncoder(folder, dtype)(PROMPTS)
+    cache = tmp_path / "not" / "there"
+    assert torch.equal(wan.TextEncoder(folder, dtype, cache=cache)(PROMPTS), expected)
+    encode = wan.TextEncoder(folder, dtype, cache=cache)
+    encode.model = Unusable()
+    found = encode(PROMPTS)
+    assert torch.equal(found, expected) and found.dtype == dtype
+    with pytest.raises(AssertionError, match="the model was called"):
+        encode(["a person jumps"])
+    assert len(list(cache.iterdir())) == len(PROMPTS)
+
+
+def test_cache_tells_models_and_precisions_apart(small, tmp_path):
+    other = wan_folder.write(tmp_path / "other", "2.2", seed=1)
+    encoders = [(small, torch.float32), (small, torch.bfloat16), (other, torch.float32)]
+    for folder, dtype in encoders:
+        expected = wan.TextEncoder(folder, dtype)(PROMPTS[:1])
+        assert torch.equal(wan.TextEncoder(folder, dtype, cache=tmp_path / "cache")(PROMPTS[:1]), expected)
+    assert len(list((tmp_path / "cache").iterdir())) == len(encoders)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
+def test_damaged_cache_is_made_again(small, tmp_path, damage):
+    encode = wan.TextEncoder(small, cache=tmp_path / "cache")
+    expected = encode(PROMPTS[:1])
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] if damage is None else damage)
+    assert torch.equal(encode(PROMPTS[:1]), expected)
+    assert file.read_bytes() == whole
+
+
+# ---------------------------------------------------------------- export
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diffusers_reads_what_is_exported(folder, tmp_path, dtype):
+    model = wan.load_transformer(folder)
+    wan.save_transformer(model, tmp_path / "transformer", dtype=dtype)
+    back = theirs(tmp_path)
+    assert {k: v for k, v in back.config.items() if k[0] != "_"} == {
+        k: v for k, v in theirs(folder).config.items() if k[0] != "_"
+    }
+    video, text = latents(folder, 2, 2, 4, 4), text_features(2)
+    found, expected = back(video, 1000 * TIMES[2:4], text).sample, velocity(model, video, TIMES[2:4], text)
+    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype == torch.float32:
+        written, read = file_tensors(tmp_path), file_tensors(folder)
+        assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+
+
+def test_wans_own_layout_is_exported_as_published(folder, tmp_path):
+    wan.save_transformer(wan.load_transformer(folder), tmp_path / "transformer", "wan")
+    expected = wan_folder.original(shutil.copytree(folder, tmp_path / "published"))
+    written, read = file_tensors(tmp_path), file_tensors(expected)
+    assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+    ours, published = (
+        json.loads((p / "transformer" / "config.json").read_text()) for p in (tmp_path, expected)
+    )
+    for field in published.keys() - {"_diffusers_version", "model_type"}:
+        assert ours[field] == published[field], field
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_exported_comes_back(folder, tmp_path, layout, dtype):
+    model = wan.load_transformer(folder, dtype)
+    wan.save_transformer(model, tmp_path / "new" / "folder", layout, dtype)
+    back = wan.load_transformer(tmp_path / "new" / "folder", dtype)
+    assert back.config == model.config
+    expected = model.state_dict()
+    for name in own_names(model):
+        found = back.state_dict()[name]
+        assert found.dtype == expected[name].dtype and torch.equal(found, expected[name]), name
+
+
+def test_export_refuses_what_it_would_spoil(small):
+    model = wan.load_transformer(small)
+    with pytest.raises(ValueError, match="layout is 'diffusers' or 'wan', got 'ldm'"):
+        wan.save_transformer(model, small, "ldm")
+    for folder in (small / "transformer", wan_folder.shard(small) / "transformer"):
+        with pytest.raises(ValueError, match="holds a transformer: name another folder"):
+            wan.save_transformer(model, folder)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite the transformer's one file after change(tensors)."""
+    file = folder / "transformer" / f"{STEM}.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def header_only(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of any size that takes no room: a header, then a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
+
+
+def fourteen_b(folder: Path) -> None:
+    """Wan2.1-T2V-14B in its own layout: 11 GB to read, were it read."""
+    shapes = {f"blocks.{i}.ffn.0.weight": (13824, 5120) for i in range(40)}
+    header_only(
+        folder / "transformer" / f"{STEM}.safetensors",
+        shapes | {"patch_embedding.weight": (5120, 16, 1, 2, 2)},
+    )
+    (folder / "transformer" / "config.json").unlink()
+
+
+def shard_of(folder: Path) -> Path:
+    return sorted((wan_folder.shard(folder) / "transformer").glob("*.safetensors"))[1]
+
+
+def config(folder: Path) -> Path:
+    return folder / "transformer" / "config.json"
+
+
+def index(folder: Path) -> Path:
+    return folder / "transformer" / f"{STEM}.safetensors.index.json"
+
+
+SUPPORTED = "supported are Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B"
+REFUSED = {
+    "no folder": (shutil.rmtree, f"no folder .*{SUPPORTED}"),
+    "an empty folder": (
+        lambda f: (shutil.rmtree(f), f.mkdir()),
+        f"neither {STEM}.safetensors nor an index .it has nothing.; {SUPPORTED}",
+    ),
+    "files of another name": (
+        lambda f: (f / "transformer" / f"{STEM}.safetensors").rename(f / "transformer" / "wan.gguf"),
+        "it has config.json, wan.gguf",
+    ),
+    "14B": (fourteen_b, f"width 5120, as Wan 14B has; {SUPPORTED}"),
+    "two transformers": (
+        lambda f: shutil.copytree(f / "transformer", f / "transformer_2"),
+        f"two transformers, as Wan2.2-A14B has; {SUPPORTED}",
+    ),
+    "two transformers, Wan": (
+        lambda f: [
+            shutil.copytree(f / "transformer", f / "high_noise_model"),
+            (f / "transformer").rename(f / "low_noise_model"),
+        ],
+        f"two transformers, as Wan2.2-A14B has; {SUPPORTED}",
+    ),
+    "image keys, Diffusers": (
+        lambda f: edit(f, lambda t: t.update({"blocks.0.attn2.add_k_proj.weight": torch.ones(2, 2)})),
+        f"image keys such as .*add_k_proj.weight: an image-to-video model; {SUPPORTED}",
+    ),
+    "image keys, Wan": (
+        lambda f: edit(
+            wan_folder.original(f), lambda t: t.update({"img_emb.proj.1.weight": torch.ones(2, 2)})
+        ),
+        f"image keys such as img_emb.proj.1.weight: an image-to-video model; {SUPPORTED}",
+    ),
+    "an image-to-video config.json, Diffusers": (
+        lambda f: wan_folder.edit_json(config(f), image_dim=1280, added_kv_proj_dim=5120),
+        f"is an image-to-video model .*{SUPPORTED}",
+    ),
+    "an image-to-video config.json, Wan": (
+        lambda f: wan_folder.edit_json(config(wan_folder.original(f)), model_type="i2v"),
+        f"is a 'i2v' model, expected 't2v'; {SUPPORTED}",
+    ),
+    "another model's config.json": (
+        lambda f: wan_folder.edit_json(config(f), _class_name="WanVACETransformer3DModel"),
+        f"describes a WanVACETransformer3DModel, expected WanModel or WanTransformer3DModel; {SUPPORTED}",
+    ),
+    "other norms": (
+        lambda f: wan_folder.edit_json(config(f), cross_attn_norm=False),
+        f"expected cross_attn_norm and qk_norm .*{SUPPORTED}",
+    ),
+    "an LDM file": (
+        lambda f: edit(f, lambda t: [t.update({f"model.diffusion_model.{k}": t.pop(k)}) for k in list(t)]),
+        f"no Wan transformer: found keys such as 'model.diffusion_model.*{SUPPORTED}",
+    ),
+    "a shard that is missing": (lambda f: shard_of(f).unlink(), "the index names .*-00002-of-.*, not there"),
+    "a shard cut short": (
+        lambda f: os.truncate(shard_of(f), 5000),
+        r"-00002-of-.* is cut short or no safetensors file .*: fetch it again",
+    ),
+    "an index that is not JSON": (
+        lambda f: index(wan_folder.shard(f)).write_text("<!doctype html>"),
+        "index.json is no index of shards",
+    ),
+    "an index without a map": (lambda f: index(f).write_text("[]"), "index.json is no index of shards"),
+    "a config.json that is not JSON": (
+        lambda f: config(f).write_text("<!doctype html>"),
+        "config.json is no JSON object .*: fetch it again",
+    ),
+    "a config.json that is a list": (lambda f: config(f).write_text("[]"), "config.json is no JSON object"),
+    "a config.json of another depth": (
+        lambda f: wan_folder.edit_json(config(f), num_layers=30),
+        "config.json says layers is 30, the tensors say 2",
+    ),
+    "a config.json of another width": (
+        lambda f: wan_folder.edit_json(config(f), num_attention_heads=12),
+        "config.json says width is 480, the tensors say 120",
+    ),
+    "a config.json without heads": (
+        lambda f: config(f).write_text(
+            json.dumps({"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm_across_heads"})
+        ),
+        "config.json says width is 0, the tensors say 120",
+    ),
+    "no config.json, and heads of another size": (
+        lambda f: config(f).unlink(),
+        "no config.json, and width 120 does not divide into heads of 128",
+    ),
+    "a tensor too many": (
+        lambda f: edit(f, lambda t: t.update({"blocks.1.attn1.gate.weight": torch.ones(3)})),
+        r"1 tensors do not fit, first blocks.1.self_attn.gate.weight: found \(3,\), expected none",
+    ),
+    "a tensor too few": (
+        lambda f: edit(f, lambda t: t.pop("blocks.1.attn1.to_q.weight")),
+        r"1 tensors do not fit, first blocks.1.self_attn.q.weight: found none, expected \(120, 120\)",
+    ),
+    "a tensor too few, of those that tell the sizes": (
+        lambda f: edit(f, lambda t: t.pop("blocks.0.ffn.net.0.proj.weight")),
+        "no whole Wan transformer: it lacks 'blocks.0.ffn.0.weight'",
+    ),
+    "a tensor of another shape": (
+        lambda f: edit(f, lambda t: t.update({"blocks.1.ffn.net.2.bias": torch.ones(7)})),
+        r"1 tensors do not fit, first blocks.1.ffn.2.bias: found \(7,\), expected \(120,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_transformer_that_is_not_whole_or_not_supported_is_refused(small, case):
+    damage, message = REFUSED[case]
+    damage(small)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        wan.load_transformer(small)
+
+
+def load_part(folder: Path, part: str) -> object:
+    return wan.VideoVAE(folder) if part == "vae" else wan.TextEncoder(folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_part_that_is_missing_is_named(small, part):
+    shutil.rmtree(small / part)
+    with pytest.raises(
+        FileNotFoundError, match=f"no .*{part}: expected the Diffusers layout's {part}/ there"
+    ):
+        load_part(small, part)
+    (small / part).mkdir()
+    with pytest.raises(ValueError, match=rf"{part} cannot be read \(.+\): fetch that folder again"):
+        load_part(small, part)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("vae", f"{STEM}.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("tokenizer", "tokenizer.json"),
+    ],
+)
+def test_a_part_that_is_damaged_is_named(small, part, file):
+    path = small / part / file
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"{part} cannot be read \(.+\): fetch that folder again"):
+        load_part(small, part)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("vae", f"{STEM}.safetensors"), ("text_encoder", "model.safetensors")]
+)
+def test_a_part_without_all_its_tensors_is_refused(small, part, file):
+    tensors = load_file(small / part / file)
+    name = min(tensors)
+    del tensors[name]
+    save_file(tensors, small / part / file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} lacks 1 tensors such as {name}: fetch it again"):
+        load_part(small, part)

@@ -1,0 +1,120 @@
+"""study/pose.py: points of real renderings are where joints project to, and broken bodies are called so."""
+
+import pytest
+import torch
+
+from kit import puppet, weights
+from kit.body import JOINT_NAMES
+from sample import SHIPPED
+from study.pose import POINTS, SEGMENTS, anatomy, connected, read_pose
+
+# pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free
+ERRORS = {"elbow": 2.5, "hand": 2.0, "knee": 3.5, "ankle": 1.5}
+
+
+@pytest.fixture(scope="module")
+def clips() -> puppet.Clips:
+    return puppet.clips(range(100, 112))
+
+
+@pytest.fixture(scope="module")
+def video(clips) -> torch.Tensor:
+    return puppet.render(clips.joints, clips.betas, clips.shirt)[0]
+
+
+def places(clips: puppet.Clips) -> torch.Tensor:
+    """Where POINTS really are (b f 8 2)."""
+    return puppet.project(clips.joints)[0][:, :, [JOINT_NAMES.index(name) for name in POINTS]]
+
+
+@pytest.mark.parametrize(
+    ("coded", "blur", "lost"), ((False, 1.0, 0.04), (True, 1.7, 0.08)), ids=("rendered", "through the codec")
+)
+def test_points_are_where_joints_project_to(clips, video, coded, blur, lost):
+    # catches left taken for right, arms for legs, rows for columns: each is more than ten pixels off
+    if coded:
+        codec = puppet.Codec.from_state(weights.load_weights(SHIPPED)[1])
+        video = codec.decode(codec.encode(video))
+    pose = read_pose(video)
+    error = (pose.points - places(clips)).norm(dim=-1)
+    for k, name in enumerate(POINTS):
+        found = error[:, :, k][pose.seen[:, :, k]]
+        assert pose.seen[:, :, k].float().mean() > 0.7, name  # limbs also hide behind the body
+        assert found.mean() < blur * ERRORS[name.split("_")[1]], name
+        assert (found > 10).float().mean() < lost, name
+
+
+def test_real_bodies_are_sound(video):
+    pose = read_pose(video)
+    found = anatomy(pose, pose.bend.flatten(0, 1))
+    assert found["limbs_whole"] > 0.8 and found["limbs_missing"] < 0.12
+    assert found["odd_bends"] == pytest.approx(0.01, abs=0.006)
+
+
+def standing() -> tuple[puppet.Clips, torch.Tensor]:
+    """A frame in which all eight segments are seen whole, and its video (1 3 1 h w)."""
+    for seed in range(60):
+        clip = puppet.clips([seed], frames=1)
+        video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
+        if (read_pose(video).pieces == 1).all():
+            return clip, video
+    raise LookupError("no such frame")
+
+
+def around(clip: puppet.Clips, first: str, last: str) -> torch.Tensor:
+    """Pixels (h w) near the bone between two joints."""
+    tail, tip = (puppet.project(clip.joints[0, 0, JOINT_NAMES.index(name)])[0] for name in (first, last))
+    row, column = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    bone = tip - tail
+    offset = torch.stack((column, row), dim=-1) - tail
+    along = ((offset @ bone) / bone.square().sum()).clamp(0, 1)
+    return (offset - along[..., None] * bone).norm(dim=-1) < 4.5
+
+
+def test_an_erased_arm_is_missing_and_nothing_else():
+    clip, video = standing()
+    ground = torch.tensor(puppet.BACKGROUND) * 2 - 1
+    video[0, :, 0, around(clip, "left_elbow", "left_hand")] = ground[:, None]
+    pose = read_pose(video)
+    pieces = dict(zip(SEGMENTS, pose.pieces[0, 0].tolist(), strict=True))
+    assert pieces["left_forearm"] == 0
+    assert all(count == 1 for name, count in pieces.items() if not name.startswith("left_"))
+    assert not pose.seen[0, 0, POINTS.index("left_hand")]
+
+
+def test_a_second_shin_is_counted():
+    clip, video = standing()
+    shin = around(clip, "right_knee", "right_ankle")
+    beside = shin.roll(-12, dims=-1)  # out of touch, but as near to the foot as a shin's end
+    video[0, :, 0, beside] = video.roll(-12, dims=-1)[0, :, 0, beside]
+    pieces = dict(zip(SEGMENTS, read_pose(video).pieces[0, 0].tolist(), strict=True))
+    assert pieces["right_shin"] + pieces["right_forearm"] == 3  # one of each is right
+
+
+def test_noise_breaks_limbs(video):
+    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    pose, noisy = read_pose(video[:4]), read_pose((video[:4] + 0.5 * noise[:4]).clamp(-1, 1))
+    bends = pose.bend.flatten(0, 1)
+    assert anatomy(noisy, bends)["limbs_whole"] < anatomy(pose, bends)["limbs_whole"] - 0.2
+
+
+def test_an_empty_video_has_no_limbs():
+    ground = torch.tensor(puppet.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
+    pose = read_pose(ground.expand(1, 3, 5, 64, 64))
+    assert not pose.seen.any() and (pose.pieces == 0).all() and pose.bend.isnan().all()
+
+
+def test_connected_numbers_pieces_also_around_corners():
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 1, 0]], dtype=torch.bool)
+    numbers = connected(mask[None])[0]
+    assert (numbers[~mask] == 0).all()
+    assert len(numbers[mask].unique()) == 2  # corners touch
+    assert numbers[0, 0] == numbers[3, 0] != numbers[0, 3] == numbers[3, 2]
+
+
+@pytest.mark.parametrize(
+    "video", (torch.zeros(3, 5, 64, 64), torch.full((1, 3, 5, 64, 64), torch.nan)), ids=("shape", "NaN")
+)
+def test_what_is_no_video_is_refused(video):
+    with pytest.raises(ValueError, match=r"expected finite \(b, 3, f, h, w\)"):
+        read_pose(video)
