@@ -8,12 +8,15 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import ROOT
 
 from study import ablate
 
+FOLDERS = ("kit", "study", "bench")
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
@@ -23,7 +26,15 @@ COMMANDS = [
     if line.strip() and not line.startswith("#")
 ]
 # `on` is a function of the README's own, for train.py
-CALLS = re.compile(r"(?:python|torchrun) (?:.*? )?(?:-m (kit\.\w+)|(\w+)\.py)(.*)|()(?:on)( --.*)")
+CALLS = re.compile(
+    r"(?:python|torchrun) (?:.*? )?(?:-m ((?:kit|study)\.\w+|bench)|(\w+)\.py)(.*)|()(?:on)( --.*)"
+)
+
+
+def sources() -> list[Path]:
+    """All of our Python but the tests; an __init__.py only says where things are."""
+    found = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    return [path for path in found if path.name != "__init__.py"]
 
 
 def section(title: str) -> str:
@@ -40,8 +51,13 @@ def calls() -> list[tuple[str, list[str]]]:
     return found
 
 
+def module_of(verb: str) -> ModuleType:
+    """What `python -m VERB` or `python VERB.py` runs."""
+    return importlib.import_module(f"{verb}.__main__" if (ROOT / verb.replace(".", "/")).is_dir() else verb)
+
+
 def test_readme_runs_every_verb():
-    verbs = {"train", "sample", "evaluate", "bench", "kit.data", "study.figures"}
+    verbs = {"train", "sample", "study.evaluate", "study.figures", "bench", "kit.data"}
     assert {module for module, _ in calls()} >= verbs
     assert len(calls()) > 30
 
@@ -51,7 +67,7 @@ def test_every_command_is_understood(module, arguments, monkeypatch):
     # catches options that were renamed or dropped; argparse leaves with SystemExit
     arguments = [argument for argument in arguments if argument not in ("$@", "$@;", "}")]
     monkeypatch.setattr(sys, "argv", [module, *arguments])
-    importlib.import_module(module).options()
+    module_of(module).options()
 
 
 def test_every_make_target_exists():
@@ -63,14 +79,14 @@ def test_every_make_target_exists():
 
 
 def test_every_option_in_the_text_exists():
-    source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("kit/*.py")))
+    source = "".join(path.read_text() for path in sources())
     others = {"--nproc-per-node", "--max-restarts", "--shutdown-timeout"}  # torchrun's
     for option in set(re.findall(r"`(--[a-z-]+)", README)) - others:
         assert f'"{option}"' in source, option
 
 
 def test_every_file_in_the_text_exists():
-    paths = re.findall(r"\]\((assets/[^)]+)\)|`((?:kit|tests|assets)/[\w./]+)`", README)
+    paths = re.findall(r"\]\((assets/[^)]+)\)|`((?:kit|study|bench|tests|assets)/[\w./]+)`", README)
     assert len(paths) > 20
     for path in {a or b for a, b in paths}:
         assert (ROOT / path).exists(), path
@@ -87,22 +103,24 @@ def reading_list() -> dict[str, int]:
 
 
 def test_reading_list_has_every_file_and_its_length():
-    files = {str(path.relative_to(ROOT)): path for path in (*ROOT.glob("*.py"), *ROOT.glob("kit/*.py"))}
-    del files["kit/__init__.py"]
+    files = {str(path.relative_to(ROOT)): path for path in sources()}
     assert reading_list().keys() == files.keys()
     for name, lines in reading_list().items():
         assert abs(len(files[name].read_text().splitlines()) - lines) <= 10, name
 
 
 def imported(name: str) -> set[str]:
-    """Our own files that a file imports anywhere in it."""
+    """Our own files that a file imports anywhere in it; of a folder, those that its __init__.py imports."""
     modules = set()
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
         if isinstance(node, ast.ImportFrom):
             modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    return {file for module in modules if (ROOT / (file := module.replace(".", "/") + ".py")).is_file()}
+    paths = {module.replace(".", "/") for module in modules if module}
+    folders = {f"{path}/__init__.py" for path in paths if (ROOT / path / "__init__.py").is_file()}
+    files = {f"{path}.py" for path in paths if (ROOT / f"{path}.py").is_file()}
+    return files.union(*map(imported, folders))
 
 
 def test_imports_only_point_upward():
@@ -145,9 +163,9 @@ def test_sample_commands_run(verb, tmp_path, monkeypatch):
 def test_plan_prints_what_the_readme_shows(monkeypatch):
     # the count takes no time, so that it can be held against the text to the last digit
     command = next(arguments for module, arguments in calls() if module == "bench" and "plan" in arguments)
-    monkeypatch.setattr(sys, "argv", ["bench.py", *command])
+    monkeypatch.setattr(sys, "argv", ["bench", *command])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        importlib.import_module("bench").main()
+        module_of("bench").main()
     shown = re.search(r"```\n(wan2\.1-1\.3b, .*?)```", README, re.DOTALL)[1]
     assert shown in printed.getvalue()
 
