@@ -124,5 +124,5 @@ def test_misuse_is_one_line(arguments, words, monkeypatch, capsys, tmp_path):
         sys, "argv", ["study.figures", *arguments, *(() if "--out" in arguments else ("--out", "."))]
     )
     with pytest.raises(SystemExit) as ended:
-        figures.cli.run(figures.main)
+        figures.files.run(figures.main)
     assert ended.value.code == 2 and words in capsys.readouterr().err
