@@ -1,4 +1,4 @@
-"""The dual-modality diffusion transformer (paper, section 3.3): Wan's, with a second expert beside it.
+"""The dual-modality diffusion transformer (paper, section 3.1): Wan's, with a second expert beside it.
 
 Video and motion are two streams of tokens. Each has an expert of its own: embeddings, and in every
 block norms, modulation, query/key/value and output projections, cross-attention to the text and a
@@ -14,7 +14,7 @@ over both, concatenated.
 
 Either stream may be absent. Without motion, what runs is Wan, number for number.
 
-Axes: b batch, c channels, t h w latent grid, f motion frames, n tokens, d width, heads x k = d.
+Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width, heads x k = d.
 """
 
 import functools
@@ -24,16 +24,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder
+from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder, mlp
 from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
 
 TASKS = 5  # rows of the task embedding, one for each flow.Task
-# bytes of a CPU's cache for the scores of bf16 attention; without AVX-512 there are no units for its products
-CACHE = 2**23 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,19 @@ class DualDiTConfig:
     ffn: int  # hidden width of the feed-forward networks
     channels: int  # c, of the video latents
     text_dim: int  # width of the text encoder's features
-    patch: tuple[int, int, int] = (1, 2, 2)  # (t h w) latents that make one video token
+    patch: tuple[int, int, int] = (1, 2, 2)  # latents (in time, height, width) that make one video token
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
-    synced: bool = True  # MVS-RoPE; False is the ablation
+    dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
     grid: tuple[int, int] | None = None  # (H W) of learned absolute positions; Wan has none
+    synced: bool = True  # False is an ablation: motion at time f, not f/4
+    apart: bool = True  # False is an ablation: motion inside the video grid, positions collide
+    shared: bool = False  # True is an ablation: single-stream, one set of block weights for both
 
     def __post_init__(self):
-        for name in ("patch", "grid"):  # JSON has lists only
-            object.__setattr__(self, name, getattr(self, name) and tuple(getattr(self, name)))
+        for name in ("patch", "dual", "grid"):  # JSON has lists only
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even size")
         if self.patch[0] != 1:
@@ -63,48 +64,18 @@ class DualDiTConfig:
 
 PRESETS = {
     "puppet": DualDiTConfig(
-        layers=6,
-        width=128,
-        heads=2,
-        ffn=512,
-        channels=48,
-        text_dim=64,
-        patch=(1, 1, 1),
-        freq_dim=128,
+        layers=6, width=128, heads=2, ffn=512, channels=48, text_dim=64, patch=(1, 1, 1), freq_dim=128,
         grid=(8, 8),
     ),
     "wan2.1-1.3b": DualDiTConfig(layers=30, width=1536, heads=12, ffn=8960, channels=16, text_dim=4096),
-    "wan2.2-5b": DualDiTConfig(layers=30, width=3072, heads=24, ffn=14336, channels=48, text_dim=4096),
-}
+    # paper is silent: which 15 of the 30 blocks are dual
+    "wan2.2-5b": DualDiTConfig(
+        layers=30, width=3072, heads=24, ffn=14336, channels=48, text_dim=4096, dual=tuple(range(1, 30, 2))
+    ),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- pieces that both experts use
-
-
-class Modulation(NamedTuple):
-    """What the timestep does to one sub-layer: x + gate * sublayer(norm(x) * (1 + scale) + shift)."""
-
-    shift: Tensor  # each (b 1 d), float32
-    scale: Tensor
-    gate: Tensor
-
-
-class Prompt(NamedTuple):
-    """A text as the blocks read it: cross-attention's keys and values (b heads l k), a pair a block."""
-
-    video: list[tuple[Tensor, Tensor]]
-    motion: list[tuple[Tensor, Tensor]]
-
-
-class Stream(NamedTuple):
-    """One modality on its way through the blocks."""
-
-    x: Tensor  # (b n d) tokens
-    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32; (1 6 d) if all have the same
-    text: Tensor | tuple[Tensor, Tensor]  # (b l d) projected features, or a block's keys and values of them
-    cos: Tensor  # (n k/2) the tokens' rotary table
-    sin: Tensor
-    wanted: bool = True  # False: the block reads these tokens, but need not say what they become
 
 
 def layer_norm(x: Tensor, eps: float, affine: nn.LayerNorm | None = None) -> Tensor:
@@ -130,10 +101,14 @@ def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """(b,) times in [0, 1] -> (b dim) float32: cosines, then sines, of 1000·t at geometric frequencies."""
-    half = dim // 2
-    exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
-    angles = torch.outer(1000 * t.double(), 10_000**-exponent)
+    exponent = torch.arange(dim // 2, device=t.device, dtype=torch.float64) / (dim // 2)
+    angles = torch.outer(1000 * t.double(), 10_000**-exponent)  # (b dim/2)
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n k -> b n (heads k)")
 
 
 class Attention(nn.Module):
@@ -146,42 +121,21 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
 
-    def split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (heads k) -> b heads n k", heads=self.heads)
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.split(rms_norm(self.q(x), self.norm_q))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(rms_norm(self.k(x), self.norm_k)), self.split(self.v(x))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
-    scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
-    # one head's at a time, but a backward pass needs those of all heads of each sample
-    kept = scores * q.shape[1] if torch.is_grad_enabled() else scores
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and kept <= CACHE:
-        x = attend_by_parts(q, k, v, CACHE // scores)
-    else:
-        x = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(x, "b heads n k -> b n (heads k)")
-
-
-def attend_by_parts(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The same in plain products, so many heads at a time.
-
-    On a CPU's bf16 units this is faster than torch's fused kernel (bench's forward_ratio_bf16), as long as
-    scores stay in the cache. They are rounded to bf16, and kept for the backward pass.
-    """
-    b = len(q)
-    q, k, v = (rearrange(x, "b heads n k -> (b heads) n k") for x in (q * q.shape[-1] ** -0.5, k, v))
-    parts = zip(q.split(heads), k.split(heads), v.split(heads), strict=True)
-    x = torch.cat([torch.softmax(queries @ keys.mT, dim=-1) @ values for queries, keys, values in parts])
-    return rearrange(x, "(b heads) n k -> b heads n k", b=b)
+    def qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x (b n d), keys and values of the context (b l d): each (b heads n k)."""
+        q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(context), self.norm_k), self.v(context)
+        return tuple(rearrange(y, "b n (heads k) -> b heads n k", heads=self.heads) for y in (q, k, v))
 
 
 # ---------------------------------------------------------------- one block
+
+
+class Context(NamedTuple):
+    """What the blocks are told of a modality besides its tokens; the same for every block."""
+
+    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
+    text: Tensor  # (b l d)
+    rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n k/2)
 
 
 class ExpertBlock(nn.Module):
@@ -195,60 +149,47 @@ class ExpertBlock(nn.Module):
         self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(d, eps=config.eps)  # before cross-attention: affine, not modulated
         self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(d, config.ffn), nn.GELU(approximate="tanh"), nn.Linear(config.ffn, d)
-        )
+        self.ffn = mlp(d, config.ffn, d)
 
-    def modulations(self, time: Tensor) -> tuple[Modulation, Modulation]:
-        """(b 6 d) -> shift, scale, gate of self-attention and of the feed-forward network."""
-        parts = (self.modulation.float() + time).chunk(6, dim=1)
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
+    def before_attention(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n k)."""
+        shift, scale, *_ = (self.modulation.float() + context.time).chunk(6, dim=1)  # each (b 1 d)
+        y = modulate(x, shift, scale, self.eps)
+        q, k, v = self.self_attn.qkv(y, y)
+        return apply_rope(q, *context.rope), apply_rope(k, *context.rope), v
 
-    def before_attention(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: each (b heads n k)."""
-        mod, _ = self.modulations(stream.time)
-        x = modulate(stream.x, mod.shift, mod.scale, self.eps)
-        q = self.self_attn.queries(x)
-        k, v = self.self_attn.keys_values(x)
-        return apply_rope(q, stream.cos, stream.sin), apply_rope(k, stream.cos, stream.sin), v
-
-    def after_attention(self, stream: Stream, attended: Tensor) -> Tensor:
-        """This expert's rows of the joint attention (b n d) -> its tokens after the block, for each text."""
-        attention_mod, ffn_mod = self.modulations(stream.time)
-        x = gated(stream.x, attention_mod.gate, self.self_attn.o(attended))
-        queries = self.cross_attn.queries(layer_norm(x, self.eps, self.norm3))
-        text = stream.text if isinstance(stream.text, tuple) else self.cross_attn.keys_values(stream.text)
-        # up to here tokens do not depend on the text; of several texts, each now gets its own
-        texts = len(text[0]) // len(x)
-        x, queries = (repeat(tokens, "b ... -> (texts b) ...", texts=texts) for tokens in (x, queries))
-        x = x + self.cross_attn.o(attend(queries, *text)).type_as(x)
-        return gated(x, ffn_mod.gate, self.ffn(modulate(x, ffn_mod.shift, ffn_mod.scale, self.eps)))
+    def after_attention(self, x: Tensor, attended: Tensor, context: Context) -> Tensor:
+        """Tokens, and their rows of the joint attention (b n d) -> the tokens after the block."""
+        _, _, gate, shift2, scale2, gate2 = (self.modulation.float() + context.time).chunk(6, dim=1)
+        x = gated(x, gate, self.self_attn.o(attended))
+        q, k, v = self.cross_attn.qkv(layer_norm(x, self.eps, self.norm3), context.text)
+        x = x + self.cross_attn.o(attention(q, k, v)).type_as(x)
+        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
 
 
 class DualBlock(nn.Module):
-    """Two experts that meet in one self-attention."""
+    """Two experts that meet in one self-attention; a video-only block has no motion expert."""
 
-    def __init__(self, config: DualDiTConfig):
+    def __init__(self, config: DualDiTConfig, dual: bool):
         super().__init__()
+        self.shared = config.shared
         self.video = ExpertBlock(config)
-        self.motion = ExpertBlock(config)
+        self.motion = ExpertBlock(config) if dual and not config.shared else None
 
-    def read_text(self, video: Tensor, motion: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Text projected by each expert (b l d) -> each expert's keys and values of it."""
-        return [self.video.cross_attn.keys_values(video), self.motion.cross_attn.keys_values(motion)]
+    def expert(self, modality: str) -> ExpertBlock | None:
+        return self.video if modality == "video" or self.shared else self.motion
 
-    def forward(self, video: Stream | None, motion: Stream | None) -> tuple[Tensor | None, Tensor | None]:
-        present = [(e, s) for e, s in ((self.video, video), (self.motion, motion)) if s is not None]
-        q, k, v = zip(*(expert.before_attention(stream) for expert, stream in present), strict=True)
-        q = [queries for queries, (_, stream) in zip(q, present, strict=True) if stream.wanted]
-        # alone, a stream needs no copy of its queries, keys and values
-        attended = attend(*(x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (q, k, v)))
-        rows = iter(attended.split([queries.shape[2] for queries in q], dim=1))  # each (b n d)
-        x_video, x_motion = (
-            expert.after_attention(stream, next(rows)) if stream is not None and stream.wanted else None
-            for expert, stream in ((self.video, video), (self.motion, motion))
-        )
-        return x_video, x_motion
+    def forward(self, xs: dict[str, Tensor], contexts: dict[str, Context]) -> dict[str, Tensor]:
+        """Tokens (b n d) of "video", "motion" or both -> the same after the block."""
+        experts = {m: self.expert(m) for m in xs if self.expert(m) is not None}
+        if not experts:  # motion alone in a video-only block
+            return xs
+        parts = [expert.before_attention(xs[m], contexts[m]) for m, expert in experts.items()]
+        q, k, v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))  # n of both streams
+        attended = attention(q, k, v).split([xs[m].shape[1] for m in experts], dim=1)  # each (b n d)
+        after = zip(experts.items(), attended, strict=True)
+        # what is not among the experts passes unchanged
+        return xs | {m: expert.after_attention(xs[m], y, contexts[m]) for (m, expert), y in after}
 
 
 # ---------------------------------------------------------------- into the blocks and out of them
@@ -265,38 +206,33 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (b n d), time (b d) float32."""
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)  # each (b 1 d)
         return self.head(modulate(x, shift, scale, self.eps))
 
 
 class Conditioning(nn.Module):
-    """What an expert is told besides its tokens: the time and the text. Names are Wan's."""
+    """What an expert makes of the time and of the text. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         d = config.width
         self.freq_dim = config.freq_dim
         # paper is silent: each expert projects the text for itself
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, d), nn.GELU(approximate="tanh"), nn.Linear(d, d)
-        )
+        self.text_embedding = mlp(config.text_dim, d, d)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
-    def embed_text(self, text: Tensor) -> Tensor:
-        """(b l text_dim) -> (b l d)."""
-        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(b,) -> (b d) for the head and (b 6 d) for the blocks, float32 even under autocast."""
-        with torch.autocast(t.device.type, enabled=False):
-            dtype = self.time_embedding[0].weight.dtype
-            time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype))
-            return time.float(), rearrange(self.time_projection(time), "b (six d) -> b six d", six=6).float()
+    def condition(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
+        """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
+        dtype = self.time_embedding[0].weight.dtype
+        with torch.autocast(t.device.type, enabled=False):  # time stays fp32
+            time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype)).float()  # (b d)
+            time6 = rearrange(self.time_projection(time.to(dtype)), "b (six d) -> b six d", six=6).float()
+        return time, Context(time6, self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), rope)
 
 
 class VideoExpert(Conditioning):
-    """Latents (b c t h w) <-> video tokens (b, t*H*W, d)."""
+    """Latents (b c t h w) <-> video tokens (b, T·H·W, d)."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__(config)
@@ -306,26 +242,22 @@ class VideoExpert(Conditioning):
         # paper is silent: a small network from scratch is slow to learn from RoPE alone where a token is
         self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
 
-    def grid(self, video: Tensor) -> tuple[int, int, int]:
-        """Token grid (t, H, W) of latents (b c t h w)."""
-        return tuple(size // patch for size, patch in zip(video.shape[2:], self.patch, strict=True))
-
     def embed(self, video: Tensor) -> Tensor:
         x = self.patch_embedding(video.to(self.patch_embedding.weight.dtype))
-        x = rearrange(x, "b d t h w -> b t h w d")
+        x = rearrange(x, "b d T H W -> b T H W d")
         if self.place is not None:
             x = x + self.place.type_as(x)
         # a convolution's rows lie across memory, and every layer after it would keep them so
-        return rearrange(x, "b t h w d -> b (t h w) d").contiguous()
+        return rearrange(x, "b T H W d -> b (T H W) d").contiguous()
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (t, h, w), (pt, ph, pw) = grid, self.patch
-        pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
-        return rearrange(self.head(x, time), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        (T, H, W), (pt, ph, pw) = grid, self.patch
+        pattern = "b (T H W) (pt ph pw c) -> b c (T pt) (H ph) (W pw)"
+        return rearrange(self.head(x, time), pattern, T=T, H=H, W=W, pt=pt, ph=ph, pw=pw)
 
 
 class MotionExpert(Conditioning):
-    """Normalised motion (b f 235) <-> motion tokens (b, f*51, d)."""
+    """Normalised motion (b f 235) <-> motion tokens (b, f·51, d)."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__(config)
@@ -342,66 +274,106 @@ class MotionExpert(Conditioning):
 # ---------------------------------------------------------------- the network
 
 
-# attention is what costs most to recompute, and its result is as small as the tokens
-KEPT = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
-recomputed = functools.partial(
-    checkpoint, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, KEPT)
-)
-
-
 class DualDiT(nn.Module):
-    """u(video, motion | text): the velocities of both modalities, or of the one that is there."""
+    """u(video, motion, text): the velocities of both modalities, or of the one that is there."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute each block in the backward pass, but for fused attention
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
-        self.task_hint = nn.Sequential(
-            # drawn in init_weights: an embedding's own draw on the meta device imports torch's compiler
-            nn.Embedding.from_pretrained(torch.empty(TASKS, config.width), freeze=False),
-            nn.Linear(config.width, config.width),
-            nn.SiLU(),
-            nn.Linear(config.width, config.width),
-        )
-        self.blocks = nn.ModuleList(DualBlock(config) for _ in range(config.layers))
+        d = config.width
+        embedding = nn.Embedding.from_pretrained(torch.empty(TASKS, d), freeze=False)  # init_weights fills it
+        self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        dual = range(config.layers) if config.dual is None else config.dual
+        self.blocks = nn.ModuleList(DualBlock(config, dual=i in dual) for i in range(config.layers))
         # statistics of the motion data travel with the weights (motion_tokens.motion_statistics)
         self.register_buffer("motion_mean", torch.zeros(MOTION_DIM))
         self.register_buffer("motion_std", torch.ones(MOTION_DIM))
-        if not self.motion_mean.is_meta:  # values come later, from a file
+        if not self.motion_mean.is_meta:  # built on the meta device: weights are loaded later
             self.init_weights()
+
+    def forward(
+        self, video: Tensor | None, motion: Tensor | None, t_video: Tensor | None, t_motion: Tensor | None,
+        text: Tensor, task: int,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Velocities (d x_t / d t) of video and motion.
+
+        video (b c T h w) latents, motion (b f 235) normalised, f = 4(T-1)+1; t_video and t_motion (b,) or
+        (1,) in [0, 1]; text (b l text_dim); task a flow.Task. An absent input is None and gives None back.
+        A clean condition has t = 0, and its velocity means nothing. ValueError where shapes do not fit.
+        """
+        self.check(video, motion, text)
+        T, H, W = self.grid(video)
+        f = 0 if motion is None else motion.shape[1]
+        rope_video, rope_motion = rope_tables(self.config, (T, H, W), f, text.device)
+        embedding, *layers = self.task_hint
+        with torch.autocast(text.device.type, enabled=False):
+            hint = nn.Sequential(*layers)(embedding.weight[task])  # (d,)
+
+        xs, contexts = {}, {}
+        if video is not None:
+            time_video, contexts["video"] = self.video.condition(t_video, text, rope_video)
+            x = self.video.embed(video)  # (b T·H·W d)
+            xs["video"] = x + hint.type_as(x)
+        if motion is not None:
+            time_motion, contexts["motion"] = self.motion.condition(t_motion, text, rope_motion)
+            x = self.motion.embed(motion)  # (b f·51 d)
+            xs["motion"] = x + hint.type_as(x)
+
+        for block in self.blocks:
+            xs = block(xs, contexts)
+
+        u_video = None if video is None else self.video.predict(xs["video"], time_video, (T, H, W))
+        u_motion = None if motion is None else self.motion.predict(xs["motion"], time_motion)
+        return u_video, u_motion
+
+    def grid(self, video: Tensor | None) -> tuple[int, int, int]:
+        """(T H W) of the video's tokens. Without video all are 0: attention sees only differences."""
+        if video is None:
+            return 0, 0, 0
+        return tuple(size // patch for size, patch in zip(video.shape[-3:], self.config.patch, strict=True))
+
+    def check(self, video: Tensor | None, motion: Tensor | None, text: Tensor) -> None:
+        """Raise ValueError where shapes do not fit the configuration or each other."""
+        config, b, (T, H, W) = self.config, len(text), self.grid(video)
+        _, ph, pw = config.patch
+        if video is None and motion is None:
+            raise ValueError("nothing to denoise: give video, motion or both")
+        if video is not None and tuple(video.shape) != (b, config.channels, T, H * ph, W * pw):
+            expected = f"({b}, {config.channels}, T, h, w), h a multiple of {ph} and w of {pw}"
+            raise ValueError(f"video: expected {expected}; got {tuple(video.shape)}")
+        if video is not None and config.grid not in (None, (H, W)):
+            raise ValueError(f"video: expected {config.grid} tokens a frame, got {(H, W)}")
+        if motion is not None and (motion.ndim != 3 or len(motion) != b or motion.shape[2] != MOTION_DIM):
+            raise ValueError(f"motion: expected ({b}, f, {MOTION_DIM}), got {tuple(motion.shape)}")
+        frames = FRAMES_PER_LATENT * (T - 1) + 1
+        if video is not None and motion is not None and motion.shape[1] != frames:
+            raise ValueError(f"{T} video latents span {frames} frames, but motion has {motion.shape[1]}")
+
+    def video_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are Wan's: trained in stage 0, frozen in stage 1."""
+        return [p for name, p in self.named_parameters() if "video" in name.split(".")]
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Wan's initialisation. Zero: both heads and the task hint, so that training starts from Wan."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv3d):
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=1.0)
-            elif isinstance(module, (ExpertBlock, Head)):
-                nn.init.normal_(module.modulation, std=module.modulation.shape[-1] ** -0.5)
-            elif isinstance(module, MotionEncoder):
-                nn.init.normal_(module.token, std=0.5)
-                nn.init.normal_(module.phase, std=0.5)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
+            elif isinstance(module, (ExpertBlock, Head)):
+                nn.init.normal_(module.modulation, std=self.config.width**-0.5)
         for expert in (self.video, self.motion):
             for layer in (*expert.text_embedding[::2], *expert.time_embedding[::2]):
                 nn.init.normal_(layer.weight, std=0.02)
-        last_layers = [self.video.head.head, self.task_hint[-1]]
-        last_layers += [mlp[-1] for mlp in self.motion.head.head.mlps.values()]
-        for layer in last_layers:
+        nn.init.normal_(self.task_hint[0].weight)
+        nn.init.normal_(self.motion.encoder.token, std=0.5)
+        nn.init.normal_(self.motion.encoder.phase, std=0.5)
+        ends = [layers[-1] for layers in self.motion.head.head.mlps.values()]
+        for layer in (self.video.head.head, self.task_hint[-1], *ends):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if self.video.place is not None:
@@ -409,134 +381,31 @@ class DualDiT(nn.Module):
         self.motion_mean.zero_()
         self.motion_std.fill_(1.0)
 
-    def video_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are Wan's, frozen in stage 1."""
-        return [p for name, p in self.named_parameters() if "video" in name.split(".")]
 
-    def check(
-        self,
-        video: Tensor | None,
-        motion: Tensor | None,
-        times: tuple[Tensor | None, Tensor | None],
-        text: Tensor | Prompt,
-    ) -> None:
-        """Raise ValueError where shapes do not fit the configuration or each other."""
-        if video is not None:
-            _, ph, pw = self.config.patch
-            if video.ndim != 5 or video.shape[1] != self.config.channels:
-                raise ValueError(
-                    f"video latents: expected (b, {self.config.channels}, t, h, w), got {tuple(video.shape)}"
-                )
-            if video.shape[3] % ph or video.shape[4] % pw:
-                raise ValueError(
-                    f"latent size {tuple(video.shape[3:])} must be a multiple of the patch {(ph, pw)}"
-                )
-            if self.config.grid and self.video.grid(video)[1:] != self.config.grid:
-                raise ValueError(f"{self.video.grid(video)[1:]} tokens a frame, expected {self.config.grid}")
-        if motion is not None and (motion.ndim != 3 or motion.shape[-1] != MOTION_DIM):
-            raise ValueError(f"motion: expected (b, f, {MOTION_DIM}), got {tuple(motion.shape)}")
-        if video is not None and motion is not None:
-            frames = FRAMES_PER_LATENT * (video.shape[2] - 1) + 1
-            if motion.shape[1] != frames:
-                raise ValueError(
-                    f"{video.shape[2]} video latents span {frames} frames, but motion has {motion.shape[1]}"
-                )
-        b = len(video if video is not None else motion)
-        if motion is not None and len(motion) != b:
-            raise ValueError(f"{b} videos, but {len(motion)} motions: expected one for each")
-        texts = len(text.video[0][0] if isinstance(text, Prompt) else text)
-        if texts == 0 or texts % b:
-            raise ValueError(f"{texts} texts for {b} samples: expected one or more for each")
-        allowed = {(1,), (b,)} if texts == b else {(1,)}
-        for t in times:
-            if t is not None and tuple(t.shape) not in allowed:
-                raise ValueError(
-                    f"times {tuple(t.shape)} for {b} samples of {texts // b} texts: expected one of {allowed}"
-                )
-
-    def read_text(self, text: Tensor) -> Prompt:
-        """(b l text_dim) -> what forward takes as well, to read a text once and not in every step."""
-        embedded = self.video.embed_text(text), self.motion.embed_text(text)
-        return Prompt(*map(list, zip(*(block.read_text(*embedded) for block in self.blocks), strict=True)))
-
-    def forward(
-        self,
-        video: Tensor | None,
-        motion: Tensor | None,
-        t_video: Tensor | None,
-        t_motion: Tensor | None,
-        text: Tensor | Prompt,
-        task: Tensor | int,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Velocities (d x_t / d t) of video and motion.
-
-        video (b c t h w) latents or None, motion (b f 235) normalised or None, t_video and t_motion (b,) or
-        (1,) in [0, 1], text (b l text_dim) or what read_text made of it, task a flow.Task or (b,) of them. An
-        absent input gives None back, and so does one without a time: it is a clean condition, at t = 0.
-        With n texts for each sample, (n·b l text_dim), text after text, and times (1,), there are n·b
-        velocities; what comes before the first word is computed once.
-        """
-        if (video is None or t_video is None) and (motion is None or t_motion is None):
-            raise ValueError("nothing to denoise: give video with t_video, motion with t_motion, or both")
-        self.check(video, motion, (t_video, t_motion), text)
-        first = video if video is not None else motion
-        with torch.autocast(first.device.type, enabled=False):
-            hint = self.task_hint(torch.as_tensor(task, device=first.device).expand(first.shape[0]))[:, None]
-        head_dim = self.config.width // self.config.heads
-
-        def stream(
-            expert: VideoExpert | MotionExpert, x: Tensor, t: Tensor | None, positions: Tensor
-        ) -> tuple[Stream, Tensor]:
-            """What the blocks get of a modality, and the time for its head."""
-            time, blocks_time = expert.embed_time(x.new_zeros(1) if t is None else t)
-            words = None if isinstance(text, Prompt) else expert.embed_text(text)
-            x = expert.embed(x)
-            table = rope_table(positions.to(x.device), head_dim)
-            return Stream(x + hint.type_as(x), blocks_time, words, *table), time
-
-        video_stream = motion_stream = None
-        # without video, motion begins at (0, 0): attention sees differences of positions only
-        t, h, w = self.video.grid(video) if video is not None else (0, 0, 0)
-        if video is not None:
-            video_stream, time_video = stream(self.video, video, t_video, video_positions(t, h, w))
-        if motion is not None:
-            positions = motion_positions(motion.shape[1], h, w, synced=self.config.synced)
-            motion_stream, time_motion = stream(self.motion, motion, t_motion, positions)
-
-        for i, block in enumerate(self.blocks):
-            if isinstance(text, Prompt):
-                video_stream = video_stream and video_stream._replace(text=text.video[i])
-                motion_stream = motion_stream and motion_stream._replace(text=text.motion[i])
-            if i == len(self.blocks) - 1:  # a clean condition has been read when this block has read it
-                video_stream = video_stream and video_stream._replace(wanted=t_video is not None)
-                motion_stream = motion_stream and motion_stream._replace(wanted=t_motion is not None)
-            if self.checkpointing and torch.is_grad_enabled():
-                x_video, x_motion = recomputed(block, video_stream, motion_stream)
-            else:
-                x_video, x_motion = block(video_stream, motion_stream)
-            video_stream = video_stream and video_stream._replace(x=x_video)
-            motion_stream = motion_stream and motion_stream._replace(x=x_motion)
-
-        u_video = None if x_video is None else self.video.predict(x_video, time_video, (t, h, w))
-        u_motion = None if x_motion is None else self.motion.predict(x_motion, time_motion)
-        return u_video, u_motion
+@functools.lru_cache(maxsize=8)
+def rope_tables(
+    config: DualDiTConfig, grid: tuple[int, int, int], f: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The rotary tables of video and of motion, kept: they are the same in every step."""
+    T, H, W = grid
+    video, motion = video_positions(T, H, W), motion_positions(f, H, W, config.synced, config.apart)
+    return tuple(rope_table(p.to(device), config.width // config.heads) for p in (video, motion))
 
 
 if __name__ == "__main__":
     config = PRESETS["puppet"]
-    model, shapes = DualDiT(config), lambda *tensors: ", ".join(str(tuple(x.shape)) for x in tensors)
-    video, motion, t = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, MOTION_DIM), torch.tensor([0.5])
+    model, t = DualDiT(config), torch.tensor([0.5])
+
+    def shapes(tensors: dict[str, Tensor]) -> str:
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+
+    inputs = {"video": torch.randn(1, 48, 5, 8, 8), "motion": torch.randn(1, 17, MOTION_DIM)}
+    text = torch.randn(1, 16, config.text_dim)
     block = model.blocks[0]
-    block.register_forward_pre_hook(
-        lambda _, streams: print("into a block       ", shapes(*(stream.x for stream in streams)))
-    )
-    for name, expert in (("video", block.video), ("motion", block.motion)):
-        expert.self_attn.o.register_forward_hook(
-            lambda _, inputs, output, name=name: print(f"attended, {name:9}", shapes(output))
-        )
-    block.register_forward_hook(lambda _, inputs, output: print("out of a block     ", shapes(*output)))
-    print("latents and motion ", shapes(video, motion))
-    velocities = model(video, motion, t, t, torch.randn(1, 16, config.text_dim), 0)
-    print("velocities         ", shapes(*velocities))
-    counts = [sum(p.numel() for p in part.parameters()) for part in (model.video, model.motion, block)]
-    print("parameters: video ends {:,}, motion ends {:,}, a block {:,}".format(*counts))
+    block.register_forward_pre_hook(lambda _, inputs: print("into a block      ", shapes(inputs[0])))
+    block.register_forward_hook(lambda _, inputs, output: print("out of a block    ", shapes(output)))
+    print("latents and motion", shapes(inputs))
+    u_video, u_motion = model(*inputs.values(), t, t, text, 0)
+    print("velocities        ", shapes({"video": u_video, "motion": u_motion}))
+    print("video alone:")
+    model(inputs["video"], None, t, None, text, 4)

@@ -22,9 +22,115 @@ from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 JOINTS = 24
 # numbers a frame, in the order of the 235-vector
 SIZES = {"transl": 3, "joints": JOINTS * 3, "rotations": JOINTS * 6, "orient": 6, "betas": 10}
-# the three groups that own an MLP: (tokens a frame, numbers a token), in the same order
-GROUPS = {"position": (1 + JOINTS, 3), "rotation": (JOINTS + 1, 6), "shape": (1, 10)}
+# each group owns an MLP: (tokens a frame, numbers a token), in the same order
+GROUPS = {"position": (25, 3), "rotation": (25, 6), "shape": (1, 10)}
 MOTION_DIM = sum(SIZES.values())
+
+
+# ---------------------------------------------------------------- 235 numbers <-> 51 tokens
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(approximate="tanh"), nn.Linear(width, outputs))
+
+
+class MotionEncoder(nn.Module):
+    """Normalised motion (b f 235) -> tokens (b, f*51, d); one MLP for each of the three groups."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
+        # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
+        self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
+        # paper is silent: positions are relative; another says which of its latent's four frames this is
+        self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
+
+    def forward(self, motion: Tensor) -> Tensor:
+        position, rotation, shape = motion.split([25 * 3, 25 * 6, 10], dim=-1)
+        tokens = (
+            self.mlps["position"](rearrange(position, "b f (i c) -> b f i c", c=3)),  # (b f 25 d)
+            self.mlps["rotation"](rearrange(rotation, "b f (i c) -> b f i c", c=6)),  # (b f 25 d)
+            self.mlps["shape"](rearrange(shape, "b f c -> b f 1 c")),  # (b f 1 d)
+        )
+        phase = self.phase.repeat(motion.shape[1] // FRAMES_PER_LATENT + 1, 1)[: motion.shape[1]]  # (f d)
+        x = torch.cat(tokens, dim=2) + self.token + rearrange(phase, "f d -> f 1 d")  # (b f 51 d)
+        return rearrange(x, "b f i d -> b (f i) d")
+
+
+class MotionDecoder(nn.Module):
+    """Tokens (b, f*51, d) -> motion (b f 235); the encoder's mirror image."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlps = nn.ModuleDict({name: mlp(width, width, size) for name, (_, size) in GROUPS.items()})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = rearrange(tokens, "b (f i) d -> b f i d", i=TOKENS_PER_FRAME)
+        groups = zip(self.mlps.values(), x.split([25, 25, 1], dim=2), strict=True)
+        numbers = [rearrange(mlp(group), "b f i c -> b f (i c)") for mlp, group in groups]
+        return torch.cat(numbers, dim=-1)  # (b f 235)
+
+
+# ---------------------------------------------------------------- SMPL <-> 235 numbers
+
+
+def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor, body) -> Tensor:
+    """SMPL parameters -> motion vectors (b f 235), not yet normalised.
+
+    global_orient (b f 3), body_pose (b f 23 3) axis-angle in radians, betas (b 10), transl (b f 3) in
+    metres. `body.joints(...)` gives the joint positions η (kit/body.py): absolute, in the frame of
+    `transl`, so that with a paired clip they project straight onto its pixels.
+    """
+    b, f = transl.shape[:2]
+    expected = {"global_orient": (b, f, 3), "body_pose": (b, f, 23, 3), "betas": (b, 10), "transl": (b, f, 3)}
+    given = {"global_orient": global_orient, "body_pose": body_pose, "betas": betas, "transl": transl}
+    for name, shape in expected.items():
+        if tuple(given[name].shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(given[name].shape)}")
+    # paper is silent: η is absolute, so that it projects onto pixels
+    joints = body.joints(global_orient, body_pose, betas[:, None], transl)  # (b f j 3)
+    pose = torch.cat((global_orient[:, :, None], body_pose), dim=2)  # (b f j 3)
+    rotations = matrix_to_6d(axis_angle_to_matrix(pose))  # (b f j 6)
+    parts = (
+        transl,  # v
+        rearrange(joints, "b f j c -> b f (j c)"),  # η
+        rearrange(rotations, "b f j c -> b f (j c)"),  # θ
+        rotations[:, :, 0],  # γ: the root once more, as a token of its own
+        repeat(betas, "b c -> b f c", f=f),  # β
+    )
+    return torch.cat(parts, dim=-1)  # (b f 235)
+
+
+def decode_smpl(x: Tensor) -> dict[str, Tensor]:
+    """Motion vectors (b f 235), denormalised -> SMPL parameters and the joints that were generated.
+
+    Returns global_orient (b f 3), body_pose (b f 23 3), betas (b 10), transl (b f 3), joints
+    (b f 24 3). The root comes from γ, the body from θ[1:], β is averaged over frames; `joints` are the
+    positions η as they stand, which need not agree exactly with the rotations' forward kinematics.
+    """
+    if x.ndim != 3 or x.shape[-1] != MOTION_DIM:
+        raise ValueError(f"expected motion of shape (b, f, {MOTION_DIM}), got {tuple(x.shape)}")
+    transl, joints, rotations, orient, betas = x.split(list(SIZES.values()), dim=-1)
+    rotations = rearrange(rotations, "b f (j c) -> b f j c", c=6)
+    return {
+        "global_orient": matrix_to_axis_angle(sixd_to_matrix(orient)),
+        "body_pose": matrix_to_axis_angle(sixd_to_matrix(rotations[:, :, 1:])),
+        "betas": betas.mean(dim=1),
+        "transl": transl,
+        "joints": rearrange(joints, "b f (j c) -> b f j c", c=3),
+    }
+
+
+def motion_statistics(motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (235,) of motion vectors (n f 235), for normalisation.
+
+    A channel that hardly moves (a wrist that never turns) is not blown up to unit variance: its
+    deviation counts as at least half of its quantity's root mean square.
+    """
+    flat = rearrange(motion, "n f c -> (n f) c").double()
+    mean, std = flat.mean(0), flat.std(0)
+    floors = [part.square().mean().sqrt().expand_as(part) / 2 for part in std.split(list(SIZES.values()))]
+    return mean.float(), torch.maximum(std, torch.cat(floors)).clamp_min(1e-3).float()
 
 
 # ---------------------------------------------------------------- rotations
@@ -78,131 +184,16 @@ def sixd_to_matrix(sixd: Tensor) -> Tensor:
     return torch.stack((first, second, torch.linalg.cross(first, second)), dim=-1)
 
 
-# ---------------------------------------------------------------- SMPL <-> 235 numbers
-
-
-def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor, body) -> Tensor:
-    """SMPL parameters -> motion vectors (b f 235), not yet normalised.
-
-    global_orient (b f 3), body_pose (b f 23 3) axis-angle in radians, betas (b 10), transl (b f 3) in
-    metres. `body.joints(...)` gives the joint positions η (kit/body.py): absolute, in the frame of
-    `transl`, so that with a paired clip they project straight onto its pixels.
-    """
-    b, f = transl.shape[:2]
-    expected = {"global_orient": (b, f, 3), "body_pose": (b, f, 23, 3), "betas": (b, 10), "transl": (b, f, 3)}
-    given = {"global_orient": global_orient, "body_pose": body_pose, "betas": betas, "transl": transl}
-    for name, shape in expected.items():
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(given[name].shape)}")
-        if not given[name].isfinite().all():
-            raise ValueError(f"{name} contains NaN or infinity: repair or drop those frames first")
-    # paper is silent: η is absolute, so that it projects onto pixels
-    joints = body.joints(global_orient, body_pose, betas[:, None], transl)  # (b f j 3)
-    rotations = matrix_to_6d(axis_angle_to_matrix(torch.cat((global_orient[:, :, None], body_pose), dim=2)))
-    return torch.cat(
-        (
-            transl,
-            rearrange(joints, "b f j c -> b f (j c)"),
-            rearrange(rotations, "b f j c -> b f (j c)"),
-            rotations[:, :, 0],  # γ: the root once more, as a token of its own
-            repeat(betas, "b c -> b f c", f=f),
-        ),
-        dim=-1,
-    )
-
-
-def decode_smpl(x: Tensor) -> dict[str, Tensor]:
-    """Motion vectors (b f 235), denormalised -> SMPL parameters and the joints that were generated.
-
-    Returns global_orient (b f 3), body_pose (b f 23 3), betas (b 10), transl (b f 3), joints
-    (b f 24 3). The root comes from γ, the body from θ[1:], β is averaged over frames; `joints` are the
-    positions η as they stand, which need not agree exactly with the rotations' forward kinematics.
-    """
-    if x.ndim != 3 or x.shape[-1] != MOTION_DIM:
-        raise ValueError(f"expected motion of shape (b, f, {MOTION_DIM}), got {tuple(x.shape)}")
-    transl, joints, rotations, orient, betas = x.split(list(SIZES.values()), dim=-1)
-    rotations = rearrange(rotations, "b f (j c) -> b f j c", c=6)
-    return {
-        "global_orient": matrix_to_axis_angle(sixd_to_matrix(orient)),
-        "body_pose": matrix_to_axis_angle(sixd_to_matrix(rotations[:, :, 1:])),
-        "betas": betas.mean(dim=1),
-        "transl": transl,
-        "joints": rearrange(joints, "b f (j c) -> b f j c", c=3),
-    }
-
-
-def motion_statistics(motion: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (235,) of motion vectors (n f 235), for normalisation.
-
-    A channel that hardly moves (a wrist that never turns) is not blown up to unit variance: its
-    deviation counts as at least half of its quantity's root mean square.
-    """
-    flat = rearrange(motion, "n f c -> (n f) c").double()
-    mean, std = flat.mean(0), flat.std(0)
-    floors = [part.square().mean().sqrt().expand_as(part) / 2 for part in std.split(list(SIZES.values()))]
-    return mean.float(), torch.maximum(std, torch.cat(floors)).clamp_min(1e-3).float()
-
-
-# ---------------------------------------------------------------- 235 numbers <-> 51 tokens
-
-
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(approximate="tanh"), nn.Linear(width, outputs))
-
-
-class MotionEncoder(nn.Module):
-    """Normalised motion (b f 235) -> tokens (b, f*51, d); one MLP for each of the three groups."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlps = nn.ModuleDict({name: mlp(numbers, width, width) for name, (_, numbers) in GROUPS.items()})
-        # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
-        self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: positions are relative, so another says which of its latent's four frames this is;
-        # without it attention has to compare several latents to tell
-        self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
-
-    def forward(self, motion: Tensor) -> Tensor:
-        groups = motion.split([tokens * numbers for tokens, numbers in GROUPS.values()], dim=-1)
-        tokens = [
-            self.mlps[name](rearrange(group, "b f (i c) -> b f i c", i=GROUPS[name][0]))
-            for name, group in zip(GROUPS, groups, strict=True)
-        ]
-        phase = self.phase[torch.arange(motion.shape[1], device=motion.device) % FRAMES_PER_LATENT]
-        tokens = torch.cat(tokens, dim=2) + self.token + rearrange(phase, "f d -> f 1 d")
-        return rearrange(tokens, "b f i d -> b (f i) d")
-
-
-class MotionDecoder(nn.Module):
-    """Tokens (b, f*51, d) -> motion (b f 235); the encoder's mirror image."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlps = nn.ModuleDict({name: mlp(width, width, numbers) for name, (_, numbers) in GROUPS.items()})
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = rearrange(tokens, "b (f i) d -> b f i d", i=TOKENS_PER_FRAME)
-        groups = tokens.split([count for count, _ in GROUPS.values()], dim=2)
-        parts = [
-            rearrange(self.mlps[name](group), "b f i c -> b f (i c)")
-            for name, group in zip(GROUPS, groups, strict=True)
-        ]
-        return torch.cat(parts, dim=-1)
-
-
 if __name__ == "__main__":
     print("the 51 tokens of a frame, in their order:")
-    names = {"transl": 1, "joints": JOINTS, "rotations": JOINTS, "orient": 1, "betas": 1}
-    first = number = 0
-    for name, tokens in names.items():
+    token = number = 0
+    for name, tokens in {"transl": 1, "joints": JOINTS, "rotations": JOINTS, "orient": 1, "betas": 1}.items():
         size = SIZES[name] // tokens
         group = next(g for g, (_, numbers) in GROUPS.items() if numbers == size)
-        where = f"numbers {number}..{number + SIZES[name] - 1}"
+        numbers = f"numbers {number}..{number + SIZES[name] - 1}"
         print(
-            f"  {first:2}..{first + tokens - 1:2}  {name:10} {tokens:2} x {size:2}   {where:18} {group} MLP"
+            f"  {token:2}..{token + tokens - 1:2}  {name:10} {tokens:2} x {size:2}   {numbers:18} {group} MLP"
         )
-        first, number = first + tokens, number + SIZES[name]
+        token, number = token + tokens, number + SIZES[name]
     encoder, motion = MotionEncoder(128), torch.randn(1, 17, MOTION_DIM)
-    nn.init.zeros_(encoder.token)
-    nn.init.zeros_(encoder.phase)
-    print(f"motion {tuple(motion.shape)} -> tokens {tuple(encoder(motion).shape)}: 17 frames of {first}")
+    print(f"motion {tuple(motion.shape)} -> tokens {tuple(encoder(motion).shape)}: 17 frames of {token}")

@@ -1,15 +1,15 @@
-"""MVS-RoPE: motion-video synchronized rotary positions, one clock for both (paper, section 3.2).
+"""MVS-RoPE: motion-video synchronized rotary positions, one clock for both (paper, section 3.1).
 
 A rotary embedding turns a token's position into rotation angles of its query and key, so that their
 product depends only on the difference of two positions. The rotation needs to know nothing about
 grids: a token has a position (time, height, width), and that is data. All the paper adds to Wan is a
 choice of positions for the motion tokens:
 
-    video token  (t, h, w)         sits at  (t,    h,     w)       as in Wan
+    video token  (T, h, w)         sits at  (T,    h,     w)       as in Wan
     motion token i of frame f      sits at  (f/4,  H + i, W + i)   beyond the H x W grid, on its diagonal
 
-Video latents are four times shorter in time than motion, so f/4 makes motion frame 4t and video
-latent t contemporaries: the attention between them is strongest along a 4:1 diagonal.
+Video latents are four times shorter in time than motion, so f/4 puts motion frame 4k and video latent k
+at the same time: attention between them is strongest along a 4:1 diagonal.
 """
 
 import torch
@@ -20,25 +20,29 @@ TOKENS_PER_FRAME = 51  # motion tokens of one frame (motion_tokens.py tells what
 FRAMES_PER_LATENT = 4  # temporal stride of the video codec
 
 
-def video_positions(t: int, h: int, w: int) -> Tensor:
-    """Positions of a t x h x w grid of video tokens, w fastest -> (t*h*w, 3) float64."""
-    axes = [torch.arange(n, dtype=torch.float64) for n in (t, h, w)]
-    grid = torch.meshgrid(*axes, indexing="ij")
-    return rearrange(list(grid), "axes t h w -> (t h w) axes")
+def latent_of(frame: Tensor) -> Tensor:
+    """The latent that holds a frame: frame 0 is latent 0, frames 4k-3 ... 4k are latent k."""
+    return (frame + FRAMES_PER_LATENT - 1) // FRAMES_PER_LATENT
 
 
-def motion_positions(f: int, h: int, w: int, synced: bool = True) -> Tensor:
-    """Positions of f frames of motion tokens beside an h x w video grid -> (f*51, 3) float64.
+def video_positions(T: int, H: int, W: int) -> Tensor:
+    """Positions of a T x H x W grid of video tokens, W fastest -> (T·H·W, 3) float64."""
+    axes = [torch.arange(n, dtype=torch.float64) for n in (T, H, W)]
+    return rearrange(list(torch.meshgrid(*axes, indexing="ij")), "axes T H W -> (T H W) axes")
 
-    `synced=False` is the ablation, (f, i, i): time runs four times too fast and the diagonal lies
-    inside the video grid, where positions collide.
+
+def motion_positions(f: int, H: int, W: int, synced: bool = True, apart: bool = True) -> Tensor:
+    """Positions of f frames of motion tokens beside an H x W video grid -> (f·51, 3) float64.
+
+    Two ablations, one thing each: `synced=False` has time f instead of f/4, four times too fast;
+    `apart=False` has (i, i) instead of (H + i, W + i), inside the video grid, where positions collide.
     """
     frame = torch.arange(f, dtype=torch.float64)
     token = torch.arange(TOKENS_PER_FRAME, dtype=torch.float64)
-    frame, token = torch.meshgrid(frame, token, indexing="ij")
-    synced_axes = [frame / FRAMES_PER_LATENT, h + token, w + token]
-    axes = synced_axes if synced else [frame, token, token]
-    return rearrange(axes, "axes f i -> (f i) axes")
+    frame, i = torch.meshgrid(frame, token, indexing="ij")  # each (f 51)
+    time = frame / FRAMES_PER_LATENT if synced else frame
+    row, column = (H + i, W + i) if apart else (i, i)
+    return rearrange([time, row, column], "axes f i -> (f i) axes")
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -54,34 +58,43 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tup
     computed in float64: fractional times and long clips keep their precision.
     """
     if head_dim % 2 or head_dim < 6:
-        raise ValueError(
-            f"head_dim must be an even number of at least 6 (three axes of pairs), got {head_dim}"
-        )
+        raise ValueError(f"head_dim must be even and at least 6 (three axes of pairs), got {head_dim}")
     angles = []
     for axis, dim in enumerate(axis_dims(head_dim)):
         exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-        angles.append(torch.outer(positions[:, axis].double(), theta**-exponent))  # (n, dim/2)
-    angles = torch.cat(angles, dim=1)
+        angles.append(torch.outer(positions[:, axis].double(), theta**-exponent))  # (n dim/2)
+    angles = torch.cat(angles, dim=1)  # (n head_dim/2)
     return angles.cos().float(), angles.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x (b heads n head_dim) by the table's angles, in fp32."""
-    # token by token, as projections write and read: in this order of axes nothing is copied
+    # n before heads, as projections lay it out in memory: so nothing is copied
     a, b = rearrange(x.float(), "b heads n (pair two) -> two b n heads pair", two=2)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[:, None], sin[:, None]  # (n 1 pair)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return rearrange(rotated, "b n heads pair two -> b heads n (pair two)").type_as(x)
 
 
 if __name__ == "__main__":
-    # the logit of equal content: its largest value stands where a motion frame and a video latent meet
-    size, (h, w), frames = 64, (8, 8), 9
-    ones = torch.ones(1, 1, 1, size)
-    video, motion = video_positions((frames - 1) // 4 + 1, h, w), motion_positions(frames, h, w)
-    keys = apply_rope(ones.expand(1, 1, len(video), size), *rope_table(video, size))
-    queries = apply_rope(ones.expand(1, 1, len(motion), size), *rope_table(motion, size))
-    logits = rearrange(queries @ keys.mT, "1 1 (f i) (t hw) -> f t (i hw)", f=frames, hw=h * w).mean(-1)
-    print("mean logit of motion frame f and video latent t, of equal content; * where it is largest")
-    for f, row in enumerate(logits):
-        print(f"f {f} at {f / 4:.2f}  " + "".join(f"{x:9.3f}{'*' if x == row.max() else ' '}" for x in row))
+    # attention by position alone: every token has the same content
+    T, H, W, head_dim = 5, 8, 8, 64
+    f = FRAMES_PER_LATENT * (T - 1) + 1
+
+    def attention_of_frames(synced: bool) -> Tensor:
+        """How a motion frame's attention to video is shared out over the latents: (f T)."""
+        ones = torch.ones(1, 1, 1, head_dim)
+        video, motion = video_positions(T, H, W), motion_positions(f, H, W, synced)
+        k = apply_rope(ones.expand(1, 1, len(video), -1), *rope_table(video, head_dim))
+        q = apply_rope(ones.expand(1, 1, len(motion), -1), *rope_table(motion, head_dim))
+        p = torch.softmax(q @ k.mT / head_dim**0.5, dim=-1)  # (1 1 f·51 T·H·W)
+        return rearrange(p, "1 1 (f i) (T hw) -> f i T hw", f=f, T=T).sum(-1).mean(1)
+
+    print(f"attention of motion frame f to the {T} latents, in %; * the latent that holds the frame")
+    print(f"{'f':>4}   {'at f/4, as in MVS-RoPE':40}   at f, not synchronised")
+    for frame, rows in enumerate(zip(attention_of_frames(True), attention_of_frames(False), strict=True)):
+        own = int(latent_of(torch.tensor(frame)))
+        cells = [
+            "".join(f"{100 * x:6.1f}{'*' if k == own else ' '}" for k, x in enumerate(row)) for row in rows
+        ]
+        print(f"{frame:>4}   {cells[0]:40}   {cells[1]}")

@@ -1,8 +1,10 @@
-"""Train EchoMotion's two stages: `python train.py`, or `torchrun --nproc-per-node N train.py`.
+"""Train EchoMotion: `python train.py`, or `torchrun --nproc-per-node N train.py` (paper, section 3.2).
 
-Stage 1 trains the motion expert alone on motion; there are no video tokens and Wan's part is frozen.
-Stage 2 trains everything on paired clips; each step draws one task. Without arguments the puppet
-preset is trained from scratch; with --wan FOLDER a real Wan gets a motion expert.
+    stage 0   text -> video: the video expert alone. What Wan's makers have done; only the puppet needs it
+    stage 1   text -> motion: the motion expert alone, which starts as a copy of the video expert
+    stage 2   both on paired clips; each step draws one of three tasks
+
+Without arguments the puppet goes through all three from nothing; a real Wan (--wan FOLDER) through 1 and 2.
 
     python train.py export --out RUN FILE      the averaged weights of a run's last checkpoint, for sample.py
 """
@@ -11,92 +13,92 @@ import argparse
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flow
 from dual_dit import DualDiT
-from kit import checkpoints, devices, distributed, files, monitor, plots, run, validation
+from kit import checkpoints, devices, distributed, files, monitor, run, validation
 from kit.data import batch as batches
-from kit.distributed import local
+from kit.distributed import World, local
 from kit.muon import Muon
+from kit.wan import copy_video_to_motion
 
 RUN = Path("runs/puppet")
-STAGE_1_SHARE = 0.1  # of the steps, when both stages are trained
+STEPS = {"puppet": {0: 4000, 1: 1000, 2: 7000}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
-LEARNING_RATE = {"puppet": 5e-3, "wan": 5e-5}
-# paper is silent: the shift of noise levels in training
-SHIFT = {"puppet": 1.0, "wan": 3.0}
-WEIGHT_DECAY = 0.01
+LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
+WEIGHT_DECAY = {"puppet": 1e-2, "wan": 1e-3}
+SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
+# The paper's notation has one noise level for both modalities. A level for each lets the puppet make motion
+# first, and video then as if from given motion.
+ONE_T = {"puppet": False, "wan": True}
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
 BAD_STEPS = 10  # in a row, then the run stops
+# options that a run keeps when it goes on
+PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
+ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage", "shared-noise")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--stage", choices=("1", "2", "both"), default="both")
-    add("--steps", type=int, default=5000, metavar="N", help="in all (default %(default)s)")
-    add("--batch", type=int, default=16, metavar="N", help="clips a step, of all ranks (default %(default)s)")
+    # what is trained
+    add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet")
+    add("--data", action="append", metavar="SPEC", help="KIND:WHERE@WEIGHT, see docs/data.md; repeatable")
+    add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
+    add("--frames", type=files.frames, metavar="N", help="clips of this length only, instead of growing ones")
+    add("--init", type=Path, metavar="FILE", help="start from these weights, such as another run's")
+    add("--ablate", metavar="NAME", help=", ".join(ABLATIONS))
+    # how much
+    add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all")
+    add("--steps", type=files.count, metavar="N", help="in all; default: puppet 12,000, Wan 27,000")
+    add("--batch", type=files.count, default=16, metavar="N", help="clips a step, of all ranks (%(default)s)")
+    # how
+    add("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 8e-6")
+    add(
+        "--shift",
+        type=float,
+        help="of noise levels (flow.shift_time); default: puppet 1, Wan 8",
+    )
+    add("--seed", type=int, default=0)
+    # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
     what = "go on from RUN's last checkpoint; auto: start, if there is none"
     add("--resume", nargs="?", const="must", choices=("must", "auto"), help=what)
-    add("--save-every", type=int, default=250, metavar="STEPS", help="default %(default)s")
-    add("--keep", type=int, default=3, metavar="N", help="of the last checkpoints (default %(default)s)")
-    what = "losses on held-out clips, pictures of the puppet; 0: never (default %(default)s)"
+    add("--save-every", type=files.count, default=250, metavar="STEPS", help="default %(default)s")
+    add("--keep", type=files.count, default=3, metavar="N", help="of the last checkpoints (%(default)s)")
+    what = "losses on held-out clips, pictures of the puppet; 0: never (%(default)s)"
     add("--validate-every", type=int, default=500, metavar="STEPS", help=what)
-    add("--init", type=Path, metavar="FILE", help="start from these weights, such as stage 1's")
-    add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet preset")
-    what = (
-        "the motion expert: from the video expert or new (default: copy for --wan, --init's own for --init)"
-    )
-    add("--init-motion", choices=("copy", "fresh"), help=what)
-    add(
-        "--data",
-        action="append",
-        metavar="SPEC",
-        help="KIND:WHERE@WEIGHT, as in kit/data/datasets.py; repeatable",
-    )
-    add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
-    add("--frames", type=int, metavar="N", help="clips of this length throughout, instead of growing ones")
-    add("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 5e-5")
-    what = "of noise levels, toward noise (flow.shift_time); default: puppet 1, Wan 3"
-    add("--shift", type=float, help=what)
-    add("--unsynced", action="store_true", help="ablation: motion positions (f, i, i)")
-    what = "ablation: one noise level for both modalities"
-    add("--shared-noise", action="store_true", help=what)
-    what = "ablation: video tuning, stage 2 without any motion"
-    add("--video-only", action="store_true", help=what)
-    add("--seed", type=int, default=0)
+    # the machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     what = "how ranks share the work; default: fsdp from a billion parameters on"
     add("--parallel", choices=("ddp", "fsdp"), help=what)
     what = "microbatches a step on each rank, to save memory; default: 1, on a CPU as many as have 8 clips"
-    add("--accumulate", type=int, metavar="N", help=what)
+    add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
-    verbs = parser.add_subparsers(dest="verb", metavar="export")
-    what = "write the averaged weights of a run's last checkpoint to a file"
-    export = verbs.add_parser("export", help=what)
-    # what the parser above has read is not to be forgotten
+    export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="see above")
+    # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
-    args = parser.parse_args()
-    if args.shift is None:
-        args.shift = SHIFT["wan" if args.wan else "puppet"]
-    return args
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- the schedule
 
 
 class Step(NamedTuple):
-    """Where in the run a step is: everything the schedule needs to know."""
+    """Where in the run a step is."""
 
     stage: int
     step: int  # within the stage
@@ -104,14 +106,27 @@ class Step(NamedTuple):
     frames: int  # of the clips
 
 
-def plan(stage: str, steps: int, frames: int | None) -> list[Step]:
-    """The whole run, step by step."""
-    first = {"1": steps, "2": 0, "both": round(steps * STAGE_1_SHARE)}[stage]
+def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
+    """The whole run, step by step; `stages` says how many steps each has."""
 
     def length(share: float) -> int:
         return frames or [f for start, f in CLIP_LENGTHS if share >= start][-1]
 
-    return [Step(s, i, n, length(i / n)) for s, n in ((1, first), (2, steps - first)) for i in range(n)]
+    return [Step(stage, i, n, length(i / n)) for stage, n in stages.items() for i in range(n)]
+
+
+def stage_steps(world: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
+    """Steps of each stage: the defaults, in these proportions if `steps` is given."""
+    usual = STEPS[world]
+    if stage is not None:
+        if stage not in usual:
+            raise ValueError("--stage 0 is done for a Wan: choose 1 or 2, or leave --stage out for both")
+        return {stage: steps or usual[stage]}
+    if one_stage:
+        usual = {s: n for s, n in usual.items() if s != 1}
+    scale = (steps or sum(usual.values())) / sum(usual.values())
+    counts = {s: round(scale * n) for s, n in usual.items()}
+    return counts | {2: (steps or sum(usual.values())) - sum(n for s, n in counts.items() if s != 2)}
 
 
 def learning_rate(peak: float, now: Step) -> float:
@@ -120,154 +135,166 @@ def learning_rate(peak: float, now: Step) -> float:
     return peak * min(1.0, (now.step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
-def optimizers(model: DualDiT, pretrained: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else; a pretrained Wan has AdamW only."""
+def optimizers(model: DualDiT, world: str) -> list[torch.optim.Optimizer]:
+    """Muon for the puppet's matrices within blocks, AdamW for everything else; a Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # paper is silent: the optimizer
-    adamw = functools.partial(torch.optim.AdamW, weight_decay=WEIGHT_DECAY, fused=True)
-    if pretrained:  # Muon's steps have full rank: they would wash out what the video expert knows
-        return [adamw([p for _, p in trained], betas=(0.9, 0.99))]
+    decay = {"weight_decay": WEIGHT_DECAY[world]}
+    if world == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
+        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
-    muon = Muon(matrices, WEIGHT_DECAY)  # its steps have AdamW's size: one learning rate serves both
+    muon = Muon(matrices, **decay)  # its steps have AdamW's size: one learning rate serves both
     muon.register_step_pre_hook(distributed.gather_gradients)
-    return [muon, adamw(others, betas=(0.9, 0.98))]
+    return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)]
+
+
+# ---------------------------------------------------------------- the parts of a run
+
+
+def begin_stage(
+    model: DualDiT, stage: int, kind: str, world: World, parallel: str | None, bf16: bool
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """Stage 0 trains the video expert, stage 1 all but that, stage 2 everything -> objective, optimizers."""
+    video = set(model.video_parameters())
+    for p in model.parameters():
+        p.requires_grad_({0: p in video, 1: p not in video, 2: True}[stage])
+    return distributed.wrap(model, world, parallel, bf16), optimizers(model, kind)
+
+
+def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
+    """Start from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
+    follow(model.state_dict(), ema, 1.0)
+    if stage == 0:
+        copy_video_to_motion(model)
+        follow(ema, model.state_dict(), 1.0)
 
 
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], model: DualDiT, step: int) -> None:
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))  # early on, forget the initialisation fast
-    for name, value in model.state_dict().items():
-        local(ema[name]).lerp_(local(value), 1 - decay)
+def follow(average: dict[str, Tensor], state: dict[str, Tensor], weight: float) -> None:
+    """average <- average + weight·(state - average), of every tensor."""
+    torch._foreach_lerp_([local(average[name]) for name in state], [local(x) for x in state.values()], weight)
+
+
+def gradients(
+    objective: nn.Module, read: Callable[..., batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
+) -> Tensor:
+    """Forward and backward of the samples in `parts`, part by part -> losses: in all, and of what is made."""
+    losses = 0.0
+    for samples in parts:
+        batch = read(samples=samples)
+        with distributed.exchange(objective, last=samples is parts[-1]):
+            with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                loss = objective(*batch, drawn.rows(samples.start, samples.stop))
+            (loss.total / len(parts)).backward()
+        losses += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach() / len(parts)
+    return losses
 
 
 def train(args: argparse.Namespace) -> None:
-    """Both stages, or what is left of them."""
-    device, rank, ranks = world = distributed.start(args.device)
-    run.check(args, ranks)
-    found = run.resumed(args, world)
-    sources, shape = run.open_data(args, rank)
-    sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
-    steps = plan(args.stage, args.steps, shape.frames if args.wan else args.frames)
-    share = args.batch // ranks
-    args.accumulate = args.accumulate or devices.microbatches(share, device)
-    micro = share // args.accumulate
-    peak_lr = args.lr or LEARNING_RATE["wan" if args.wan else "puppet"]
+    """All stages, or what is left of them."""
+    world = device, rank, ranks = distributed.start(args.device)
+    kind = "wan" if args.wan else "puppet"
+    if args.ablate not in (None, *ABLATIONS):
+        raise ValueError(f"unknown --ablate {args.ablate!r}: choose one of {', '.join(ABLATIONS)}")
+    stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
+    steps = schedule(stages, args.frames)
+    accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
+    run.check(args.out, args.resume, args.batch, ranks, accumulate)
+    micro = args.batch // ranks // accumulate  # clips at a time
+    shift = SHIFT[kind] if args.shift is None else args.shift
+    one_t = ONE_T[kind] or args.ablate == "shared-noise"
 
+    # what there is: an earlier part of this run, data, the network
+    plan = {name: getattr(args, name) for name in PLAN}
+    found = run.resumed(args.out, args.resume, plan, world)
+    sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
+    sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
     torch.manual_seed(args.seed)
-    model, codec = run.build(args, sources, found, device)
-    model.train().requires_grad_(True).checkpointing = args.checkpointing
+    model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, device)
+    model.train()
+    devices.use_fast_attention(device)
+    if args.checkpointing:
+        distributed.recompute_blocks(model)
     if args.compile:
         distributed.compile_blocks(model)
     bf16 = found.record["bf16"] if found else distributed.use_bf16(args.precision, world)
-    first_step, skipped, bad = (found.record[k] if found else 0 for k in ("step", "skipped", "bad"))
-    log, peak = None, monitor.peak_flops(device, bf16)
-    if rank == 0:
-        run.save_record(args, model, world, bf16, first_step)
-        log = monitor.Log(args.out, first_step, len(steps))
+    first, skipped, bad = (found.record[name] if found else 0 for name in ("step", "skipped", "bad"))
     writer = checkpoints.Writer(args.out, args.keep, world, distributed.small(model))
+    log, words, body = None, len(sources[0].null_text), sources[0].body
+    if rank == 0:
+        run.save_record(args.out, vars(args), model, world, bf16, first)
+        log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
+    stopping, done = distributed.terminated(), first
 
-    def validate(step: int, stage: int) -> None:
-        tasks = validation.VIDEO_TUNING if args.video_only else validation.TASKS[stage]
-        with validation.averaged(model, ema):
-            losses = validation.validate(model, held_out, tasks, micro, bf16, ranks)
-            if codec:
-                path = args.out / "samples" / f"step-{step:08}.png" if log else None
-                validation.picture(path, model, held_out, tasks, codec, bf16)
-        if log:
-            log.validation(step, losses)
-
-    stopping, done = distributed.terminated(), first_step
-    for step in range(first_step, len(steps)):
+    for step in range(first, len(steps)):
         now = steps[step]
-        if step == first_step or now.step == 0:
-            # a stage trains its own parameters, with its own optimizers
-            for p in model.video_parameters():
-                p.requires_grad_(now.stage == 2)
-            wrapped = distributed.wrap(model, world, args.parallel, bf16)
-            opts = optimizers(model, pretrained=bool(args.wan))
-            if step == first_step:
+        if step == first or now.step == 0:
+            objective, opts = begin_stage(model, now.stage, kind, world, args.parallel, bf16)
+            if step == first:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:
                     checkpoints.load(found.folder, model, ema, opts if now.step else [], world)
-            watched = held if args.validate_every else []
-            held_out = validation.read_held_out(watched, model, now.stage, shape.frames, codec, world)
+            if now.step == 0 and step > 0:
+                hand_over(model, ema, steps[step - 1].stage)
+            held_out = validation.read_held_out(
+                held if args.validate_every else [], model, now.stage, shape.frames, codec, world
+            )
         if held_out and step % args.validate_every == 0:
-            validate(step, now.stage)
-        start, waited, values = time.perf_counter(), 0.0, 0.0
-        # ------------------------------------------------------------------ one step
-        for part in range(args.accumulate):
-            asked, first = time.perf_counter(), rank * share + part * micro
-            batch = batches.batch(
-                sources, model.motion_mean, model.motion_std, seed=args.seed, step=step, stage=now.stage,
-                frames=now.frames, batch=args.batch, samples=range(first, first + micro), device=device,
-                codec=codec, shift=args.shift, shared_noise=args.shared_noise,
-                video_only=args.video_only,
-            )  # fmt: skip
-            waited += time.perf_counter() - asked
-            with distributed.exchange(wrapped, last=part == args.accumulate - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = flow.loss(wrapped, *batch)
-                (loss.total / args.accumulate).backward()
-            values += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach()
-        norm = distributed.clip(model, CLIP_NORM).item()
-        flags = values.new_tensor([stopping.is_set(), writer.failed()])
-        means = distributed.mean_over_ranks(torch.cat([values / args.accumulate, flags]), ranks)
-        *losses, stop, failed = means.tolist()
-        finite = all(math.isfinite(x) for x in (*losses, norm))  # the same on every rank
+            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, micro, bf16, ranks, log)
+
+        # the gradients of this rank's clips, averaged over the ranks
+        start = time.perf_counter()
+        drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift, one_t)
+        read = functools.partial(
+            batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
+            step=step, frames=now.frames, batch=args.batch, device=device, codec=codec,
+        )  # fmt: skip
+        begin = rank * micro * accumulate
+        parts = [range(i, i + micro) for i in range(begin, begin + micro * accumulate, micro)]
+        losses = gradients(objective, read, drawn, parts, bf16)
+        norm = distributed.clip(model, CLIP_NORM)
+
+        # one look at the numbers, which are then the same on every rank
+        flags = losses.new_tensor([stopping.is_set(), writer.failed()])
+        numbers = distributed.mean_over_ranks(torch.cat([losses, norm[None], flags]), ranks)
+        *losses, norm, stop, failed = numbers.tolist()
+        finite = all(math.isfinite(x) for x in (*losses, norm))
+        skipped, bad = (skipped, 0) if finite else (skipped + 1, bad + 1)
+
+        # the step
         for optimizer in opts:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(peak_lr, now)
+                group["lr"] = learning_rate(args.lr or LEARNING_RATE[kind], now)
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if finite:
-            update_ema(ema, model, step)
-        # ---------------------------------------------------------------------------
-        skipped, bad = (skipped, 0) if finite else (skipped + 1, bad + 1)
-        task = batch.task.name.lower()
+        if finite:  # early in a stage, forget fast where it began
+            follow(ema, model.state_dict(), 1 - min(EMA_DECAY, (1 + now.step) / (10 + now.step)))
+
+        # what is written down
+        done = step + 1
+        seconds = time.perf_counter() - start
         if log:
-            seconds = time.perf_counter() - start
-            names = ("loss", *(name for name, x in loss._asdict().items() if x is not None))
-            record = {"step": step, "stage": now.stage, "frames": now.frames, "task": task}
-            record |= dict(zip(names, losses, strict=True)) | {"grad_norm": norm, "skipped": skipped}
-            record |= {"seconds": seconds, "data_seconds": waited}
-            log.step(record | monitor.speed(model.config, batch, args.batch, seconds, peak and peak * ranks))
+            log.step(step, now.stage, now.frames, drawn.task, losses, norm, skipped, args.batch, seconds)
         if not finite:
-            where = f"seed {args.seed}, step {step}, task {task}, samples 0 to {args.batch - 1}"
-            if log:
-                print(f"skipped, loss or gradient is not finite: {where}")
-            if bad == BAD_STEPS:
-                raise ValueError(
-                    f"{bad} steps in a row had a loss or gradient that is not finite; last: {where}"
-                )
+            run.complain(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # says what is wrong
-        done = step + 1
         if stop or done % args.save_every == 0 or done == len(steps):
-            record = run.progress(args, model, step=done, bf16=bf16, skipped=skipped, bad=bad)
-            writer.save(
-                record, checkpoints.training_state(model, ema, opts, codec.state() if codec else {}, rank)
-            )
+            settings = run.settings(shape, words, body, now.stage, shift, one_t, args.ablate)
+            record = run.record(done, bf16, skipped, bad, plan, model.config, settings)
+            extra = codec.state() if codec else {}
+            writer.save(record, checkpoints.training_state(model, ema, opts, extra, rank))
         if stop:
             break
+
     writer.wait()
-    if first_step < len(steps) == done and held_out:
-        validate(done, now.stage)
+    if first < len(steps) == done and held_out:
+        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, micro, bf16, ranks, log)
     if log:
         log.close()
-        leave(args.out, done, complete=done == len(steps))
+        run.leave(args.out, done, complete=done == len(steps))
     distributed.stop()
-
-
-def leave(out: Path, done: int, complete: bool) -> None:
-    """What a run leaves behind when it ends."""
-    if not complete:
-        print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
-        return
-    checkpoints.export(checkpoints.folder_of(out, done), out / "weights.safetensors")
-    plots.loss_picture(out / "metrics.jsonl", out / "loss.png")
-    print(f"wrote {out}/weights.safetensors, metrics.jsonl and loss.png")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch
 from bench.timing import peak_gib
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
+from kit import distributed
 from kit.flops import forward_flops, parameter_count, step_flops, tokens_of, training_memory
 from kit.geometry import WAN, adjusted
 from motion_tokens import MOTION_DIM
@@ -108,7 +109,8 @@ def measure_step(config: DualDiTConfig, grid: tuple[int, int, int], checkpointin
     """Bytes by which two training steps raise this process's peak memory."""
     before = peak_gib("cpu")
     model = DualDiT(config)
-    model.checkpointing = checkpointing
+    if checkpointing:
+        distributed.recompute_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters())
     time_of, frames = torch.rand(1), 4 * (grid[0] - 1) + 1
     for _ in range(2):

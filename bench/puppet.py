@@ -77,7 +77,7 @@ def training(setting: Setting, optimizers: Callable) -> list[Row]:
     model.train().requires_grad_(True)
     codec = puppet.Codec.from_state(extra)
     device = torch.device("cpu")
-    bf16 = devices.faster_in_bf16(device)
+    bf16 = devices.has_bf16_units(device)
     sources = open_sources(["puppet"], PUPPET, puppet.body())
     opts, step, made = optimizers(model, pretrained=False), count(), []
     micro = BATCH // devices.microbatches(BATCH, device)

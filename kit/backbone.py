@@ -4,6 +4,7 @@ There are two: the embedded puppet world, and a real Wan in a local folder. Each
 asked for and freed when its user lets go of it, so that one of Wan's three networks is resident at a time.
 """
 
+import dataclasses
 import gc
 import os
 from collections.abc import Callable
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dual_dit import DualDiT
-from kit import puppet, wan, weights
+from kit import devices, puppet, wan, weights
 from kit.body import Body
-from kit.geometry import PUPPET, Geometry
-from kit.wan.names import read_config, transformer_folder
+from kit.geometry import PUPPET, Geometry, geometry
 
 
 class Defaults(NamedTuple):
@@ -30,17 +30,70 @@ class Defaults(NamedTuple):
     lead: float  # of motion ahead of video in joint sampling (flow.clocks)
 
 
+SHIPPED = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
+ABLATED = ("synced", "apart", "shared")  # fields of DualDiTConfig that are not of the Wan
+
 PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
 
 
 class Backbone(NamedTuple):
     geometry: Geometry
     defaults: Defaults
+    autocast: bool  # compute in bf16 what is stored in fp32
     body: Body
     text_encoder: Callable[[], Callable[[list[str]], Tensor]]  # loads prompts -> (b l text_dim)
-    codec: Callable[[], puppet.Codec | wan.VideoVAE]  # loads (b 3 f h w) in [-1, 1] <-> (b c t h w)
+    codec: Callable[[], puppet.Codec | wan.VideoVAE]  # loads (b 3 f h w) in [-1, 1] <-> (b c T h w)
     transformer: Callable[[], DualDiT]
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # the camera, where it is known
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T h w) of the latents."""
+        _, frames, height, width, stride = self.geometry
+        return (frames - 1) // 4 + 1, height // stride, width // stride
+
+
+def open_backbone(
+    folder: Path | None,
+    file: Path | None,
+    body: Path | None,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    fps: float | None,
+    precision: str | None,
+    device: str,
+) -> Backbone:
+    """The Wan in `folder`, or the puppet, with the weights in `file` (default: the shipped puppet's).
+
+    Where frames, size and rate are not given they are what the weights were trained on, else what the
+    backbone's makers state.
+    """
+    devices.use_fast_attention(torch.device(device))
+    if not folder:
+        for name, value in {
+            "frames": frames,
+            "size": size,
+            "fps": fps,
+            "body": body,
+            "precision": precision,
+        }.items():
+            if value:
+                raise ValueError(f"--{name} is for --wan; the puppet has one size, one rate and one body")
+        return puppet_backbone(file or SHIPPED, device)
+    trained = (file and weights.read_settings(file)) or {}
+    if not file:
+        print("no --weights: the motion expert is untrained, its motion means nothing; try --task video")
+    if not body:
+        print("no --body: joints are the procedural body's, not SMPL's")
+    if fps and trained.get("fps", fps) != fps:
+        print(f"{file} was trained on {trained['fps']:g} frames a second, {fps:g} are asked for")
+    frames, fps = frames or trained.get("frames"), fps or trained.get("fps")
+    if not size and "height" in trained:
+        size = trained["height"], trained["width"]
+    precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    shape = geometry(folder, frames, size, fps)
+    return wan_backbone(folder, file, device, dtype, Body.load(body) if body else puppet.body(), shape)
 
 
 def puppet_backbone(file: Path, device: str) -> Backbone:
@@ -50,6 +103,7 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
     return Backbone(
         PUPPET,
         PUPPET_DEFAULTS,
+        devices.has_bf16_units(torch.device(device)),  # as it was trained and measured
         puppet.body(),
         lambda: puppet.encode_text,
         lambda: codec,
@@ -68,8 +122,10 @@ def wan_backbone(
             torch.manual_seed(0)  # the untrained motion expert is the same in every call
             return wan.load_transformer(folder, dtype, device)
         model, _ = weights.load_weights(file, device, dtype)
-        for name, value in (read_config(transformer_folder(folder)) or {}).items():
-            if (found := getattr(model.config, name)) != (tuple(value) if name == "patch" else value):
+        expected = wan.transformer_config(folder)
+        for name, value in dataclasses.asdict(expected).items():
+            found = getattr(model.config, name)
+            if found != value and name not in ABLATED:
                 raise ValueError(
                     f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"
                 )
@@ -78,7 +134,8 @@ def wan_backbone(
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echomotion" / "text"
     return Backbone(
         geometry,
-        Defaults(steps=50, guidance_text=5.0, guidance_condition=1.5, shift=5.0, lead=0.0),
+        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, lead=0.0),
+        False,
         body,
         lambda: wan.TextEncoder(folder, dtype, device, cache),
         lambda: wan.VideoVAE(folder, device=device),

@@ -286,5 +286,8 @@ def _damage(folder: Path, world: World) -> str | None:
 
 def export(folder: Path, file: Path) -> None:
     """The averaged weights of a checkpoint, codec and configuration with them, as one safetensors file."""
-    config = DualDiTConfig(**json.loads((folder / DONE).read_text())["config"])
-    weights.save_weights(file, config, load_whole(folder, "ema"), load_whole(folder, "codec"))
+    record = json.loads((folder / DONE).read_text())
+    config, settings = DualDiTConfig(**record["config"]), record["settings"]
+    weights.save_weights(
+        file, config, load_whole(folder, "ema"), load_whole(folder, "codec"), settings=settings
+    )

@@ -1,10 +1,52 @@
-"""What a machine is fast at: the precision and the number of clips it computes with unless told otherwise."""
+"""What a machine's processor is: the precision, the attention and the number of clips that suit it."""
 
 import time
 
 import torch
+from einops import rearrange
+from torch import Tensor
+
+import dual_dit
 
 CPU_CLIPS = 8  # that a CPU trains on at a time
+CACHE = 2**23  # bytes of a CPU's cache for the scores of attention
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether this device multiplies bf16 matrices in hardware, and so faster than fp32.
+
+    Read off the processor, never timed: the same seed gives the same bytes however busy the machine is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def use_fast_attention(device: torch.device) -> None:
+    """Let the network attend by plain products where that is faster: on a CPU's bf16 units."""
+    if device.type == "cpu" and has_bf16_units(device):
+        dual_dit.attention = attention_by_products
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """dual_dit.attention for bf16 whose scores fit the cache: (b heads n k) -> (b n d).
+
+    On a CPU's bf16 units two products and a softmax are faster than torch's fused kernel. Scores are rounded
+    to bf16, and kept for the backward pass.
+    """
+    scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
+    # one head's at a time, but a backward pass needs those of all heads of each sample
+    kept = scores * q.shape[1] if torch.is_grad_enabled() else scores
+    if q.dtype != torch.bfloat16 or kept > CACHE:
+        return fused_attention(q, k, v)
+    b, heads = len(q), CACHE // scores
+    q, k, v = (rearrange(x, "b heads n k -> (b heads) n k") for x in (q * q.shape[-1] ** -0.5, k, v))
+    parts = zip(q.split(heads), k.split(heads), v.split(heads), strict=True)
+    x = torch.cat([torch.softmax(queries @ keys.mT, dim=-1) @ values for queries, keys, values in parts])
+    return rearrange(x, "(b heads) n k -> b n (heads k)", b=b)
+
+
+fused_attention = dual_dit.attention
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
@@ -15,13 +57,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
     for _ in range(3):
         x @ x.mT  # as a layer multiplies: CPUs without bf16 units take twenty times longer for x @ x
     return 3 * 2 * size**3 / (time.perf_counter() - start)
-
-
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether this machine multiplies bf16 matrices faster than fp32."""
-    if device.type == "cuda":
-        return True
-    return matmul_rate(device, torch.bfloat16, size=512) > matmul_rate(device, torch.float32, size=512)
 
 
 def microbatches(share: int, device: torch.device) -> int:

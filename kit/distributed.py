@@ -9,6 +9,7 @@ its share of a batch, and gradients are averaged over the ranks, in one of two w
 """
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -23,11 +24,12 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import flow
 from dual_dit import DualDiT
 from kit import devices
 
@@ -85,20 +87,35 @@ def small(model: nn.Module) -> bool:
     return sum(p.numel() for p in model.parameters()) < SHARD_FROM
 
 
+class Objective(nn.Module):
+    """flow.loss as a module.
+
+    DDP follows gradients back from what a module returns: from a clean condition's velocity, which the loss
+    does not use, none would come.
+    """
+
+    def __init__(self, model: DualDiT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs) -> flow.Loss:
+        return flow.loss(self.model, *inputs)
+
+
 def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool) -> nn.Module:
-    """The model on its device, as the ranks train it; again when other parameters are to be trained.
+    """The objective, with the model on its device as the ranks train it; it takes what flow.loss takes next.
 
     kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors.
     """
     if kind is None:
         kind = "ddp" if small(model) else "fsdp"
     if world.ranks > 1 and kind == "fsdp":
-        return model if isinstance(model, FSDPModule) else _shard(model, world, bf16)
-    model.to(world.device)
+        return Objective(model if isinstance(model, FSDPModule) else _shard(model, world, bf16))
+    objective = Objective(model.to(world.device))
     if world.ranks == 1:
-        return model
+        return objective
     # each task leaves another part of the network unused
-    return DistributedDataParallel(model, find_unused_parameters=True)
+    return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
 def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
@@ -112,8 +129,6 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     # resharded after each forward pass: validation has no backward pass, and weights change after it
     fully_shard(model, mesh=mesh, mp_policy=ends, reshard_after_forward=True)
-    for module in (*model.blocks, model):
-        register_fsdp_forward_method(module, "read_text")
     if world.device.type == "cpu":  # gloo takes an average for a sum
         for module in (model, *model.blocks):
             module.set_force_sum_reduction_for_comms(True)
@@ -130,6 +145,22 @@ def _mesh(world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
+# attention is what costs most to recompute, and its result is as small as the tokens
+KEPT = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def recompute_blocks(model: DualDiT) -> None:
+    """Recompute each block in the backward pass, but for fused attention: memory for time."""
+    kept = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)
+
+
 def compile_blocks(model: DualDiT) -> None:
     """torch.compile each block's forward; what FSDP does before and after it stays outside."""
     # a graph for each task, with and without gradients, until clip lengths become dynamic
@@ -143,8 +174,9 @@ def compile_blocks(model: DualDiT) -> None:
 
 def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     """Around forward and backward of a microbatch: ranks exchange gradients in a step's last one only."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
+    model = getattr(wrapped, "model", None)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
     return contextlib.nullcontext()
@@ -182,8 +214,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def use_bf16(precision: str, world: World) -> bool:
-    """Of "bf16", "fp32" or "auto": what is faster, by majority, so that all ranks compute alike."""
+    """Of "bf16", "fp32" or "auto": what most ranks' processors are made for, so that all compute alike."""
     if precision != "auto":
         return precision == "bf16"
-    vote = torch.tensor(float(devices.faster_in_bf16(world.device)), device=world.device)
+    vote = torch.tensor(float(devices.has_bf16_units(world.device)), device=world.device)
     return mean_over_ranks(vote, world.ranks).item() > 0.5

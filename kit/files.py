@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,14 +35,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_record(path: Path, options: Namespace, **more: object) -> None:
+def write_record(path: Path, options: dict[str, object], **more: object) -> None:
     """How a result was made, as JSON: command, options, versions, and what else is to be known of it.
 
     Creates the folder of `path`.
     """
     record = {
         "command": sys.argv,
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -76,3 +75,19 @@ def size(text: str) -> tuple[int, int]:
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 480x832, got {text!r}")
     return int(height), int(width)
+
+
+def count(text: str) -> int:
+    """An option that is a number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def frames(text: str) -> int:
+    """An option that is a number of frames, 4n+1: a codec's latents hold the first frame, then four each."""
+    number = count(text)
+    if number % 4 != 1:
+        nearest = max(1, 4 * round((number - 1) / 4) + 1)
+        raise argparse.ArgumentTypeError(f"expected 4n+1, got {number}; the nearest is {nearest}")
+    return number

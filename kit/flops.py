@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
+from kit import devices
 from motion_tokens import GROUPS, MOTION_DIM
 from rope import TOKENS_PER_FRAME
 
@@ -59,20 +60,24 @@ class Product(NamedTuple):
 
 def products(config: DualDiTConfig, tokens: Tokens) -> dict[str, Counter[Product]]:
     """The products of one forward call on one sample, by part, and how often each occurs."""
-    d, head_dim, layers = config.width, config.width // config.heads, config.layers
+    d, head_dim = config.width, config.width // config.heads
     patch, frames = math.prod(config.patch) * config.channels, tokens.motion // TOKENS_PER_FRAME
+    dual = config.layers if config.dual is None else len(config.dual)
     names = ("projections", "feed-forward", "self-attention", "cross-attention", "ends")
     projections, ffn, self_attention, cross_attention, ends = parts = tuple(Counter() for _ in names)
-    present = [n for n in tokens[:2] if n]
-    for n in present:  # each expert reads the text for itself
-        projections[Product(n, d, d)] += 6 * layers
+    for n, layers in ((tokens.video, config.layers), (tokens.motion, dual)):
+        if not n:
+            continue
+        projections[Product(n, d, d)] += 6 * layers  # each expert reads the text for itself
         projections[Product(tokens.text, d, d)] += 2 * layers
         ffn[Product(n, d, config.ffn)] += layers
         ffn[Product(n, config.ffn, d)] += layers
         cross_attention[Product(n, head_dim, tokens.text, config.heads)] += layers
         ends.update((Product(tokens.text, config.text_dim, d), Product(tokens.text, d, d)))
         ends.update((Product(1, config.freq_dim, d), Product(1, d, d), Product(1, d, 6 * d)))
-    self_attention[Product(sum(present), head_dim, sum(present), config.heads)] += layers
+    for n, layers in ((tokens.video + tokens.motion, dual), (tokens.video, config.layers - dual)):
+        if n and layers:
+            self_attention[Product(n, head_dim, n, config.heads)] += layers
     if tokens.video:
         ends.update((Product(tokens.video, patch, d), Product(tokens.video, d, patch)))
     for count, numbers in GROUPS.values() if frames else ():
@@ -129,19 +134,23 @@ def saved_bytes(
 ) -> int:
     """Bytes that a joint call keeps for its backward pass, under bf16 autocast or not; grid (t h w) latents.
 
-    The network itself says so: one of a block, and one of two, run on fake tensors, which have shapes but no
-    memory. Attention is fused, as on a GPU: no scores are kept.
+    The network itself says so: small ones run on fake tensors, which have shapes but no memory. Attention is
+    fused, as on a GPU: no scores are kept.
     """
+    dual = config.layers if config.dual is None else len(config.dual)
     kept = []
-    with FakeTensorMode(), mock.patch.object(dual_dit, "CACHE", 0):
+    with FakeTensorMode(), mock.patch.object(dual_dit, "attention", devices.fused_attention):
         video = torch.randn(batch, config.channels, *grid)
         motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
-        for model in (DualDiT(dataclasses.replace(config, layers=layers)) for layers in (1, 2)):
+        for blocks in ((0,), (0, 1), (0,)):  # a dual block; two; one and a video-only block
+            small = dataclasses.replace(config, layers=1 + bool(kept), dual=blocks)
+            model = DualDiT(small)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 call = functools.partial(model, video, motion, time, time, features, 0)
                 kept.append(kept_bytes(call, model.parameters()))
-    return kept[0] + (config.layers - 1) * (kept[1] - kept[0])
+    one, two, mixed = kept
+    return one + (dual - 1) * (two - one) + (config.layers - dual) * (mixed - one)
 
 
 class Memory(NamedTuple):
@@ -166,7 +175,7 @@ def training_memory(
 ) -> Memory:
     """Of stage 2 with `batch` samples a GPU, everything sharded over `gpus`; grid (t h w) of the latents."""
     share = 4 * parameter_count(config) // gpus
-    none, one = (dataclasses.replace(config, layers=n) for n in (0, 1))
+    none, one = (dataclasses.replace(config, layers=n, dual=None) for n in (0, 1))
     ends = parameter_count(none)
     block = parameter_count(one) - ends
     gathered = 4 * (block + ends) if gpus > 1 else 0  # two blocks in bf16, the ends in fp32
@@ -175,9 +184,9 @@ def training_memory(
     else:
         # what the ends and one block keep, and of every block the tokens that enter it (motion's in fp32)
         # and the results of its two attentions, with their fp32 log-sum-exp
-        t, h, w = (size // patch for size, patch in zip(grid, config.patch, strict=True))
-        motion = TOKENS_PER_FRAME * (4 * (t - 1) + 1)
-        video = t * h * w
+        T, H, W = (size // patch for size, patch in zip(grid, config.patch, strict=True))
+        motion = TOKENS_PER_FRAME * (4 * (T - 1) + 1)
+        video = T * H * W
         entering = config.width * (2 * video + 4 * motion)
         attended = 2 * (video + motion) * (2 * config.width + 4 * config.heads)
         activations = saved_bytes(one, grid, batch, text) + config.layers * batch * (entering + attended)

@@ -3,19 +3,19 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from dual_dit import DualDiTConfig
-from flow import Role
+from flow import Role, Task
 from kit import devices
-from kit.data.batch import Batch
+from kit.distributed import World
 from kit.files import whole_file
-from kit.flops import Tokens, step_flops
-from rope import TOKENS_PER_FRAME
+from kit.flops import step_flops, tokens_of
+from kit.geometry import Geometry
 
 # dense bf16 FLOP/s as the makers state them; the first name that fits counts
 PEAKS = {
@@ -30,8 +30,21 @@ PEAKS = {
 class Log:
     """metrics.jsonl, TensorBoard where it is installed, and the progress bar."""
 
-    def __init__(self, run: Path, first_step: int, steps: int):
-        """A run that goes on at `first_step` drops the lines of what it will repeat."""
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        steps: int,
+        config: DualDiTConfig,
+        shape: Geometry,
+        words: int,
+        world: World,
+        bf16: bool,
+    ):
+        """A run that goes on at `first_step` drops the lines of what it will repeat. `words`: of a text."""
+        self.config, self.shape, self.words = config, shape, words
+        peak = peak_flops(world.device, bf16)
+        self.peak = peak and peak * world.ranks
         path = run / "metrics.jsonl"
         with whole_file(path) as temporary:
             temporary.write_text("".join(_lines_before(path, first_step)))
@@ -44,16 +57,37 @@ class Log:
         self.bar = tqdm(initial=first_step, total=steps)
         self.smooth: dict[str, float] = {}
 
-    def step(self, record: dict) -> None:
+    def step(
+        self, step: int, stage: int, frames: int, task: Task, losses: Sequence[float], norm: float,
+        skipped: int, clips: int, seconds: float,
+    ) -> None:  # fmt: skip
         """One training step; what is not finite is left out, as JSON has no word for it."""
-        task = record["task"]
+        roles, name = {"video": task.video, "motion": task.motion}, task.name.lower()
+        made = [modality for modality, role in roles.items() if role is Role.NOISY]
+        record = {"step": step, "stage": stage, "frames": frames, "task": name}
+        record |= dict(zip(("loss", *made), losses, strict=True)) | {"grad_norm": norm, "skipped": skipped}
+        record |= {"seconds": seconds} | self.speed(frames, roles, clips, seconds)
         finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         if "loss" in finite:
-            before = self.smooth.get(task, record["loss"])
-            self.smooth[task] = 0.95 * before + 0.05 * record["loss"]
+            before = self.smooth.get(name, record["loss"])
+            self.smooth[name] = 0.95 * before + 0.05 * record["loss"]
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in sorted(self.smooth.items())}, refresh=False)
         self.bar.update()
-        self._write(finite, {f"{task}/{k}": v for k, v in finite.items() if isinstance(v, float)})
+        self._write(finite, {f"{name}/{k}": v for k, v in finite.items() if isinstance(v, float)})
+
+    def speed(self, frames: int, roles: dict[str, Role], clips: int, seconds: float) -> dict[str, float]:
+        """Clips and tokens a second; MFU, of all ranks' peak FLOP/s."""
+        size = self.shape.height, self.shape.width
+        tokens = tokens_of(self.config, frames, size, self.shape.stride, self.words)
+        absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
+        tokens = tokens._replace(**absent)
+        rates = {
+            "clips_per_second": clips / seconds,
+            "tokens_per_second": clips * (tokens.video + tokens.motion) / seconds,
+        }
+        if self.peak:  # recomputed blocks are no useful work
+            rates["mfu"] = clips * step_flops(self.config, tokens, checkpointing=False) / seconds / self.peak
+        return rates
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self._write({"step": step, "validation": losses}, {f"validation/{k}": v for k, v in losses.items()})
@@ -87,17 +121,3 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
         return devices.matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAKS.items() if bf16 and key in name), None)
-
-
-def speed(config: DualDiTConfig, batch: Batch, clips: int, seconds: float, peak: float | None) -> dict:
-    """A step of `clips` like those of `batch`: clips and tokens a second; MFU, of all ranks' peak FLOP/s."""
-    video = 0 if batch.task.video is Role.ABSENT else math.prod(batch.video.shape[2:])
-    motion = 0 if batch.task.motion is Role.ABSENT else batch.motion.shape[1] * TOKENS_PER_FRAME
-    tokens = Tokens(video // math.prod(config.patch), motion, batch.text.shape[1])
-    rates = {
-        "clips_per_second": clips / seconds,
-        "tokens_per_second": clips * (tokens.video + tokens.motion) / seconds,
-    }
-    if peak:  # recomputed blocks are no useful work
-        rates["mfu"] = clips * step_flops(config, tokens, checkpointing=False) / seconds / peak
-    return rates

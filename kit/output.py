@@ -41,14 +41,24 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------- latents
 
 
-def save_latents(path: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> None:
-    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing."""
+def folder_of(latents: Path | None) -> Path:
+    """Where samples go unless told otherwise: where their latents are from, or samples/."""
+    if latents is None:
+        return Path("samples")
+    there = latents.absolute().parent
+    return there.parent if there.name == "latents" else there
+
+
+def save_latents(out: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> Path:
+    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing. -> the file"""
+    path = out / "latents" / f"{job.name}.safetensors"
     tensors = {"latents": latents, "motion": motion}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+    return path
 
 
 def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
@@ -76,6 +86,27 @@ def mesh_path(out: Path, job: Job, mesh: str, pictures: bool) -> Path:
 def motion_folder(out: Path, pictures: bool) -> Path:
     """Without pictures, motion goes to a folder of its own, so that `out` has MP4s only."""
     return out if pictures else out / "motion"
+
+
+def write_all(
+    out: Path,
+    latents: list[Path],
+    pixels: Tensor | None,
+    world: Backbone,
+    device: str,
+    pictures: bool,
+    mesh: str | None,
+) -> None:
+    """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
+    codec = None
+    for file in latents:
+        job, made, motion = load_latents(file)
+        video = pixels
+        if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
+            codec = codec or world.codec()
+            video = codec.decode(made.to(device))
+        names = write(out, job, video, motion, world, pictures, mesh)
+        print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
 
 
 def write(

@@ -1,14 +1,14 @@
-"""What a training run starts from: its options, data and network; and the record of how it was started."""
+"""What a training run starts from (its data and network), and the records it leaves."""
 
-import argparse
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from pathlib import Path
 
 import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
-from kit import checkpoints, puppet, wan, weights
+from flow import Task
+from kit import checkpoints, plots, puppet, wan, weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
 from kit.data import batch as batches
@@ -17,54 +17,35 @@ from kit.distributed import World
 from kit.files import write_record
 from kit.geometry import Geometry, geometry
 
+# the ablations that change the network; no weight depends on the first two
+NETWORKS = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
-def check(args: argparse.Namespace, ranks: int) -> None:
-    """ValueError for options that can't be; before anything is written."""
-    for name in ("steps", "save_every", "keep", "accumulate"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is at least 1, got {getattr(args, name)}")
-    if not 0 < args.shift < math.inf:
-        raise ValueError(f"--shift is a number above 0, got {args.shift:g}")
-    if args.video_only and args.stage != "2":
-        raise ValueError("--video-only trains no motion expert: add --stage 2, or leave --video-only out")
-    start = {"copy": args.wan or args.init, "fresh": args.wan and not args.init}
-    if args.init_motion and not start[args.init_motion]:
-        raise ValueError(
-            "--init-motion copy needs --wan FOLDER or --init FILE, fresh needs --wan FOLDER without --init"
-        )
-    if args.validate_every < 0:
-        raise ValueError(f"--validate-every is at least 0, got {args.validate_every}")
-    if args.frames is not None and args.frames != puppet.nearest_frames(args.frames):
-        nearest = puppet.nearest_frames(args.frames)
-        raise ValueError(f"--frames must be 4n+1, got {args.frames}; the nearest is {nearest}")
-    parts = ranks * (args.accumulate or 1)
-    if args.batch % parts or args.batch < 1:
-        nearest = max(1, round(args.batch / parts)) * parts
-        shares = f"{ranks} ranks" + (f" x {args.accumulate} microbatches" if parts > ranks else "")
-        raise ValueError(f"--batch {args.batch} must be a multiple of {shares}; the nearest is {nearest}")
-    there = *(args.out / "checkpoints").glob(checkpoints.PATTERN), *args.out.glob("weights.safetensors")
-    if there and not args.resume:
+# ---------------------------------------------------------------- the start
+
+
+def check(out: Path, resume: str | None, batch: int, ranks: int, accumulate: int) -> None:
+    """ValueError where a run would be overwritten, or the batch cannot be shared out."""
+    parts = ranks * accumulate
+    if batch % parts:
+        nearest = max(1, round(batch / parts)) * parts
+        shares = f"{ranks} ranks" + (f" x {accumulate} microbatches" if accumulate > 1 else "")
+        raise ValueError(f"--batch {batch} must be a multiple of {shares}; the nearest is {nearest}")
+    there = *(out / "checkpoints").glob(checkpoints.PATTERN), *out.glob("weights.safetensors")
+    if there and not resume:
         raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
 
 
-# options that a run keeps when it goes on
-PLAN = (
-    "stage", "steps", "batch", "seed", "frames", "data", "lr", "shift",
-    "unsynced", "shared_noise", "video_only",
-)  # fmt: skip
-
-
-def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
-    """The checkpoint that train.py's options ask to go on from; None for a new run.
+def resumed(out: Path, resume: str | None, plan: dict[str, object], world: World) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run. `plan`: options that must be as they were.
 
     FileNotFoundError if there must be one and is none, ValueError if it is of another plan.
     """
-    found = checkpoints.newest(args.out, world) if args.resume else None
-    if args.resume == "must" and not found:
+    found = checkpoints.newest(out, world) if resume else None
+    if resume == "must" and not found:
         raise FileNotFoundError(
-            f"nothing to resume: no checkpoint in {args.out}; start without --resume, or point --out at a run"
+            f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
-    if found and (other := {k: v for k, v in found.record["plan"].items() if v != getattr(args, k)}):
+    if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan[k]}):
         wanted = " ".join(_flag(name, value) for name, value in other.items())
         raise ValueError(f"{found.folder} is of a run with {wanted}: resume with the same")
     return found
@@ -72,73 +53,129 @@ def resumed(args: argparse.Namespace, world: World) -> Checkpoint | None:
 
 def _flag(name: str, value: object) -> str:
     """An option as it was given on the command line, or that it was not."""
-    flag = "--" + name.replace("_", "-")
-    if value is None or value is False:
-        return f"no {flag}"
-    values = value if isinstance(value, list) else [value]
-    return flag if value is True else " ".join(f"{flag} {each}" for each in values)
+    if value is None:
+        return f"no --{name}"
+    return " ".join(f"--{name} {each}" for each in (value if isinstance(value, list) else [value]))
 
 
-def progress(args: argparse.Namespace, model: DualDiT, **more: object) -> dict:
-    """The record of a checkpoint: all that is needed to go on, beside tensors."""
-    plan = {name: getattr(args, name) for name in PLAN}
-    return {"plan": plan, "config": dataclasses.asdict(model.config), **more}
-
-
-def open_data(args: argparse.Namespace, rank: int) -> tuple[list[Source], Geometry]:
-    """The data sets that train.py's options name, and the size of their clips."""
-    if args.wan and not args.data:
+def open_data(
+    specs: list[str] | None,
+    wan: Path | None,
+    body: Path | None,
+    frames: int | None,
+    stages: Container[int],
+    rank: int,
+) -> tuple[list[Source], Geometry]:
+    """The data sets (default: the puppet), and the size of their clips."""
+    if wan and not specs:
         raise ValueError(
             "--wan trains on latents: make some with `python -m kit.data cache SPEC --wan FOLDER --out DIR`, "
             "then add --data cache:DIR"
         )
-    body = Body.load(args.body) if args.body else puppet.body()
-    shape = cached_geometry(args.data[0], args.frames) if args.wan else geometry(None, args.frames)
-    sources = open_sources(args.data or ["puppet"], shape, body, wan=bool(args.wan), rank=rank)
-    if args.stage != "1" and not any(source.paired for source in sources):
-        raise ValueError("stage 2 needs video, and no data set has any: add paired clips, or --stage 1")
+    own_body = Body.load(body) if body else puppet.body()
+    shape = cached_geometry(specs[0], frames) if wan else geometry(None, frames)
+    sources = open_sources(specs or ["puppet"], shape, own_body, wan=bool(wan), rank=rank)
+    if (0 in stages or 2 in stages) and not any(source.paired for source in sources):
+        raise ValueError("stages 0 and 2 need video, and no data set has any: add paired clips, or --stage 1")
     return sources, shape
 
 
 def build(
-    args: argparse.Namespace, sources: Sequence[Source], found: Checkpoint | None, device: torch.device
+    folder: Path | None,
+    init: Path | None,
+    ablate: str | None,
+    stages: Container[int],
+    sources: Sequence[Source],
+    seed: int,
+    found: Checkpoint | None,
+    device: torch.device,
 ) -> tuple[DualDiT, puppet.Codec | None]:
     """The network, on the CPU, with its motion statistics, and the puppet's codec on `device`.
 
-    Where a run goes on the network is empty: checkpoints.load fills it when it is where it belongs.
+    It is `init`'s, the Wan in `folder`, or a new puppet; `ablate` changes it. Where a run goes on it is
+    empty: checkpoints.load fills it when it is where it belongs.
     """
     if found:
         with torch.device("meta"):
             model = DualDiT(DualDiTConfig(**found.record["config"]))
         model, extra = model.to_empty(device="cpu"), checkpoints.load_whole(found.folder, "codec")
-    elif args.init:
-        model, extra = weights.load_weights(args.init)
-        if args.init_motion == "copy":
-            wan.copy_video_to_motion(model)
-    elif args.wan:
-        how = args.init_motion or "copy"
-        model, extra = wan.load_transformer(args.wan, init_motion=how), {}
-        print(f"{args.wan}: the video expert is loaded, the motion expert is new ({how})")
     else:
-        model, extra = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state()
-    if not found:
-        if args.unsynced:  # no weight depends on it
-            model.config = dataclasses.replace(model.config, synced=False)
+        if init:
+            model, extra, stage = _initial(init, ablate)
+        elif folder:
+            model, extra, stage = wan.load_transformer(folder), {}, None  # motion starts as video's copy
+        else:
+            model, extra, stage = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state(), None
+        model = ablated(model, ablate)
+        if stage == 0 and 0 not in stages:
+            wan.copy_video_to_motion(model)
         for p in model.parameters():  # in a file they lie anywhere: sums would end in other bits than resumed
             p.data = p.data.clone()
-    if not found and not args.init:
-        mean, std = batches.statistics(sources, args.seed)
-        model.motion_mean.copy_(mean)
-        model.motion_std.copy_(std)
-    codec = None if args.wan else puppet.Codec.from_state({k: v.to(device) for k, v in extra.items()})
+        if not init:
+            mean, std = batches.statistics(sources, seed)
+            model.motion_mean.copy_(mean)
+            model.motion_std.copy_(std)
+    codec = None if folder else puppet.Codec.from_state({k: v.to(device) for k, v in extra.items()})
     return model, codec
 
 
-def save_record(args: argparse.Namespace, model: DualDiT, world: World, bf16: bool, first_step: int) -> None:
+def _initial(file: Path, ablate: str | None) -> tuple[DualDiT, dict[str, torch.Tensor], int | None]:
+    """Network, codec and last stage of a weights file that `ablate` may start from."""
+    model, extra = weights.load_weights(file)
+    model.requires_grad_(True)
+    recipe = (weights.read_settings(file) or {}).get("recipe", {})
+    stage, other = recipe.get("stage"), recipe.get("ablate")
+    if other in NETWORKS and other != ablate:
+        raise ValueError(f"{file} was trained with --ablate {other}: add that, or start from other weights")
+    if ablate == "single-stream" and other != ablate and stage != 0:
+        raise ValueError(f"--ablate single-stream has one set of weights: start from stage 0's, not {file}")
+    return model, extra, stage
+
+
+def ablated(model: DualDiT, ablate: str | None) -> DualDiT:
+    """The same weights in an ablation's network."""
+    change = {k: v for k, v in NETWORKS.get(ablate, {}).items() if getattr(model.config, k) != v}
+    if not change:
+        return model
+    other = DualDiT(dataclasses.replace(model.config, **change))
+    state = model.state_dict()
+    other.load_state_dict({name: state[name] for name in other.state_dict()})
+    return other
+
+
+# ---------------------------------------------------------------- records
+
+
+def settings(
+    shape: Geometry, words: int, body: str, stage: int, shift: float, one_t: bool, ablate: str | None
+) -> dict[str, object]:
+    """What training depended on; it goes with the weights (kit/weights.py)."""
+    clip = {"fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width}
+    recipe = {"stage": stage, "shift": shift, "one_t": one_t, "ablate": ablate}
+    return clip | {"text_tokens": words, "body": body, "recipe": recipe}
+
+
+def record(
+    step: int,
+    bf16: bool,
+    skipped: int,
+    bad: int,
+    plan: dict[str, object],
+    config: DualDiTConfig,
+    settings: dict[str, object],
+) -> dict[str, object]:
+    """All that is needed to go on from a checkpoint, beside tensors."""
+    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad}
+    return state | {"plan": plan, "config": dataclasses.asdict(config), "settings": settings}
+
+
+def save_record(
+    out: Path, options: dict[str, object], model: DualDiT, world: World, bf16: bool, first_step: int
+) -> None:
     """RUN/run.json: options, command, versions, network and machines of the run's last start."""
     write_record(
-        args.out / "run.json",
-        args,
+        out / "run.json",
+        options,
         first_step=first_step,
         bf16=bf16,
         ranks=world.ranks,
@@ -146,3 +183,22 @@ def save_record(args: argparse.Namespace, model: DualDiT, world: World, bf16: bo
         config=dataclasses.asdict(model.config),
         parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def complain(seed: int, step: int, task: Task, batch: int, rank: int, stop: bool) -> None:
+    """A step was skipped; ValueError if it is time to stop."""
+    where = f"seed {seed}, step {step}, task {task.name.lower()}, samples 0 to {batch - 1}"
+    if rank == 0:
+        print(f"skipped, loss or gradient is not finite: {where}")
+    if stop:
+        raise ValueError(f"too many steps in a row had a loss or gradient that is not finite; last: {where}")
+
+
+def leave(out: Path, done: int, complete: bool) -> None:
+    """What a run leaves behind when it ends."""
+    if not complete:
+        print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
+        return
+    checkpoints.export(checkpoints.folder_of(out, done), out / "weights.safetensors")
+    plots.loss_picture(out / "metrics.jsonl", out / "loss.png")
+    print(f"wrote {out}/weights.safetensors, metrics.jsonl and loss.png")

@@ -18,12 +18,11 @@ from kit.backbone import PUPPET_DEFAULTS
 from kit.data.batch import rng
 from kit.data.sources import Source
 from kit.distributed import World, local
+from kit.monitor import Log
 from motion_tokens import decode_smpl
 
 SAMPLES = 16
 TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels, a quarter of the samples at each
-TASKS = {1: (Task.MOTION_ONLY,), 2: (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION)}  # of a stage
-VIDEO_TUNING = (Task.VIDEO_ONLY,)  # of stage 2 without any motion
 PICTURE = 160  # height of a skeleton, pixels
 
 
@@ -34,14 +33,14 @@ class HeldOut(NamedTuple):
     motion: Tensor  # (n f 235) normalised
     text: Tensor  # (n l text_dim)
     null_text: Tensor  # (n l text_dim)
-    noise_video: Tensor | None
-    noise_motion: Tensor
     t: Tensor  # (n,)
+    seeds: Tensor  # (n,) of the noise
     counts: Tensor  # (n,) 1, or 0 for what only makes every rank's share the same size
 
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.noise_video, self.noise_motion, self.t, self.t)
+    def draw(self, task: Task) -> Draw:
+        """Video to motion never has text."""
+        no_text = torch.full(self.t.shape, task is Task.VIDEO_TO_MOTION)
+        return Draw(task, no_text, self.t, self.t, self.seeds)
 
     def rows(self, first: int, end: int) -> "HeldOut":
         return HeldOut(*(x if x is None else x[first:end] for x in self))
@@ -79,19 +78,20 @@ def read_held_out(
     samples = []
     for i in range(world.rank, math.ceil(len(held) / world.ranks) * world.ranks, world.ranks):
         source, number = held[i % len(held)]
-        read = source.read([number], frames, stage == 2, codec, world.device)
+        read = source.read([number], frames, stage != 1, codec, world.device)
         motion = (read.motion[0] - model.motion_mean) / model.motion_std
         video = None if read.latents is None else read.latents[0]
         text, null_text = source.null_text.float().clone(), source.null_text.float()
         for caption in read.texts[0][:1]:
             text[: len(caption)] = caption
             text[len(caption) :] = 0
-        generator = rng("validation noise", i % len(held))
-        noise = [None if x is None else torch.randn(x.shape, generator=generator) for x in (video, motion)]
         t, counts = torch.tensor(TIMES[i % len(held) % len(TIMES)]), torch.tensor(float(i < len(held)))
-        samples.append((video, motion, text, null_text, *noise, t, counts))
-    columns = zip(*samples, strict=True)
-    return HeldOut(*(None if c[0] is None else torch.stack(c).to(world.device) for c in columns))
+        seed = torch.randint(2**62, (), generator=rng("validation noise", i % len(held)))
+        samples.append((video, motion, text, null_text, t, seed, counts))
+    *columns, seeds, counts = zip(*samples, strict=True)
+    on_device = (None if c[0] is None else torch.stack(c).to(world.device) for c in (*columns, counts))
+    *columns, counts = on_device
+    return HeldOut(*columns, torch.stack(seeds), counts)
 
 
 @contextlib.contextmanager
@@ -107,6 +107,30 @@ def averaged(model: DualDiT, ema: dict[str, Tensor]) -> Iterator[None]:
         value.copy_(trained[name])
 
 
+def watch(
+    run: Path,
+    step: int,
+    stage: int,
+    model: DualDiT,
+    ema: dict[str, Tensor],
+    held: HeldOut,
+    codec: puppet.Codec | None,
+    chunk: int,
+    bf16: bool,
+    ranks: int,
+    log: Log | None,
+) -> None:
+    """Losses of the averaged weights, and of the puppet a picture in RUN/samples; only rank 0 has a log."""
+    tasks = flow.STAGES[stage]
+    with averaged(model, ema):
+        losses = validate(model, held, tasks, chunk, bf16, ranks)
+        if codec:
+            path = run / "samples" / f"step-{step:08}.png" if log else None
+            picture(path, model, held, tasks, codec, bf16)
+    if log:
+        log.validation(step, losses)
+
+
 @torch.no_grad()
 def validate(
     model: DualDiT, held: HeldOut, tasks: Sequence[Task], chunk: int, bf16: bool, ranks: int
@@ -120,7 +144,7 @@ def validate(
             part = held.rows(first, first + chunk)
             at_level = (part.t[:, None] == levels) * part.counts[:, None]
             with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
-                errors = flow.loss(model, part.video, part.motion, part.text, task, part.draw)
+                errors = flow.loss(model, *part[:4], part.draw(task))
             for modality, error in enumerate(errors):
                 if error is not None:
                     sums[modality] += torch.stack([error @ at_level, at_level.sum(0)])
@@ -155,14 +179,15 @@ def picture(
     one = held.rows(0, 1)
     show("held out", one.video, one.motion)
     for task in tasks:
-        given = ((one.video, one.noise_video, task.video), (one.motion, one.noise_motion, task.motion))
-        inputs = [{Role.NOISY: noise, Role.CLEAN: x, Role.ABSENT: None}[role] for x, noise, role in given]
+        given = ((one.video, one.seeds, task.video), (one.motion, one.seeds + 1, task.motion))
+        inputs = [
+            None if role is Role.ABSENT else x if role is Role.CLEAN else flow.noise_like(x, seeds)
+            for x, seeds, role in given
+        ]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
             made = flow.sample(model, *inputs, one.text, one.null_text, task, **PUPPET_DEFAULTS._asdict())
         # a condition comes back as it went in: it is in the first rows
-        video, motion = (
-            x if role is Role.NOISY else None for x, (*_, role) in zip(made[:2], given, strict=True)
-        )
+        video, motion = (x if role is Role.NOISY else None for x, (*_, role) in zip(made, given, strict=True))
         show(task.name.lower().replace("_", " "), video, motion)
     if path:  # the other ranks only help
         path.parent.mkdir(exist_ok=True)

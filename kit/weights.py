@@ -1,11 +1,14 @@
 """Weights on disk: one safetensors file that carries all it takes to use them.
 
 Tensors: the network's under their own names, and what belongs to it (the puppet's codec) under a
-prefix. Metadata: the network's configuration as JSON.
+prefix. Metadata: the network's configuration as JSON, and in it the settings that it was trained with.
 """
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,9 @@ from kit.files import whole_file
 EXTRA = "extra."  # prefix of tensors that are not the network's
 # parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
+# what training depended on, the default of what samples from it; a file may leave some out, or name more
+NUMBERS = ("fps", "frames", "height", "width", "text_tokens")
+SETTINGS = (*NUMBERS, "body", "recipe")
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -32,14 +38,19 @@ def save_weights(
     tensors: dict[str, Tensor],
     extra: dict[str, Tensor],
     dtype=torch.float32,
+    settings: dict | None = None,
 ) -> None:
-    """Write a state dict, its configuration and extra tensors; extras stay fp32."""
+    """Write a state dict, its configuration and extra tensors; extras stay fp32. `settings`: see SETTINGS."""
+    record = dataclasses.asdict(config)
+    if settings is not None:
+        record["settings"] = _checked(settings, f"cannot write {path}")
     file = {k: v.to("cpu", stored_dtype(k, dtype)).contiguous() for k, v in tensors.items()}
     file |= {EXTRA + k: v.cpu().float().contiguous() for k, v in extra.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        save_file(file, temporary, metadata={"config": json.dumps(dataclasses.asdict(config))})
+        # one entry: safetensors writes several in random order, and the same run must give the same bytes
+        save_file(file, temporary, metadata={"config": json.dumps(record)})
 
 
 def load_weights(
@@ -49,25 +60,9 @@ def load_weights(
 
     FileNotFoundError or ValueError if the file is missing, damaged, or of another configuration.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}: train some with `python train.py`, or name a file with --weights"
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file or is truncated ({error}): copy it again"
-        ) from error
-    if "config" not in metadata:
-        raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
-    try:
-        config = DualDiTConfig(**json.loads(metadata["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error
+    with _opened(Path(path)) as file:
+        config, _ = _header(file, path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     with torch.device("meta"):
         model = DualDiT(config)
     extra = {k.removeprefix(EXTRA): v.to(device) for k, v in tensors.items() if k.startswith(EXTRA)}
@@ -77,3 +72,50 @@ def load_weights(
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own configuration: {error}") from error
     return model.eval().requires_grad_(False), extra
+
+
+def read_settings(path: Path) -> dict | None:
+    """What save_weights was given as settings, from the file's header alone; None: a file without them.
+
+    FileNotFoundError or ValueError if the file is missing or damaged, or the settings are no such values.
+    """
+    with _opened(Path(path)) as file:
+        return _header(file, path)[1]
+
+
+def _header(file: safe_open, path: Path) -> tuple[DualDiTConfig, dict | None]:
+    text = (file.metadata() or {}).get("config")
+    if text is None:
+        raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
+    try:
+        record = json.loads(text)
+        settings = record.pop("settings", None)
+        config = DualDiTConfig(**record)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error
+    return config, None if settings is None else _checked(settings, str(path))
+
+
+def _checked(settings: dict, where: str) -> dict:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: its settings are {settings!r}, expected a dict of {', '.join(SETTINGS)}")
+    for name in NUMBERS:
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{where}: its settings say {name} is {value!r}, expected a number above 0")
+    return settings
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}: train some with `python train.py`, or name a file with --weights"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file or is truncated ({error}): copy it again"
+        ) from error

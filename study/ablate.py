@@ -121,7 +121,7 @@ def held_out(count: int, frames: int) -> HeldOut:
     clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
     video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
     bends = pose.read_pose(others[:READ_CLIPS]).bend.flatten(0, 1)
-    bf16 = devices.faster_in_bf16(torch.device("cpu"))
+    bf16 = devices.has_bf16_units(torch.device("cpu"))
     return HeldOut(clips, puppet_motion(clips), video, bank, puppet.silhouette(others), bends, bf16)
 
 

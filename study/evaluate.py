@@ -15,10 +15,9 @@ import torch
 
 import flow
 from kit import devices, files, plots, puppet, weights
-from kit.backbone import PUPPET_DEFAULTS
+from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.files import whole_file
 from motion_tokens import GROUPS
-from sample import SHIPPED
 from study import ablate
 from study.measures import attention_share, held_out
 from study.scores import scores
@@ -116,7 +115,7 @@ def main() -> None:
     given = ("steps", "solver", "guidance_text", "guidance_condition", "lead")
     sampling = PUPPET_DEFAULTS._asdict() | {name: getattr(args, name) for name in given}
     clips, bank = held_out(args.clips), held_out(BANK_CLIPS, "bank")
-    bf16 = devices.faster_in_bf16(torch.device("cpu"))
+    bf16 = devices.has_bf16_units(torch.device("cpu"))
     result = scores(model, puppet.Codec.from_state(extra), clips, bank, bf16, **sampling)
     print_table(table(result.values))
     if args.json:

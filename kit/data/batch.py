@@ -1,4 +1,4 @@
-"""What one training step sees, as a function of (seed, step): task, clips, noise.
+"""Which clips one training step sees, as a function of (seed, stage, step).
 
 Nothing here depends on how many processes run: the global batch is numbered 0 … batch-1, every sample
 draws from its own (seed, step, sample), and a rank takes its slice of the numbers.
@@ -12,14 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flow import Draw, Task, shift_time
 from kit import puppet
 from kit.data.sources import Read, Source
 from motion_tokens import motion_statistics
 
-# paper is silent: how often text, and condition and text, are dropped
-DROP_TEXT = 0.1  # share of samples trained without their text
-DROP_BOTH = 0.1  # share of conditional steps trained without condition and text
 BLOCK = 1024  # positions in which every source has exactly its share
 STATISTICS_CLIPS = 2048
 
@@ -116,82 +112,51 @@ def statistics(sources: Sequence[Source], seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Batch(NamedTuple):
-    """One rank's share of one step, ready for flow.loss."""
+    """One rank's share of one step, as flow.loss takes it."""
 
-    video: Tensor | None  # (b c t h w) latents; None in stage 1
+    video: Tensor | None  # (b c T h w) latents; None in stage 1
     motion: Tensor  # (b f 235) normalised
     text: Tensor  # (b l text_dim)
-    task: Task
-    draw: Draw
+    null_text: Tensor  # (l text_dim)
 
 
-def draw_task(seed: int, step: int, stage: int) -> tuple[Task, bool]:
-    """The step's task, the same for every rank, and whether its condition and text are dropped."""
-    if stage == 1:
-        return Task.MOTION_ONLY, False
-    generator = rng("task", seed, step)
-    task = Task(int(torch.randint(3, (1,), generator=generator)))
-    return task, task is not Task.JOINT and torch.rand(1, generator=generator).item() < DROP_BOTH
-
-
-def batch(
+def read(
     sources: Sequence[Source],
     mean: Tensor,
     std: Tensor,
     *,
     seed: int,
-    step: int,
     stage: int,
+    step: int,
     frames: int,
     batch: int,
     samples: range,
     device: torch.device,
     codec: puppet.Codec | None = None,
-    shift: float = 1.0,
-    shared_noise: bool = False,
-    video_only: bool = False,
 ) -> Batch:
     """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
 
-    Each modality has a noise level of its own, or both have the same if `shared_noise`; `shift` is
-    flow.shift_time's. Stage 2 uses the sources with video; `codec` makes latents of what is not cached.
-    `video_only` takes the task VIDEO_ONLY instead of the step's. ValueError if no source has video, or
-    one has fewer frames than asked for.
+    Stages 0 and 2 use the sources with video; `codec` makes latents of what is not cached. ValueError if no
+    source has video, or one has fewer frames than asked for.
     """
-    task, drop_both = (Task.VIDEO_ONLY, False) if video_only else draw_task(seed, step, stage)
-    sources = [source for source in sources if stage == 1 or source.paired]
+    paired = stage != 1
+    sources = [source for source in sources if source.paired or not paired]
     if not sources:
-        raise ValueError("stage 2 needs video, and no data set has any: add paired clips, or train stage 1")
+        raise ValueError(
+            f"stage {stage} needs video, and no data set has any: add paired clips, or --stage 1"
+        )
     if frames > (shortest := min(source.frames for source in sources)):
         raise ValueError(f"{frames} frames are asked for, but there is a data set of {shortest}")
     drawn = []
     for i in samples:
         j, number = locate(sources, seed, step * batch + i)
         drawn.append((j, _integer("clip", seed, stage, step, i) if number is None else number))
-    motion, video, texts = _gather(sources, drawn, frames, stage == 2, codec, device)
-    motion = (motion - mean) / std
-
-    generators = [rng("noise", seed, stage, step, i) for i in samples]
-    drop = [drop_both or torch.rand(1, generator=g).item() < DROP_TEXT for g in generators]
-
-    def noise_level() -> Tensor:
-        return shift_time(torch.cat([torch.rand(1, generator=g) for g in generators]), shift).to(device)
-
-    def noise_like(x: Tensor | None) -> Tensor | None:
-        return (
-            None
-            if x is None
-            else torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
-        )
-
-    # paper is silent: in joint training each modality has a noise level of its own
-    draw = Draw(noise_like(video), noise_like(motion), noise_level(), noise_level())
-    if shared_noise:
-        draw = draw._replace(t_motion=draw.t_video)
-    text = torch.stack([sources[0].null_text.float()] * len(samples))
-    for row, captions, dropped, i in zip(text, texts, drop, samples, strict=True):
-        if captions and not dropped:
+    motion, video, texts = _gather(sources, drawn, frames, paired, codec, device)
+    null_text = sources[0].null_text.float()
+    text = torch.stack([null_text] * len(samples))
+    for row, captions, i in zip(text, texts, samples, strict=True):
+        if captions:
             features = captions[_integer("caption", seed, stage, step, i) % len(captions)]
             row[: len(features)] = features
             row[len(features) :] = 0
-    return Batch(video, motion, text.to(device), task.unconditional if drop_both else task, draw)
+    return Batch(video, (motion - mean) / std, text.to(device), null_text.to(device))

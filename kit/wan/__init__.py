@@ -6,6 +6,14 @@ from kit.wan.load import (
     copy_video_to_motion,
     load_transformer,
     save_transformer,
+    transformer_config,
 )
 
-__all__ = ["TextEncoder", "VideoVAE", "copy_video_to_motion", "load_transformer", "save_transformer"]
+__all__ = [
+    "TextEncoder",
+    "VideoVAE",
+    "copy_video_to_motion",
+    "load_transformer",
+    "save_transformer",
+    "transformer_config",
+]

@@ -13,6 +13,7 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dual_dit import DualDiT
+from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 from kit.wan.names import (
     STEM,
@@ -60,10 +61,7 @@ def load_transformer(
         raise ValueError(f"init_motion is 'copy' or 'fresh', got {init_motion!r}")
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with opened(file) as tensors:
-            shapes |= {wan_name(name): tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    shapes = _shapes(files)
     config = config_of(shapes, read_config(folder))
     with torch.device("meta"):
         model = DualDiT(config)
@@ -89,6 +87,21 @@ def load_transformer(
     if init_motion == "copy":
         copy_video_to_motion(model)
     return model.eval().requires_grad_(False)
+
+
+def transformer_config(folder: str | Path) -> DualDiTConfig:
+    """The configuration that load_transformer(folder) has, without reading weights."""
+    folder = transformer_folder(Path(folder))
+    return config_of(_shapes(shard_files(folder)), read_config(folder))
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Wan's own name of every tensor -> its shape."""
+    shapes = {}
+    for file in files:
+        with opened(file) as tensors:
+            shapes |= {wan_name(name): tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -156,7 +156,10 @@ def config_of(shapes: dict[str, tuple[int, ...]], given: dict | None) -> DualDiT
             )
     if "heads" not in given and width % WAN_HEAD_DIM:
         raise ValueError(f"no config.json, and width {width} does not divide into heads of {WAN_HEAD_DIM}")
-    return DualDiTConfig(**{"heads": width // WAN_HEAD_DIM} | given | found)
+    # Wan2.2's 5B gets a motion expert in every second block, the last among them
+    layers = found["layers"]
+    dual = tuple(range(1 - layers % 2, layers, 2)) if channels == PRESETS["wan2.2-5b"].channels else None
+    return DualDiTConfig(**{"heads": width // WAN_HEAD_DIM} | given | found, dual=dual)
 
 
 # ---------------------------------------------------------------- files

@@ -78,6 +78,31 @@ def test_half_precision_spares_statistics_and_extras(tmp_path, model):
     torch.testing.assert_close(back.state_dict()[matrix], expected, atol=0, rtol=0)
 
 
+def test_settings_of_training_come_back_and_older_files_have_none(tmp_path, saved, model):
+    # catches a frame rate that is lost between training and sampling: files would play in slow motion
+    settings = {"fps": 29.97, "frames": 9, "height": 64, "width": 96, "text_tokens": 512, "recipe": {}}
+    save_weights(tmp_path / "w", TINY, model.state_dict(), EXTRA, settings=settings)
+    assert weights.read_settings(tmp_path / "w") == settings
+    assert load_weights(tmp_path / "w")[0].config == TINY
+    assert weights.read_settings(saved) is None
+
+
+@pytest.mark.parametrize("settings", ([], {"fps": "30"}, {"frames": 0}, {"fps": float("nan")}), ids=str)
+def test_settings_that_are_none_are_refused_by_name(saved, settings):
+    config = json.dumps(vars(TINY) | {"settings": settings})
+    edit(saved, lambda _, metadata: metadata.update(config=config))
+    for read in (weights.read_settings, load_weights):
+        with pytest.raises(ValueError, match=rf"{saved.name}.*settings"):
+            read(saved)
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path, model):
+    # catches a second entry of metadata: safetensors writes those in random order
+    for k in range(8):
+        save_weights(tmp_path / f"{k}", TINY, model.state_dict(), EXTRA, settings={"fps": 16, "frames": 9})
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -11,9 +11,9 @@ from scipy.spatial.transform import Rotation
 import dual_dit
 from flow import Task
 from kit import puppet, weights
+from kit.backbone import SHIPPED
 from kit.data.datasets import puppet_motion
 from motion_tokens import TOKENS_PER_FRAME, decode_smpl
-from sample import SHIPPED
 from study import measures
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kit import puppet, weights
+from kit.backbone import SHIPPED
 from kit.body import JOINT_NAMES
-from sample import SHIPPED
 from study.pose import POINTS, SEGMENTS, anatomy, connected, read_pose
 
 # pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free

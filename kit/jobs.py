@@ -1,0 +1,100 @@
+"""What a call of sample.py is asked to make: samples with their names, prompts, seeds and conditions."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from flow import Task
+from kit import output, puppet
+from kit.backbone import Backbone
+from kit.conditions import read_motion, read_video
+from kit.data.datasets import puppet_motion
+from kit.output import Job
+
+SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
+PROMPT = "a person in a red shirt waves the left hand"
+CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
+LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
+
+
+def jobs(
+    tasks: dict[str, Task],
+    name: str | None,
+    prompt: str | None,
+    prompts: Path | None,
+    count: int,
+    seed: int,
+    motion: Path | None,
+    video: Path | None,
+) -> list[Job]:
+    """The samples that sample.py's options ask for; ValueError where they contradict each other."""
+    if motion and name != "m2v":
+        raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
+    if video and name != "v2m":
+        raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
+    if name == "v2m" and (prompt or prompts):
+        raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
+    if prompts:
+        named = read_prompts(prompts)
+        task = tasks[name or "joint"]
+        return [Job(f"{file}-{i}", task, text, seed + i) for file, text in named for i in range(count)]
+    made = []
+    for shown in [name] if name else SHOWN:
+        task, text = tasks[shown], prompt
+        if task is Task.VIDEO_TO_MOTION:
+            text = ""
+        elif text is None and task is Task.MOTION_TO_VIDEO:  # the caption of the puppet's own condition
+            text = "" if motion else puppet.clips([CONDITION_CLIP]).caption[0]
+        elif text is None:
+            text = PROMPT
+        names = [f"{shown}-{i}" for i in range(count)] if count > 1 else [shown]
+        made += [Job(name, task, text, seed + i) for i, name in enumerate(names)]
+    return made
+
+
+def read_prompts(file: Path) -> list[tuple[str, str]]:
+    """A prompt a line -> what its files are called, and the prompt."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
+    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    names = [prompt.replace("/", "_") for prompt in prompts]
+    if long := [name for name in names if len(name.encode()) > LONGEST]:
+        raise ValueError(f"a prompt names its files: at most {LONGEST} bytes, got {long[0]!r}")
+    return list(zip(names, prompts, strict=True))
+
+
+def missing(out: Path, jobs: list[Job], mesh: str | None, keep: bool) -> list[Job]:
+    """The samples still to be made: with `keep`, those that are there already stay as they are."""
+    todo = [job for job in jobs if not (keep and (out / f"{job.name}.mp4").exists())]
+    if len(todo) < len(jobs):
+        print(f"{out} has {len(jobs) - len(todo)} of {len(jobs)} samples already: they are kept")
+    for job in todo if mesh == "obj" else ():
+        if (there := output.mesh_path(out, job, "obj", pictures=not keep)).exists():
+            raise FileExistsError(f"{there} exists: choose another --out")
+    return todo
+
+
+def condition_video(file: Path | None, world: Backbone, start: float) -> Tensor:
+    """Pixels (1 3 f h w): the file's from `start` seconds on, or the puppet's own."""
+    if file:
+        return read_video(file, world.geometry, start)
+    if world.project is None:
+        raise ValueError("--video FILE is needed: it is the condition of this task")
+    own = puppet.clips([CONDITION_CLIP])
+    return puppet.render(own.joints, own.betas, own.shirt)[0]
+
+
+def condition_motion(file: Path | None, world: Backbone, start: float, loop: bool) -> Tensor:
+    """Motion (1 f 235): the file's from `start` seconds on, or the puppet's own."""
+    if file:
+        return read_motion(file, world, start, loop)
+    if world.project is None:
+        raise ValueError("--motion FILE is needed: it is the condition of this task")
+    return puppet_motion(puppet.clips([CONDITION_CLIP]))
+
+
+def texts(world: Backbone, prompts: Iterable[str]) -> dict[str, Tensor]:
+    """Each prompt's features (1 l text_dim), the empty one's too."""
+    prompts = sorted({*prompts, ""})
+    return dict(zip(prompts, world.text_encoder()(prompts).split(1), strict=True))
