@@ -15,13 +15,13 @@ import torch
 
 import flow
 from kit import devices, files, plots, puppet, weights
+from kit.attention import frame_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.files import whole_file
 from motion_tokens import GROUPS
 from study import ablate
-from study.measures import attention_share, held_out
+from study.measures import held_out
 from study.scores import scores
-from train import STAGE_1_SHARE
 
 BANK_CLIPS = 2048  # real clips that stand for "the data": mean motion, nearest neighbours
 
@@ -123,7 +123,7 @@ def main() -> None:
             temporary.write_text(json.dumps(result.values, indent=2) + "\n")
     if args.attention:
         maps = result.attention
-        plots.attention_picture(args.attention, maps, attention_share(maps), "motion → video attention")
+        plots.attention_picture(args.attention, maps, frame_share(maps), "motion → video attention")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import files, pictures, plots, puppet, weights
+from kit.attention import frame_share
 from kit.backbone import PUPPET_DEFAULTS
 from kit.data.batch import rng
 from kit.data.datasets import puppet_motion
@@ -41,7 +42,6 @@ from rope import (
     video_positions,
 )
 from sample import denoise
-from study import measures
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ABLATION = ASSETS / "ablation.json"
@@ -198,7 +198,7 @@ def ablation(path: Path) -> None:
     maps = torch.cat([torch.tensor(found[name]["attention"]) for name in rows.values()])
     names = [f"{row}, layer {i}" for row in rows for i in range(len(maps) // len(rows))]
     title = f"learned motion → video attention, mean of {len(found['unsynced']['seeds'])} seeds"
-    plots.attention_picture(path, maps, measures.attention_share(maps), title, names)
+    plots.attention_picture(path, maps, frame_share(maps), title, names)
 
 
 # ---------------------------------------------------------------- sampled

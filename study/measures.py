@@ -1,20 +1,13 @@
-"""The measures of study/evaluate.py: of motion, of video, of both together, and of the 4:1 alignment."""
+"""The measures of study/evaluate.py: of motion, of video, of both together (4:1 is kit/attention.py's)."""
 
 import torch
-import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor
 
-import flow
-from dual_dit import DualDiT
-from flow import Task
 from kit import puppet
 from kit.data.batch import rng
-from motion_tokens import GROUPS, axis_angle_to_matrix, decode_smpl
-from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
+from motion_tokens import axis_angle_to_matrix, decode_smpl
 
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
-ATTENTION_TIME = 0.5  # noise level of the motion whose attention is measured
 
 
 def held_out(count: int, stream: str = "held out", frames: int = puppet.FRAMES) -> puppet.Clips:
@@ -104,59 +97,3 @@ def silhouettes_of_motion(motion: Tensor, shirt: Tensor) -> Tensor:
     """What the motion's joints and shape look like, rendered: (b f 235) -> (b f h w) bool."""
     smpl = decode_smpl(motion)
     return puppet.silhouette(puppet.render(smpl["joints"], smpl["betas"], shirt)[0])
-
-
-# ---------------------------------------------------------------- the 4:1 alignment
-
-
-def own_latent(f: int) -> Tensor:
-    """The latent frame that holds each motion frame (f,): ⌈f/4⌉, the codec being causal."""
-    return torch.arange(f).add(FRAMES_PER_LATENT - 1).div(FRAMES_PER_LATENT, rounding_mode="floor")
-
-
-@torch.no_grad()
-def attention_mass(model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, noise: Tensor) -> Tensor:
-    """What motion tokens give of their attention to each latent, while motion is made -> (layers f i t).
-
-    video (b c t h w) clean latents, motion (b f 235) normalised, noise like motion. Mean over heads and
-    clips; a token's sum over t is below 1: the rest falls on motion.
-    """
-    t = motion.new_full(motion.shape[:1], ATTENTION_TIME)
-    masses = []
-
-    def record(block, streams):
-        experts = zip((block.video, block.motion), streams, strict=True)
-        (_, k_video, _), (q, k_motion, _) = (expert.before_attention(stream) for expert, stream in experts)
-        logits = q @ torch.cat((k_video, k_motion), dim=2).mT / q.shape[-1] ** 0.5
-        on_video = logits.softmax(-1)[..., : k_video.shape[2]]
-        split = {"i": TOKENS_PER_FRAME, "t": video.shape[2]}
-        on_frames = reduce(on_video, "b heads (f i) (t hw) -> b heads f i t", "sum", **split)
-        masses.append(on_frames.mean(dim=(0, 1)))
-
-    hooks = [block.register_forward_pre_hook(record) for block in model.blocks]
-    try:
-        model(video, flow.noised(motion, noise, t), None, t, text, Task.VIDEO_TO_MOTION)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(masses)
-
-
-def attention_map(mass: Tensor) -> Tensor:
-    """Of all that falls on video, where: (layers f i t) -> (layers f t), rows sum to 1.
-
-    Tokens count by their mass: who hardly looks at the video hardly counts.
-    """
-    return F.normalize(mass.sum(dim=2), p=1, dim=-1)
-
-
-def attention_share(maps: Tensor) -> Tensor:
-    """Mass that frames put on the latent frame that holds them: (layers f t) -> (layers,)."""
-    frames = torch.arange(maps.shape[1])
-    return maps[:, frames, own_latent(maps.shape[1])].mean(dim=1)
-
-
-def attention_share_by_group(mass: Tensor) -> dict[str, Tensor]:
-    """attention_share of position, rotation and shape tokens: (layers f i t) -> (layers,) each."""
-    groups = mass.split([tokens for tokens, _ in GROUPS.values()], dim=2)
-    return {name: attention_share(attention_map(part)) for name, part in zip(GROUPS, groups, strict=True)}

@@ -9,16 +9,12 @@ from tqdm import tqdm
 from dual_dit import DualDiT
 from flow import Task
 from kit import puppet
-from kit.data.batch import rng
+from kit.attention import frame_map, frame_share, frame_share_by_group, motion_to_video
 from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
 from sample import denoise
 from study.measures import (
     OFFSETS,
-    attention_map,
-    attention_mass,
-    attention_share,
-    attention_share_by_group,
     bone_variation,
     centred,
     iou,
@@ -72,11 +68,13 @@ def generate_all(
 def attention_of_clips(
     model: DualDiT, codec: puppet.Codec, clips: puppet.Clips, video: Tensor, motion: Tensor
 ) -> Tensor:
-    """measures.attention_mass, some clips at a time; video (b 3 f h w), motion (b f 235) not normalised."""
-    noise = torch.randn(motion.shape, generator=rng("attention"))
+    """motion_to_video, some clips at a time; video (b 3 f h w), motion (b f 235) not normalised."""
     given = codec.encode(video), (motion - model.motion_mean) / model.motion_std
-    columns = (x.split(CHUNK) for x in (*given, puppet.encode_text(clips.caption), noise))
-    masses = [attention_mass(model, *part) * len(part[0]) for part in zip(*columns, strict=True)]
+    columns = (x.split(CHUNK) for x in (*given, puppet.encode_text(clips.caption)))
+    masses = [
+        motion_to_video(model, *part, Task.VIDEO_TO_MOTION, seed=i) * len(part[0])
+        for i, part in enumerate(zip(*columns, strict=True))
+    ]
     return torch.stack(masses).sum(0) / len(video)
 
 
@@ -104,7 +102,7 @@ def scores(
     joints = smpl["joints"]
     posed = body.joints(smpl["global_orient"], smpl["body_pose"], smpl["betas"][:, None], smpl["transl"])
     mass = attention_of_clips(model, codec, clips, real_video, real_motion)
-    attention = attention_map(mass)
+    attention = frame_map(mass)
 
     def right(joints: Tensor) -> float:
         return (nearest_action(joints, bank) == clips.action).float().mean().item()
@@ -132,9 +130,9 @@ def scores(
         "bone_cv_real": bone_variation(clips.joints, body.parents),
         "fk_error_mm": 1000 * (posed - joints).norm(dim=-1).mean().item(),
         "jerk_ratio": jerk(joints) / jerk(clips.joints),
-        "attention_41_share": attention_share(attention).tolist(),
+        "attention_41_share": frame_share(attention).tolist(),
         "attention_chance": 1 / attention.shape[-1],
     }
-    for group, share in attention_share_by_group(mass).items():
+    for group, share in frame_share_by_group(mass).items():
         values[f"attention_41_share_{group}"] = share.tolist()
     return Scores(values, attention, joint_video)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from kit import plots
+from kit.attention import holds
 from rope import TOKENS_PER_FRAME
-from study import figures, measures
+from study import figures
 
 
 def draw(monkeypatch, *arguments: object) -> None:
@@ -76,7 +77,7 @@ def test_alignment_shows_the_logits_of_positions(synced):
 
 def test_ablation_shows_each_variants_own_attention(tmp_path, monkeypatch):
     # catches rows that are swapped, or named after the other variant
-    own = torch.eye(5)[measures.own_latent(17)]
+    own = holds(17).float()
     maps = {"echomotion": [own.tolist()] * 2, "unsynced": [torch.full((17, 5), 0.2).tolist()] * 2}
     (tmp_path / "ablation.json").write_text(
         json.dumps({"variants": {name: {"seeds": [0], "attention": x} for name, x in maps.items()}})

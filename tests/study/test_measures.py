@@ -1,19 +1,15 @@
-"""study/measures.py: every measure against a reference of its own, then the learned 4:1 alignment."""
+"""study/measures.py: every measure against a reference of its own."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
 from scipy.spatial.transform import Rotation
 
-import dual_dit
-from flow import Task
-from kit import puppet, weights
-from kit.backbone import SHIPPED
+from kit import puppet
 from kit.data.datasets import puppet_motion
-from motion_tokens import TOKENS_PER_FRAME, decode_smpl
+from motion_tokens import decode_smpl
 from study import measures
 
 
@@ -129,76 +125,6 @@ def test_peak_rate_is_a_share_of_clips():
     assert measures.peak_rate(by_offset) == 0.75
 
 
-# ---------------------------------------------------------------- the 4:1 alignment
-
-
-def test_own_latent_is_the_causal_codecs():
-    # a causal first frame, then four frames a latent: floor(f/4) would be one late for three of four
-    expected = [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
-    assert measures.own_latent(17).tolist() == expected
-
-
-def test_attention_share_by_hand():
-    own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
-    even = torch.full((5, 2), 0.5)
-    late = torch.tensor([[1.0, 0], [1, 0], [1, 0], [1, 0], [0, 1]])
-    shares = measures.attention_share(torch.stack((own, even, late, 1 - own)))
-    torch.testing.assert_close(shares, torch.tensor([1.0, 0.5, 0.4, 0.0]))
-
-
-def test_attention_share_of_each_group_of_tokens_by_hand():
-    # catches groups cut at the wrong token, and tokens that hardly look at the video counted like the others
-    own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
-    position, rotation, shape = [own] * 25, [1 - own] * 25, [torch.full((5, 2), 0.5)]
-    rotation[0] = 72 * own  # as heavy as three times the others
-    mass = torch.stack((*position, *rotation, *shape), dim=1)[None]  # (layers=1 f=5 i=51 t=2)
-    found = {name: share.item() for name, share in measures.attention_share_by_group(mass).items()}
-    assert found == pytest.approx({"position": 1, "rotation": 0.75, "shape": 0.5})
-
-
-def test_attention_is_that_of_a_loop_over_tokens(monkeypatch):
-    # catches queries and keys exchanged, a lost scale or rotation, tokens given to the wrong frame
-    model = tiny_model().eval()
-    with torch.no_grad():
-        for block in model.blocks:  # sharper than at the start of training, so that maps are not even
-            block.motion.self_attn.norm_q.weight.mul_(4)
-    clips, latents, rows, columns, f = 2, 2, 2, 3, 5
-    video, motion = randn(clips, TINY.channels, latents, rows, columns), randn(clips, f, 235, seed=1)
-    text, noise = randn(clips, 3, TINY.text_dim, seed=2), randn(clips, f, 235, seed=3)
-    found = measures.attention_mass(model, video, motion, text, noise)
-
-    pixels, seen, attend = latents * rows * columns, [], dual_dit.attend
-
-    def listen(q, k, v):
-        if q.shape[2] == k.shape[2] == pixels + f * TOKENS_PER_FRAME:  # the joint attention, no other
-            seen.append((q.double().numpy(), k.double().numpy()))
-        return attend(q, k, v)
-
-    monkeypatch.setattr(dual_dit, "attend", listen)
-    half = torch.full((clips,), 0.5)
-    with torch.no_grad():
-        model(video, (motion + noise) / 2, torch.zeros(clips), half, text, Task.VIDEO_TO_MOTION)
-    assert len(seen) == TINY.layers
-    for layer, (q, k) in enumerate(seen):
-        expected = np.zeros((f, TOKENS_PER_FRAME, latents))
-        for b, head, token in np.ndindex(clips, TINY.heads, f * TOKENS_PER_FRAME):
-            logits = k[b, head] @ q[b, head, pixels + token] / np.sqrt(TINY.width / TINY.heads)
-            mass = np.exp(logits) / np.exp(logits).sum()
-            for pixel in range(pixels):
-                expected[*divmod(token, TOKENS_PER_FRAME), pixel // (rows * columns)] += mass[pixel]
-        assert expected.std() > 0.01
-        np.testing.assert_allclose(found[layer], expected / (clips * TINY.heads), atol=1e-4)
-        expected = expected.sum(axis=1) / expected.sum(axis=(1, 2))[:, None]
-        np.testing.assert_allclose(measures.attention_map(found)[layer], expected, atol=1e-4)
-
-
-def test_attention_mass_leaves_the_network_as_it_was():
-    model = tiny_model().eval()
-    inputs = randn(1, TINY.channels, 1, 1, 1), randn(1, 1, 235), randn(1, 3, TINY.text_dim), randn(1, 1, 235)
-    assert measures.attention_mass(model, *inputs).shape == (TINY.layers, 1, TOKENS_PER_FRAME, 1)
-    assert not any(block._forward_pre_hooks for block in model.blocks)
-
-
 # ---------------------------------------------------------------- on real clips
 
 
@@ -211,15 +137,3 @@ def test_measures_of_the_real_thing_are_perfect():
     shape = puppet.silhouette(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     assert measures.iou(measures.silhouettes_of_motion(motion, clips.shirt), shape).min() > 0.99
     assert measures.bone_variation(smpl["joints"], puppet.body().parents) < 1e-5
-
-
-def test_shipped_weights_have_learned_the_4_to_1_alignment():
-    # the paper's central claim for MVS-RoPE: some layer finds its own latent, at 3 x chance (README),
-    # where an untrained network is at 1
-    model, extra = weights.load_weights(SHIPPED)
-    clips = measures.held_out(8)
-    video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
-    motion = (puppet_motion(clips) - model.motion_mean) / model.motion_std
-    text = puppet.encode_text(clips.caption)
-    maps = measures.attention_map(measures.attention_mass(model, video, motion, text, randn(*motion.shape)))
-    assert measures.attention_share(maps).max() >= 3 / video.shape[2]

@@ -1,0 +1,162 @@
+"""Where motion tokens and video tokens look: the joint attention recorded, and the 4:1 share of it.
+
+The codec is causal: latent 0 holds frame 0, latent k holds frames 4k-3 … 4k. MVS-RoPE puts motion frame f at
+time f/4, so frame 4k stands on its latent exactly and the others between two. Alignment is measured as the
+share of a frame's attention to video that falls on the latent that holds it and, the other way, the share of
+a latent's attention to motion that falls on the frames it holds. Chance is 1/T for both.
+
+Axes: b batch, f motion frames, i token in a frame (51), T latent frames, n tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+import dual_dit
+from dual_dit import DualDiT
+from flow import Task
+from motion_tokens import GROUPS
+from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
+
+NOISE = 0.5  # time of what is generated while its attention is recorded
+ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
+# the function that a block attends with, (q, k, v) each (b heads n k)
+ATTENTION = "attention" if hasattr(dual_dit, "attention") else "attend"
+Read = Callable[[Tensor, Tensor], Tensor]  # queries, keys (b heads n k) -> what is kept of them
+
+# ---------------------------------------------------------------- the recorder
+
+
+@contextmanager
+def listening(tokens: int, read: Read) -> Iterator[list[Tensor]]:
+    """The list collects `read(q, k)` of every attention of all `tokens` to each other.
+
+    That is each block's joint attention: a cross-attention has the queries of one stream alone.
+    """
+    heard, attention = [], getattr(dual_dit, ATTENTION)
+
+    def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] == k.shape[2] == tokens:
+            heard.append(read(q, k))
+        return attention(q, k, v)
+
+    setattr(dual_dit, ATTENTION, listen)
+    try:
+        yield heard
+    finally:
+        setattr(dual_dit, ATTENTION, attention)
+
+
+@torch.no_grad()
+def record(
+    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int, read: Read
+) -> Tensor:
+    """One call of the network on half noised data -> (layers ...), what `read` keeps of each layer.
+
+    video (b c T h w) clean latents, motion (b f 235) normalised. A condition enters clean, as in sampling.
+    """
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: a seed means the same on every device
+    inputs, times = [], []
+    for x, given in ((video, Task.VIDEO_TO_MOTION), (motion, Task.MOTION_TO_VIDEO)):
+        t = 0.0 if task == given else NOISE
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        inputs.append((1 - t) * x + t * noise)
+        times.append(torch.full((len(x),), t, device=x.device))
+    tokens = video_tokens(model, video) + motion.shape[1] * TOKENS_PER_FRAME
+    with torch.autocast(video.device.type, enabled=False), listening(tokens, read) as layers:
+        model(*inputs, *times, text, task)
+    return torch.stack(layers)
+
+
+def video_tokens(model: DualDiT, video: Tensor) -> int:
+    _, ph, pw = model.config.patch
+    return video.shape[2] * (video.shape[3] // ph) * (video.shape[4] // pw)
+
+
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    """Softmax of q·k / sqrt(head size) in fp32, mean over clips and heads -> (queries, keys)."""
+    return (q.float() @ k.float().mT / q.shape[-1] ** 0.5).softmax(-1).mean(dim=(0, 1))
+
+
+def motion_to_video(
+    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
+) -> Tensor:
+    """What motion tokens give of their attention to each latent -> (layers f i T), mean over heads and clips.
+
+    Arguments as in `record`. A token's sum over T is below 1: the rest falls on motion.
+    """
+    n, T = video_tokens(model, video), video.shape[2]
+
+    def read(q: Tensor, k: Tensor) -> Tensor:
+        parts = [weights(rows, k)[:, :n] for rows in q[:, :, n:].split(ROWS, dim=2)]
+        parts = [reduce(part, "rows (T hw) -> rows T", "sum", T=T) for part in parts]
+        return rearrange(torch.cat(parts), "(f i) T -> f i T", i=TOKENS_PER_FRAME)
+
+    return record(model, video, motion, text, task, seed, read)
+
+
+def video_to_motion(
+    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
+) -> Tensor:
+    """What a latent's tokens give of their attention to each motion frame -> (layers T f), as above."""
+    n, T = video_tokens(model, video), video.shape[2]
+
+    def read(q: Tensor, k: Tensor) -> Tensor:
+        parts = [weights(rows, k)[:, n:] for rows in q[:, :, :n].split(ROWS, dim=2)]
+        parts = [reduce(part, "rows (f i) -> rows f", "sum", i=TOKENS_PER_FRAME) for part in parts]
+        return reduce(torch.cat(parts), "(T hw) f -> T f", "mean", T=T)
+
+    return record(model, video, motion, text, task, seed, read)
+
+
+# ---------------------------------------------------------------- maps, and the 4:1 share
+
+
+def holds(f: int) -> Tensor:
+    """(f T) bool: which latent holds a frame, ⌈f/4⌉, the codec being causal."""
+    own = torch.arange(f).add(FRAMES_PER_LATENT - 1).div(FRAMES_PER_LATENT, rounding_mode="floor")
+    return F.one_hot(own).bool()
+
+
+def frame_map(mass: Tensor) -> Tensor:
+    """Of all that a frame gives to video, where it falls: (layers f i T) -> (layers f T), rows sum to 1.
+
+    Tokens count by their mass: who hardly looks at the video hardly counts.
+    """
+    return F.normalize(mass.sum(dim=2), p=1, dim=-1)
+
+
+def latent_map(mass: Tensor) -> Tensor:
+    """Of all that a latent gives to motion, where it falls: (layers T f) -> the same, rows sum to 1."""
+    return F.normalize(mass, p=1, dim=-1)
+
+
+def frame_share(maps: Tensor) -> Tensor:
+    """Mean share that frames give to the latent that holds them: (layers f T) -> (layers,)."""
+    return (maps * holds(maps.shape[1]).to(maps)).sum(-1).mean(-1)
+
+
+def latent_share(maps: Tensor) -> Tensor:
+    """Mean share that latents give to the frames that they hold: (layers T f) -> (layers,)."""
+    return (maps * holds(maps.shape[2]).T.to(maps)).sum(-1).mean(-1)
+
+
+def frame_share_by_group(mass: Tensor) -> dict[str, Tensor]:
+    """frame_share of position, rotation and shape tokens: (layers f i T) -> (layers,) each."""
+    groups = mass.split([tokens for tokens, _ in GROUPS.values()], dim=2)
+    return {name: frame_share(frame_map(part)) for name, part in zip(GROUPS, groups, strict=True)}
+
+
+def attention_to_latents(
+    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
+) -> Tensor:
+    """Of one sample's motion frames, which latents they look at: (layers f T), rows sum to 1; on the CPU.
+
+    video (b c T h w) latents and motion (b f 235), not normalised, as sample.denoise gives them.
+    """
+    motion = (motion.to(model.motion_mean) - model.motion_mean) / model.motion_std
+    return frame_map(motion_to_video(model, video, motion, text, task, seed)).cpu()

@@ -1,0 +1,150 @@
+"""kit/attention.py: what is recorded, against a loop over tokens; then 4:1, both ways."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, tiny_model
+
+from flow import Task
+from kit import attention, puppet, weights
+from kit.data.datasets import puppet_motion
+from motion_tokens import TOKENS_PER_FRAME
+from sample import SHIPPED
+from study.measures import held_out
+
+CLIPS, LATENTS, ROWS, COLUMNS, FRAMES = 2, 2, 2, 3, 5
+PIXELS, LAYERS = LATENTS * ROWS * COLUMNS, TINY.layers
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sharp_model():
+    """More decided than at the start of training, so that maps are not even."""
+    model = tiny_model().eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            for expert in (block.video, block.motion):
+                expert.self_attn.norm_q.weight.mul_(4)
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    video, motion = randn(CLIPS, TINY.channels, LATENTS, ROWS, COLUMNS), randn(CLIPS, FRAMES, 235, seed=1)
+    return video, motion, randn(CLIPS, 3, TINY.text_dim, seed=2)
+
+
+@pytest.mark.parametrize("task", (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION))
+def test_attention_is_that_of_a_loop_over_tokens(monkeypatch, task):
+    # catches queries and keys exchanged, a lost scale or rotation, tokens given to the wrong frame, a noised
+    # condition
+    monkeypatch.setattr(attention, "ROWS", 7)  # parts that end within a frame
+    model, (video, motion, text) = sharp_model(), inputs()
+    to_video = attention.motion_to_video(model, video, motion, text, task, seed=3)
+    to_motion = attention.video_to_motion(model, video, motion, text, task, seed=3)
+
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def listen(q, k, v):
+        if q.shape[2] == k.shape[2] == PIXELS + FRAMES * TOKENS_PER_FRAME:  # the joint attention, no other
+            seen.append((q.double().numpy(), k.double().numpy()))
+        return attend(q, k, v)
+
+    generator = torch.Generator().manual_seed(3)
+    noise_video, noise_motion = (torch.randn(x.shape, generator=generator) for x in (video, motion))
+    half, clean = torch.full((CLIPS,), 0.5), torch.zeros(CLIPS)
+    noisy_video, noisy_motion = (video + noise_video) / 2, (motion + noise_motion) / 2
+    given = {
+        Task.JOINT: (noisy_video, noisy_motion, half, half),
+        Task.MOTION_TO_VIDEO: (noisy_video, motion, half, clean),
+        Task.VIDEO_TO_MOTION: (video, noisy_motion, clean, half),
+    }[task]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", listen)
+    with torch.no_grad():
+        model(*given, text, task)
+    assert len(seen) == LAYERS
+    for layer, (q, k) in enumerate(seen):
+        by_frame, by_latent = np.zeros((FRAMES, TOKENS_PER_FRAME, LATENTS)), np.zeros((LATENTS, FRAMES))
+        for b, head, token in np.ndindex(CLIPS, TINY.heads, q.shape[2]):
+            logits = k[b, head] @ q[b, head, token] / np.sqrt(TINY.width / TINY.heads)
+            mass = np.exp(logits) / np.exp(logits).sum() / (CLIPS * TINY.heads)
+            on_video = mass[:PIXELS].reshape(LATENTS, -1).sum(axis=1)
+            on_motion = mass[PIXELS:].reshape(FRAMES, -1).sum(axis=1)
+            if token >= PIXELS:
+                by_frame[divmod(token - PIXELS, TOKENS_PER_FRAME)] += on_video
+            else:
+                by_latent[token // (ROWS * COLUMNS)] += on_motion / (ROWS * COLUMNS)
+        assert by_frame.std() > 0.01 and by_latent.std() > 0.01
+        np.testing.assert_allclose(to_video[layer], by_frame, atol=1e-4)
+        np.testing.assert_allclose(to_motion[layer], by_latent, atol=1e-4)
+        expected = by_frame.sum(axis=1) / by_frame.sum(axis=(1, 2))[:, None]
+        np.testing.assert_allclose(attention.frame_map(to_video)[layer], expected, atol=1e-4)
+        expected = by_latent / by_latent.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(attention.latent_map(to_motion)[layer], expected, atol=1e-4)
+
+
+def test_recording_changes_nothing():
+    model, (video, motion, text) = tiny_model().eval(), inputs()
+    given = video, motion, torch.full((CLIPS,), 0.5), torch.full((CLIPS,), 0.5), text, Task.JOINT
+    with torch.no_grad():
+        before = model(*given)
+        attention.motion_to_video(model, video, motion, text, Task.JOINT)
+        after = model(*given)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# ---------------------------------------------------------------- maps and shares, by hand
+
+
+def test_a_latent_holds_what_the_causal_codec_puts_there():
+    # a causal first frame, then four frames a latent: floor(f/4) would be one late for three of four
+    expected = [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
+    assert attention.holds(17).int().argmax(dim=1).tolist() == expected
+    assert attention.holds(17).sum(dim=0).tolist() == [1, 4, 4, 4, 4]
+
+
+def test_frame_share_by_hand():
+    own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
+    even = torch.full((5, 2), 0.5)
+    late = torch.tensor([[1.0, 0], [1, 0], [1, 0], [1, 0], [0, 1]])
+    shares = attention.frame_share(torch.stack((own, even, late, 1 - own)))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.5, 0.4, 0.0]))
+
+
+def test_latent_share_by_hand():
+    own = torch.tensor([[1.0, 0, 0, 0, 0], [0, 0.25, 0.25, 0.25, 0.25]])
+    even = torch.full((2, 5), 0.2)
+    first = torch.tensor([[1.0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+    shares = attention.latent_share(torch.stack((own, even, first)))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 0.5, 0.5]))  # chance is 1/T, as for frames
+
+
+def test_frame_share_of_each_group_of_tokens_by_hand():
+    # catches groups cut at the wrong token, and tokens that hardly look at the video counted like the others
+    own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
+    position, rotation, shape = [own] * 25, [1 - own] * 25, [torch.full((5, 2), 0.5)]
+    rotation[0] = 72 * own  # as heavy as three times the others
+    mass = torch.stack((*position, *rotation, *shape), dim=1)[None]  # (layers=1 f=5 i=51 T=2)
+    found = {name: share.item() for name, share in attention.frame_share_by_group(mass).items()}
+    assert found == pytest.approx({"position": 1, "rotation": 0.75, "shape": 0.5})
+
+
+# ---------------------------------------------------------------- learned
+
+
+def test_shipped_weights_have_learned_the_4_to_1_alignment_both_ways():
+    # the paper's central claim for MVS-RoPE: some layer finds what belongs together, where an untrained
+    # network is at chance
+    model, extra = weights.load_weights(SHIPPED)
+    clips = held_out(8)
+    video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
+    motion, text = puppet_motion(clips), puppet.encode_text(clips.caption)
+    given = model, video, (motion - model.motion_mean) / model.motion_std, text, Task.VIDEO_TO_MOTION
+    to_video = attention.frame_map(attention.motion_to_video(*given))
+    to_motion = attention.latent_map(attention.video_to_motion(*given))
+    chance = 1 / video.shape[2]
+    assert attention.frame_share(to_video).max() >= 3 * chance
+    assert attention.latent_share(to_motion).max() >= 2.5 * chance
+    torch.testing.assert_close(to_video, attention.attention_to_latents(model, video, motion, *given[3:]))
