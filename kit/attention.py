@@ -24,8 +24,6 @@ from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
 NOISE = 0.5  # time of what is generated while its attention is recorded
 ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
-# the function that a block attends with, (q, k, v) each (b heads n k)
-ATTENTION = "attention" if hasattr(dual_dit, "attention") else "attend"
 Read = Callable[[Tensor, Tensor], Tensor]  # queries, keys (b heads n k) -> what is kept of them
 
 # ---------------------------------------------------------------- the recorder
@@ -37,18 +35,18 @@ def listening(tokens: int, read: Read) -> Iterator[list[Tensor]]:
 
     That is each block's joint attention: a cross-attention has the queries of one stream alone.
     """
-    heard, attention = [], getattr(dual_dit, ATTENTION)
+    heard, attention = [], dual_dit.attention
 
     def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] == k.shape[2] == tokens:
             heard.append(read(q, k))
         return attention(q, k, v)
 
-    setattr(dual_dit, ATTENTION, listen)
+    dual_dit.attention = listen
     try:
         yield heard
     finally:
-        setattr(dual_dit, ATTENTION, attention)
+        dual_dit.attention = attention
 
 
 @torch.no_grad()
