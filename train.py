@@ -280,9 +280,12 @@ def train(args: argparse.Namespace) -> None:
             run.complain(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # says what is wrong
-        if stop or done % args.save_every == 0 or done == len(steps):
+        ended = now.step + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
+        if stop or ended or done % args.save_every == 0:
             settings = run.settings(shape, words, body, now.stage, shift, one_t, args.ablate)
-            record = run.record(done, bf16, skipped, bad, plan, model.config, settings)
+            record = run.record(
+                done, bf16, skipped, bad, now.stage if ended else None, plan, model.config, settings
+            )
             extra = codec.state() if codec else {}
             writer.save(record, checkpoints.training_state(model, ema, opts, extra, rank))
         if stop:

@@ -218,6 +218,8 @@ class Writer:
                 _remove(old)
         if self.weights:
             export(final, self.weights)
+        if record["stage_ended"] is not None:
+            export(final, self.run / f"stage-{record['stage_ended']}.safetensors")
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -160,12 +160,13 @@ def record(
     bf16: bool,
     skipped: int,
     bad: int,
+    stage_ended: int | None,
     plan: dict[str, object],
     config: DualDiTConfig,
     settings: dict[str, object],
 ) -> dict[str, object]:
     """All that is needed to go on from a checkpoint, beside tensors."""
-    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad}
+    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad, "stage_ended": stage_ended}
     return state | {"plan": plan, "config": dataclasses.asdict(config), "settings": settings}
 
 
