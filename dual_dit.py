@@ -47,7 +47,7 @@ class DualDiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
-    grid: tuple[int, int] | None = None  # (H W) of learned absolute positions; Wan has none
+    grid: tuple[int, int] | None = None  # (H W) of learned places, which only older puppet weights have
     synced: bool = True  # False is an ablation: motion at time f, not f/4
     apart: bool = True  # False is an ablation: motion inside the video grid, positions collide
     shared: bool = False  # True is an ablation: single-stream, one set of block weights for both
@@ -64,8 +64,7 @@ class DualDiTConfig:
 
 PRESETS = {
     "puppet": DualDiTConfig(
-        layers=6, width=128, heads=2, ffn=512, channels=48, text_dim=64, patch=(1, 1, 1), freq_dim=128,
-        grid=(8, 8),
+        layers=6, width=128, heads=2, ffn=512, channels=48, text_dim=64, patch=(1, 1, 1), freq_dim=128
     ),
     "wan2.1-1.3b": DualDiTConfig(layers=30, width=1536, heads=12, ffn=8960, channels=16, text_dim=4096),
     # paper is silent: which 15 of the 30 blocks are dual
@@ -239,7 +238,6 @@ class VideoExpert(Conditioning):
         self.patch = config.patch
         self.patch_embedding = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
         self.head = Head(config, nn.Linear(config.width, math.prod(config.patch) * config.channels))
-        # paper is silent: a small network from scratch is slow to learn from RoPE alone where a token is
         self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
 
     def embed(self, video: Tensor) -> Tensor:
