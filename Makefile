@@ -13,18 +13,17 @@ setup: .venv/ready
 	$(PIP) -r requirements.txt
 	@touch $@
 
-# diffusers and transformers: the references that tests compare with, and what a real Wan needs
-.venv/wan: .venv/ready requirements-wan.txt
-	$(PIP) -r requirements-wan.txt
+.venv/dev: .venv/ready requirements-wan.txt requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
 demo: setup
 	$(BIN)/python sample.py
 
 # two files at a time, each on one core: most tests are too small to share
-test: .venv/wan
+test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: setup
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
