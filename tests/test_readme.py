@@ -1,10 +1,8 @@
-"""README.md: the verbs take its commands, the short ones run; its list of files has all, in order."""
+"""README.md and docs/: every command is understood, the short ones run, links lead somewhere."""
 
-import ast
 import contextlib
 import importlib
 import io
-import json
 import re
 import shlex
 import sys
@@ -14,41 +12,23 @@ from types import ModuleType
 import pytest
 from conftest import ROOT
 
-from study import ablate
-
-FOLDERS = ("kit", "study", "bench")
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+PAGES = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+SOURCES = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("kit/**/*.py")) if path.name != "__init__.py"]
 COMMANDS = [
     line.strip()
-    for block in BLOCKS
+    for text in PAGES.values()
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.startswith("#")
 ]
-# `on` is a function of the README's own, for train.py
-CALLS = re.compile(
-    r"(?:python|torchrun) (?:.*? )?(?:-m ((?:kit|study)\.\w+|bench)|(\w+)\.py)(.*)|()(?:on)( --.*)"
-)
-
-
-def sources() -> list[Path]:
-    """All of our Python but the tests; an __init__.py only says where things are."""
-    found = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
-    return [path for path in found if path.name != "__init__.py"]
-
-
-def section(title: str) -> str:
-    return re.search(rf"## {title}\n(.*?)\n## ", README, re.DOTALL)[1]
+# `python VERB.py`, `torchrun ... train.py`, `python -m VERB`
+CALLS = re.compile(r"(?:python|torchrun) (?:.*? )?(?:-m ((?:kit|study)\.\w+|bench)|(\w+)\.py)(.*)")
 
 
 def calls() -> list[tuple[str, list[str]]]:
     """Every command that runs Python of ours: module, arguments."""
-    found = []
-    for command in COMMANDS:
-        if call := CALLS.search(command):
-            module = call[1] or call[2] or "train"
-            found.append((module, shlex.split(call[3] or call[5] or "", comments=True)))
-    return found
+    found = [call for command in COMMANDS if (call := CALLS.match(command))]
+    return [(call[1] or call[2], shlex.split(call[3], comments=True)) for call in found]
 
 
 def module_of(verb: str) -> ModuleType:
@@ -56,91 +36,62 @@ def module_of(verb: str) -> ModuleType:
     return importlib.import_module(f"{verb}.__main__" if (ROOT / verb.replace(".", "/")).is_dir() else verb)
 
 
-def test_readme_runs_every_verb():
-    verbs = {"train", "sample", "study.evaluate", "study.figures", "bench", "kit.data"}
-    assert {module for module, _ in calls()} >= verbs
-    assert len(calls()) > 30
+def section(title: str) -> str:
+    return re.search(rf"## {title}\n(.*?)\n## ", README, re.DOTALL)[1]
+
+
+def test_readme_is_short_and_every_page_is_linked():
+    assert len(README.splitlines()) <= 200
+    assert {f"docs/{page}.md" for page in ("wan", "data", "cluster", "results", "speed")} <= set(
+        re.findall(r"\]\((docs/[^)]+)\)", README)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_and_paths_lead_somewhere(page: Path):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    for link in links:
+        assert (ROOT / page.parent / link).exists(), link
+    for path in re.findall(r"`((?:kit|study|bench|tests|assets|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_verb_is_shown():
+    assert {module for module, _ in calls()} >= {"train", "sample", "kit.data", "bench"}
+    assert len(calls()) > 15
 
 
 @pytest.mark.parametrize(("module", "arguments"), calls(), ids=lambda value: str(value)[:60])
 def test_every_command_is_understood(module, arguments, monkeypatch):
     # catches options that were renamed or dropped; argparse leaves with SystemExit
-    arguments = [argument for argument in arguments if argument not in ("$@", "$@;", "}")]
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     module_of(module).options()
 
 
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text()
-    targets = {word[1] for command in COMMANDS if (word := re.match(r"make (\w+)", command))}
-    assert targets >= {"demo", "test"}
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for target in {word[1] for command in COMMANDS if (word := re.match(r"make (\w+)", command))}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_every_option_in_the_text_exists():
-    source = "".join(path.read_text() for path in sources())
-    others = {"--nproc-per-node", "--max-restarts", "--shutdown-timeout"}  # torchrun's
-    for option in set(re.findall(r"`(--[a-z-]+)", README)) - others:
+    source = "".join(
+        path.read_text() for path in (*SOURCES, *ROOT.glob("study/*.py"), *ROOT.glob("bench/*.py"))
+    )
+    others = {"--nproc-per-node", "--nnodes", "--max-restarts", "--shutdown-timeout"}  # torchrun's
+    for option in set(re.findall(r"`(--[a-z-]+)", "".join(PAGES.values()))) - others:
         assert f'"{option}"' in source, option
 
 
-def test_every_file_in_the_text_exists():
-    paths = re.findall(r"\]\((assets/[^)]+)\)|`((?:kit|study|bench|tests|assets)/[\w./]+)`", README)
-    assert len(paths) > 20
-    for path in {a or b for a, b in paths}:
-        assert (ROOT / path).exists(), path
-
-
-# ---------------------------------------------------------------- read in this order
-
-
-def reading_list() -> dict[str, int]:
-    """The files of the list, in order, with the number of lines that it says they have."""
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", section("Read in this order"), re.MULTILINE)
-    assert len(rows) == len({name for name, _ in rows})
-    return {name: int(lines) for name, lines in rows}
-
-
-def test_reading_list_has_every_file_and_its_length():
-    files = {str(path.relative_to(ROOT)): path for path in sources()}
-    assert reading_list().keys() == files.keys()
-    for name, lines in reading_list().items():
-        assert abs(len(files[name].read_text().splitlines()) - lines) <= 10, name
-
-
-def imported(name: str) -> set[str]:
-    """Our own files that a file imports anywhere in it; of a folder, those that its __init__.py imports."""
-    modules = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text())):
-        if isinstance(node, ast.ImportFrom):
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    paths = {module.replace(".", "/") for module in modules if module}
-    folders = {f"{path}/__init__.py" for path in paths if (ROOT / path / "__init__.py").is_file()}
-    files = {f"{path}.py" for path in paths if (ROOT / f"{path}.py").is_file()}
-    return files.union(*map(imported, folders))
-
-
-def test_imports_only_point_upward():
-    above = set()
-    for name in reading_list():
-        assert imported(name) <= above, name
-        above.add(name)
-
-
-def test_the_paper_imports_nothing_but_itself():
-    names = [name for name in reading_list() if "/" not in name][:4]
-    assert names == ["rope.py", "motion_tokens.py", "dual_dit.py", "flow.py"]
-    for name in names:
-        assert imported(name) <= set(names)
-
-
-def test_every_choice_is_marked_in_the_code():
-    rows = section("Choices where the paper is silent").count("\n| ") - 2  # head and rule
-    marks = sum((ROOT / name).read_text().count("# paper is silent: ") for name in reading_list())
-    assert marks == rows
+def test_every_choice_that_the_paper_leaves_open_has_its_row():
+    rows = re.findall(r"^\| `([\w/.]+)` \|", section("Where the paper is silent"), re.MULTILINE)
+    marks = [
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        for _ in re.findall("# paper is silent:", path.read_text())
+    ]
+    assert sorted(rows) == sorted(marks)
 
 
 # ---------------------------------------------------------------- run
@@ -160,16 +111,15 @@ def test_sample_commands_run(verb, tmp_path, monkeypatch):
         assert made == {".mp4", ".gif", ".png", ".npz", ".bvh"}
 
 
-def test_plan_prints_what_the_readme_shows(monkeypatch):
-    # the count takes no time, so that it can be held against the text to the last digit
-    command = next(arguments for module, arguments in calls() if module == "bench" and "plan" in arguments)
-    monkeypatch.setattr(sys, "argv", ["bench", *command])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        module_of("bench").main()
-    shown = re.search(r"```\n(wan2\.1-1\.3b, .*?)```", README, re.DOTALL)[1]
-    assert shown in printed.getvalue()
-
-
-def test_ablation_table_is_what_was_measured(capsys):
-    ablate.print_table(json.loads((ROOT / "assets/ablation.json").read_text()))
-    assert f"```\n{capsys.readouterr().out}```" in README
+def test_memory_in_docs_wan_is_what_plan_counts(monkeypatch):
+    text = PAGES[Path("docs/wan.md")]
+    columns = []
+    for module, arguments in calls():
+        if module == "bench" and "plan" in arguments and f"bench {shlex.join(arguments)}" in text:
+            monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                module_of("bench").main()
+            columns.append(re.search(r"^sum +(\S+) +(\S+)", printed.getvalue(), re.MULTILINE).groups())
+    stored, checkpointed = zip(*columns, strict=True)
+    assert f"| sum | {' | '.join(checkpointed)} |" in text
+    assert f"| sum without `--checkpointing` | {' | '.join(stored)} |" in text
