@@ -83,7 +83,7 @@ def weights(q: Tensor, k: Tensor) -> Tensor:
 def motion_to_video(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
-    """What motion tokens give of their attention to each latent -> (layers f i T), mean over heads and clips.
+    """Attention of motion tokens to each latent -> (layers f i T), mean over heads and clips.
 
     Arguments as in `record`. A token's sum over T is below 1: the rest falls on motion.
     """
@@ -100,7 +100,7 @@ def motion_to_video(
 def video_to_motion(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
-    """What a latent's tokens give of their attention to each motion frame -> (layers T f), as above."""
+    """Attention of a latent's tokens to each motion frame -> (layers T f), mean over tokens, as above."""
     n, T = video_tokens(model, video), video.shape[2]
 
     def read(q: Tensor, k: Tensor) -> Tensor:
@@ -121,15 +121,15 @@ def holds(f: int) -> Tensor:
 
 
 def frame_map(mass: Tensor) -> Tensor:
-    """Of all that a frame gives to video, where it falls: (layers f i T) -> (layers f T), rows sum to 1.
+    """How each frame's attention to video is shared out: (layers f i T) -> (layers f T), rows sum to 1.
 
-    Tokens count by their mass: who hardly looks at the video hardly counts.
+    A token's weight is its attention to video in all.
     """
     return F.normalize(mass.sum(dim=2), p=1, dim=-1)
 
 
 def latent_map(mass: Tensor) -> Tensor:
-    """Of all that a latent gives to motion, where it falls: (layers T f) -> the same, rows sum to 1."""
+    """How each latent's attention to motion is shared out: (layers T f) -> the same, rows sum to 1."""
     return F.normalize(mass, p=1, dim=-1)
 
 
@@ -152,7 +152,7 @@ def frame_share_by_group(mass: Tensor) -> dict[str, Tensor]:
 def attention_to_latents(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
-    """Of one sample's motion frames, which latents they look at: (layers f T), rows sum to 1; on the CPU.
+    """frame_map of one sample: (layers f T), rows sum to 1; on the CPU.
 
     video (b c T h w) latents and motion (b f 235), not normalised, as sample.denoise gives them.
     """

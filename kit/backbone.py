@@ -31,7 +31,7 @@ class Defaults(NamedTuple):
 
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
-ABLATED = ("synced", "apart", "shared")  # fields of DualDiTConfig that are not of the Wan
+ABLATED = ("synced", "apart", "shared")  # fields of DualDiTConfig that only ablations change
 
 PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
 
@@ -65,8 +65,8 @@ def open_backbone(
 ) -> Backbone:
     """The Wan in `folder`, or the puppet, with the weights in `file` (default: the shipped puppet's).
 
-    Where frames, size and rate are not given they are what the weights were trained on, else what the
-    backbone's makers state.
+    Where frames, size and rate are not given they are what the weights were trained on, else the
+    published defaults.
     """
     devices.use_fast_attention(torch.device(device))
     if not folder:
@@ -145,7 +145,7 @@ def wan_backbone(
 
 
 def free(device: str) -> None:
-    """Give back the memory of parts that nobody holds any more."""
+    """Free the memory of parts that are no longer referenced."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ class Log:
         world: World,
         bf16: bool,
     ):
-        """A run that goes on at `first_step` drops the lines of what it will repeat. `words`: of a text."""
+        """Drops lines from `first_step` on: a resumed run repeats them. `words`: tokens of a text."""
         self.config, self.shape, self.words = config, shape, words
         peak = peak_flops(world.device, bf16)
         self.peak = peak and peak * world.ranks
@@ -61,7 +61,7 @@ class Log:
         self, step: int, stage: int, frames: int, task: Task, losses: Sequence[float], norm: float,
         skipped: int, clips: int, seconds: float,
     ) -> None:  # fmt: skip
-        """One training step; what is not finite is left out, as JSON has no word for it."""
+        """One training step; values that are not finite are left out: JSON has none."""
         roles, name = {"video": task.video, "motion": task.motion}, task.name.lower()
         made = [modality for modality, role in roles.items() if role is Role.NOISY]
         record = {"step": step, "stage": stage, "frames": frames, "task": name}

@@ -62,7 +62,7 @@ def save_latents(out: Path, job: Job, latents: Tensor | None, motion: Tensor | N
 
 
 def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
-    """-> what it is of, latents (b c t h w), motion (b f 235); raises if the file holds none."""
+    """-> its job, latents (b c t h w), motion (b f 235); raises if the file holds none."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
     try:
@@ -168,7 +168,7 @@ def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
         raise ValueError(f"cannot write {path}: a Biovision Hierarchy ends in .bvh")
     check_motion(motion, f"motion for {path}")
     rest, parents = body.rest_joints(motion.betas).double(), body.parents.tolist()
-    offsets = rest - rest[[0, *parents[1:]]]  # none for the pelvis: its channels hold all of its place
+    offsets = rest - rest[[0, *parents[1:]]]  # zero for the pelvis: its channels hold its whole position
     order: list[int] = []
     hierarchy = _branch(0, parents, offsets.tolist(), order)
     pose = torch.cat([rearrange(motion.global_orient, "f c -> f 1 c"), motion.body_pose], dim=1).double()
@@ -182,7 +182,7 @@ def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
 
 
 def _branch(joint: int, parents: list[int], offsets: list[list[float]], order: list[int]) -> list[str]:
-    """The lines of a joint and all below it; their numbers are added to `order` as the lines have them."""
+    """The lines of a joint and all below it; their indices are added to `order`, line by line."""
     order.append(joint)
     place = "" if joint else "Xposition Yposition Zposition "
     lines = [f"OFFSET {_numbers(offsets[joint])}"]
@@ -190,7 +190,7 @@ def _branch(joint: int, parents: list[int], offsets: list[list[float]], order: l
     children = [child for child, parent in enumerate(parents) if parent == joint]
     for child in children:
         lines += _branch(child, parents, offsets, order)
-    if not children:  # the format wants an end, SMPL has none: the last bone once more
+    if not children:  # BVH needs an end site, which SMPL lacks: the last bone is repeated
         lines += ["End Site", "{", f"  OFFSET {_numbers(offsets[joint])}", "}"]
     title = f"{'JOINT' if joint else 'ROOT'} {JOINT_NAMES[joint]}"
     return [title, "{", *(f"  {line}" for line in lines), "}"]

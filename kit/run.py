@@ -17,7 +17,7 @@ from kit.distributed import World
 from kit.files import write_record
 from kit.geometry import Geometry, geometry
 
-# the ablations that change the network; no weight depends on the first two
+# the ablations that change the network; the first two change positions, no weights
 NETWORKS = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
 # ---------------------------------------------------------------- the start
@@ -52,7 +52,7 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object], world: World
 
 
 def _flag(name: str, value: object) -> str:
-    """An option as it was given on the command line, or that it was not."""
+    """An option as on the command line; `no --NAME` if it was not given."""
     if value is None:
         return f"no --{name}"
     return " ".join(f"--{name} {each}" for each in (value if isinstance(value, list) else [value]))
@@ -92,8 +92,8 @@ def build(
 ) -> tuple[DualDiT, puppet.Codec | None]:
     """The network, on the CPU, with its motion statistics, and the puppet's codec on `device`.
 
-    It is `init`'s, the Wan in `folder`, or a new puppet; `ablate` changes it. Where a run goes on it is
-    empty: checkpoints.load fills it when it is where it belongs.
+    From `init`, from the Wan in `folder`, or a new puppet, changed by `ablate`. That of a resumed run has no
+    values yet: checkpoints.load reads them once it is on its device.
     """
     if found:
         with torch.device("meta"):
@@ -109,7 +109,7 @@ def build(
         model = ablated(model, ablate)
         if stage == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
-        for p in model.parameters():  # in a file they lie anywhere: sums would end in other bits than resumed
+        for p in model.parameters():  # a file's tensors are aligned otherwise, which changes the last bits of sums
             p.data = p.data.clone()
         if not init:
             mean, std = batches.statistics(sources, seed)

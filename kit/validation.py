@@ -35,7 +35,7 @@ class HeldOut(NamedTuple):
     null_text: Tensor  # (n l text_dim)
     t: Tensor  # (n,)
     seeds: Tensor  # (n,) of the noise
-    counts: Tensor  # (n,) 1, or 0 for what only makes every rank's share the same size
+    counts: Tensor  # (n,) 1; 0 for padding, which makes the ranks' shares equal
 
     def draw(self, task: Task) -> Draw:
         """Video to motion never has text."""
@@ -47,9 +47,9 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[tuple[Source, int]]]:
-    """Take 16 samples, at most a twentieth, from each source -> what is left, and those (source, number).
+    """Set aside 16 samples of each source, at most a twentieth -> the others, and these (source, number).
 
-    Of an endless source they are seeds that training does not draw.
+    Those of an endless source are seeds that training does not draw.
     """
     training, held = [], []
     for source in sources:
@@ -97,7 +97,7 @@ def read_held_out(
 @contextlib.contextmanager
 @torch.no_grad()
 def averaged(model: DualDiT, ema: dict[str, Tensor]) -> Iterator[None]:
-    """The model has its averaged weights meanwhile."""
+    """Within this context the model has its averaged weights."""
     state = {name: local(value) for name, value in model.state_dict().items()}
     trained = {name: value.clone() for name, value in state.items()}
     for name, value in state.items():

@@ -22,7 +22,7 @@ from kit.files import whole_file
 EXTRA = "extra."  # prefix of tensors that are not the network's
 # parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
-# what training depended on, the default of what samples from it; a file may leave some out, or name more
+# what training depended on, and what sampling takes as defaults; a file may have fewer or more
 NUMBERS = ("fps", "frames", "height", "width", "text_tokens")
 SETTINGS = (*NUMBERS, "body", "recipe")
 

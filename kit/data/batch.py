@@ -39,13 +39,13 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     given = [max(1, int(share)) for share in exact]
     for j in sorted(range(len(exact)), key=lambda j: given[j] - exact[j])[: max(0, BLOCK - sum(given))]:
         given[j] += 1
-    given[given.index(max(given))] -= sum(given) - BLOCK  # what the smallest sources got too much
+    given[given.index(max(given))] -= sum(given) - BLOCK  # the excess that the smallest sources got
     return tuple(given)
 
 
 @functools.lru_cache(maxsize=4)
 def _block(seed: int, block: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Of each position of a block its source, and how often that source came before in the block."""
+    """For each position of a block: its source, and how many positions before it have the same."""
     sources = [j for j, share in enumerate(shares) for _ in range(share)]
     seen, places = [0] * len(shares), []
     for k in torch.randperm(BLOCK, generator=rng("block", seed, block)).tolist():

@@ -34,7 +34,7 @@ class Source(NamedTuple):
     count: int | None  # samples; None: endless, and the number of a sample is its seed
     frames: int  # of a sample; where fewer are asked for they are its beginning (of the puppet: a window)
     paired: bool  # whether samples have video
-    body: str  # what a cache's joints are of; empty for what is not cached
+    body: str  # the body of a cache's joints; empty if not cached
     null_text: Tensor  # (l text_dim) features of the empty prompt, zeros after its last token
     # sample numbers, frames, whether video is wanted, the codec for what is pixels, device
     read: Callable[[list[int], int, bool, puppet.Codec | None, torch.device], Read]
@@ -86,7 +86,7 @@ def open_sources(
 
 
 def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
-    """What cache:DIR holds, or the first `frames` frames of it; for another data set what a puppet makes."""
+    """The geometry of cache:DIR, or of its first `frames` frames; of another data set, the puppet's."""
     kind, where, _ = parse(spec)
     if kind != "cache":
         return PUPPET  # open_sources says that Wan needs a cache

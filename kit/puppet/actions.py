@@ -16,7 +16,7 @@ STANCE: Track = {
     "right_shoulder.z": (68,), "left_shoulder.z": (-68,),
     "right_elbow.y": (18,), "left_elbow.y": (-18,),
     "right_hip.z": (-5,), "left_hip.z": (5,),
-    # what no action is about moves with it, a little
+    # small movements of the rest of the body, added to every action
     "neck.x": (0, 6, 0.1), "head.x": (0, 8, 0.2), "right_ankle.x": (0, 7, 0.3), "left_ankle.x": (0, 7, 0.3),
     "right_collar.z": (0, 5, 0.1), "left_collar.z": (0, -5, 0.1),
     "right_wrist.z": (0, 14, 0.3), "left_wrist.z": (0, -14, 0.3),

@@ -44,7 +44,7 @@ CLEARANCE = {
 }  # fmt: skip
 ROOT = 24  # the motion table's row of the root's translation
 HEADING = math.radians(65)
-PACE = 0.9  # by how much of itself it may change; from 1 on, motions would run backwards
+PACE = 0.9  # largest relative change; from 1 on, motions would run backwards
 
 
 @functools.cache
@@ -112,9 +112,9 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
 
 
 def _own_time(time: Tensor, swing: Tensor, rate: Tensor, onset: Tensor) -> Tensor:
-    """Time (b f), in clips, for someone who is no clock: now ahead of it, now behind, never backwards.
+    """Time (b f), in clips, at a pace that changes: ahead of an even clock or behind it, never backwards.
 
-    Where a frame follows from any other, nothing asks a network to look at the right one (README, Results).
+    At an even pace any one frame tells all others, and attention has no need to find the right one.
     """
     swing, rate, onset = (x[:, None] for x in (swing, rate, onset))
     angular = 2 * math.pi * (1 + rate)  # one to two swings of the pace a clip

@@ -72,7 +72,7 @@ def load_transformer(
             f"{folder}: {len({name for name, _ in wrong})} tensors do not fit, first {name}: "
             f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
         )
-    # what is new gets memory and Wan's initialisation, which skips the video expert: it has no memory yet
+    # what Wan lacks is allocated and initialised; the video expert stays on the meta device until it is read
     video = set(own_names(model))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name not in video:
@@ -223,7 +223,7 @@ def _pretrained(cls, folder: Path, part: str, **options):
 
 
 def _model(cls, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
-    """A whole model of diffusers or transformers: both only warn where a tensor is missing, and draw it."""
+    """A whole model of diffusers or transformers: both only warn of a missing tensor, and make it random."""
     model, info = _pretrained(cls, folder, part, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder / part} lacks {len(missing)} tensors such as {missing[0]}: fetch it again")

@@ -1,6 +1,6 @@
 """The files of a Wan transformer: what its tensors are called, which configuration they have, where they lie.
 
-Wan's own names of tensors are ours, but for the expert's name within them. The Diffusers layout has others.
+DualDiT's names of tensors are Wan's own with the expert's name put in; the Diffusers layout has other names.
 """
 
 import json
