@@ -109,7 +109,7 @@ def build(
         model = ablated(model, ablate)
         if stage == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
-        for p in model.parameters():  # a file's tensors are aligned otherwise, which changes the last bits of sums
+        for p in model.parameters():  # a file's tensors are aligned otherwise: last bits of sums differ
             p.data = p.data.clone()
         if not init:
             mean, std = batches.statistics(sources, seed)
