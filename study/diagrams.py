@@ -7,6 +7,7 @@ recipe   the three stages of training, and the three tasks with the equations of
 """
 
 import argparse
+import functools
 import io
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
     axes.add_patch(FancyArrowPatch(start, end, color=colour, **how))
 
 
+@functools.cache
 def shown_clip(size: int) -> tuple[Tensor, Tensor]:
     """A puppet clip's frames and skeletons, each (f size size 3) uint8, cut to where the person is."""
     clip = puppet.clips([CLIP])
