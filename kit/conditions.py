@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kit.backbone import Backbone
-from kit.data.clips import images_at, motion_vector, resized
+from kit.data.clips import motion_vector, resized
 from kit.data.motion_files import Motion, at_times, load_amass
 from kit.geometry import Geometry
 from kit.pictures import from_frames
+from kit.video import images_at
 
 MIDDLE = 4.0  # metres before a camera of unknown lens, where a person who stands behind it is put
 

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.codec.context import Flags
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kit.body import JOINT_NAMES
 from kit.files import whole_file
+from kit.video import shown_frames
 
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
@@ -31,6 +33,7 @@ ENCODERS = {
     "libx264": {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"},
     "mpeg4": {"qmin": "1", "qmax": "3"},
 }  # in order of preference
+BT709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (... 3) -> pixels (... 2), depth (...)
 
 # ---------------------------------------------------------------- frames and files
@@ -70,24 +73,14 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
 
 
 def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """Read the first video stream of a file: frames (f h w 3) uint8 and frames a second.
+    """Every frame of a video file as players show it, (f h w 3) uint8, and frames a second on the average.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, is no video or has no frames.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a video")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream; it is only sound, or cut short")
-            stream = container.streams.video[0]
-            fps = stream.average_rate
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path} is damaged or no video that FFmpeg reads: {error.strerror}") from error
-    if not frames or not fps:
-        raise ValueError(f"{path} has {len(frames)} frames and rate {fps}, expected at least one and a rate")
-    return torch.from_numpy(np.stack(frames)), float(fps)
+    frames = list(shown_frames(Path(path)))
+    pixels = torch.from_numpy(np.stack([np.asarray(frame.image()) for frame in frames]))
+    last = frames[-1].frame
+    return pixels, len(frames) / (frames[-1].time + float(last.duration * last.time_base) - frames[0].time)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -100,10 +93,15 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream(encoder, rate=rate, options=ENCODERS[encoder])
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1  # the split into threads changes the bytes
-        stream.codec_context.flags |= Flags.bitexact
+        context = stream.codec_context
+        context.thread_count = 1  # the split into threads changes the bytes
+        context.flags |= Flags.bitexact
+        # what is not tagged players take for BT.601 or for BT.709, by its size
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="yuv420p", **BT709)))
         container.mux(stream.encode())
 
 

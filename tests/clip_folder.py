@@ -2,6 +2,7 @@
 
 write(folder, seeds)            one clip a seed
 write_video(path, frames, ...)  frames at any times, written with av alone
+ramp(path, times)               frame k is grey of level 12·k
 """
 
 import csv
@@ -20,6 +21,7 @@ FPS, FRAMES = 16, 21  # the last four frames are too few for another sample of 1
 # the puppet's camera, written out: OpenCV's intrinsics and its place, metres, y up
 CAMERA = np.array([[132.0, 0, 32], [0, 132.0, 32], [0, 0, 1]])
 PLACE = torch.tensor([0.0, 1.0, 4.5])
+STEP = 12  # levels of grey between one frame of a ramp and the next
 
 
 def write_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[Fraction | int]) -> None:
@@ -33,6 +35,21 @@ def write_video(path: Path, frames: Sequence[np.ndarray], times: Sequence[Fracti
             frame.pts, frame.time_base = round(time * 90000), Fraction(1, 90000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def ramp(path: Path, times: Sequence[Fraction], size: tuple[int, int] = (32, 32)) -> Path:
+    """A video whose frame k is grey of level 12·k."""
+    write_video(path, [np.full((*size, 3), STEP * k, np.uint8) for k in range(len(times))], times)
+    return path
+
+
+def levels(images) -> list[int]:
+    """Which frames of a ramp these are."""
+    return [round(float(np.asarray(image).mean()) / STEP) for image in images]
+
+
+def at_rate(fps: Fraction | int, count: int = 20) -> list[Fraction]:
+    return [Fraction(k) / fps for k in range(count)]
 
 
 def write_motion(path: Path, motion: Motion, camera: np.ndarray | None = CAMERA) -> None:

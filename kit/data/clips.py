@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from einops import rearrange
@@ -26,16 +25,11 @@ from torch import Tensor
 from kit.body import Body, read_arrays
 from kit.data.motion_files import Motion, at_times, load_amass
 from kit.geometry import Geometry
+from kit.video import SAME_TIME, images_at
 from motion_tokens import encode_smpl
 
 COLUMNS = ("video", "prompt", "motion")
-# The container is not guessed from the content: some formats make FFmpeg open further files.
-FORMATS = {
-    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi",
-}  # fmt: skip
 APART = 0.25  # seconds by which the ends of a video and of its motion may differ
-SAME_TIME = 1e-7  # seconds
-TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
 class Camera(NamedTuple):
@@ -111,55 +105,7 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
     return clips, problems
 
 
-# ---------------------------------------------------------------- the video
-
-
-def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
-    """The frames shown nearest to 0, 1/fps, 2/fps, ... seconds after the first, up to the last; upright.
-
-    One frame is decoded at a time. FileNotFoundError or ValueError for what is missing or no video.
-    """
-    frames, count = _decoded(path), 0
-    before = next(frames)
-    start = before.time
-    for frame in frames:
-        while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
-            yield _upright(before)
-            count += 1
-        before = frame
-    while count / fps <= before.time - start + SAME_TIME:
-        yield _upright(before)
-        count += 1
-
-
-def _decoded(path: Path) -> Iterator[av.VideoFrame]:
-    """Every frame of a video, at least one, each with its time."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a video")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: expected a video ending in {', '.join(FORMATS)}")
-    count = 0
-    try:
-        with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream: it is only sound, or cut short")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.time is None:
-                    raise ValueError(f"{path}: frame {count} is damaged or has no time; encode it again")
-                count += 1
-                yield frame
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path} is damaged or no {path.suffix} video: {error.strerror}") from error
-    if not count:
-        raise ValueError(f"{path} has no frames, expected at least one")
-
-
-def _upright(frame: av.VideoFrame) -> Image.Image:
-    """As players show it: a phone held upright records lying frames and a turn."""
-    turn = frame.rotation % 360
-    return frame.to_image().transpose(TURNS[turn]) if turn in TURNS else frame.to_image()
+# ---------------------------------------------------------------- the crop
 
 
 def crop(image: Image.Image, height: int, width: int) -> tuple[float, float, float]:

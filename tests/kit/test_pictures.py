@@ -1,6 +1,6 @@
 import json
-import wave
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -117,13 +117,20 @@ def test_bad_video_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         pictures.read_video(tmp_path / "none.mp4")
     (tmp_path / "text.mp4").write_text("not a video")
-    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
-        sound.setparams((1, 2, 8000, 0, "NONE", ""))
-        sound.writeframes(bytes(1600))
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.rate = 8000
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode())
     pictures.write_video(tmp_path / "whole.mp4", pictures.to_frames(moving_picture()), 16)
     whole = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    for name, message in (("text", "damaged or no video"), ("sound", "no video stream"), ("cut", "damaged")):
+    for name, message in (
+        ("text", "damaged or no .mp4 video"),
+        ("sound", "no video stream"),
+        ("cut", "damaged"),
+    ):
         with pytest.raises(ValueError, match=message):
             pictures.read_video(tmp_path / f"{name}.mp4")
 

@@ -1,76 +1,23 @@
 """kit/data/clips.py: which frames, which moments, which pixels; and the picture that shows if they agree."""
 
-import struct
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import clip_folder
 import numpy as np
 import pytest
 import torch
+from clip_folder import STEP, at_rate, ramp
 from PIL import Image
 from scipy.spatial.transform import Rotation, Slerp
 
 from kit import pictures, puppet
-from kit.data import clips
 from kit.data.__main__ import overlay, preview
-from kit.data.clips import Camera, Clip, images_at, read_clip, read_metadata, resized, resized_camera
+from kit.data.clips import Camera, Clip, read_clip, read_metadata, resized, resized_camera
 from kit.data.motion_files import Motion
 from kit.geometry import Geometry
 
-STEP = 12  # levels of grey between one frame and the next
-
-
-def ramp(path: Path, times: list[Fraction], size: tuple[int, int] = (32, 32)) -> Path:
-    """A video whose frame k is grey of level 12·k."""
-    frames = [np.full((*size, 3), STEP * k, np.uint8) for k in range(len(times))]
-    clip_folder.write_video(path, frames, times)
-    return path
-
-
-def levels(images) -> list[int]:
-    """Which frames of a ramp these are."""
-    return [round(float(np.asarray(image).mean()) / STEP) for image in images]
-
-
-def at_rate(fps: Fraction | int, count: int = 20) -> list[Fraction]:
-    return [Fraction(k) / fps for k in range(count)]
-
-
 # ---------------------------------------------------------------- moments
-
-
-@pytest.mark.parametrize(
-    "times, fps",
-    [
-        (at_rate(16), 16),
-        (at_rate(30), 16),
-        (at_rate(Fraction(30000, 1001)), 16),
-        (at_rate(24), 16),
-        (at_rate(16), 24),
-        (at_rate(10), 24),
-        ([Fraction(t, 100) for t in (0, 3, 6, 25, 28, 31, 60, 61, 80, 95)], 16),  # of a phone
-        ([5 + t for t in at_rate(25)], 16),  # begins late
-        ([Fraction(0)], 16),
-    ],
-    ids=["same", "30", "29.97", "24", "up", "10", "variable", "late", "one frame"],
-)
-def test_frames_are_those_nearest_to_each_moment(tmp_path, times, fps):
-    # catches frames counted instead of timed, a drift, and motion that runs ahead by half a frame
-    path, last = ramp(tmp_path / "a.mp4", times), times[-1] - times[0]
-    moments = [Fraction(k, fps) for k in range(1000) if Fraction(k, fps) <= last]
-    nearest = [min(range(len(times)), key=lambda k: abs(times[k] - times[0] - t)) for t in moments]
-    assert levels(images_at(path, fps)) == nearest
-
-
-def test_frames_are_decoded_as_they_are_asked_for(tmp_path, monkeypatch):
-    path, decoded, decode = ramp(tmp_path / "a.mp4", at_rate(16)), [], clips._decoded
-    monkeypatch.setattr(clips, "_decoded", lambda path: (decoded.append(f) or f for f in decode(path)))
-    images = images_at(path, 16)
-    for asked in range(1, 6):
-        next(images)
-        assert len(decoded) == asked + 1  # which one is nearest is known when the next has come
 
 
 @pytest.mark.parametrize("fps", (10, 16, 25))
@@ -102,46 +49,6 @@ def test_motion_is_taken_at_the_frames_moments(tmp_path, fps):
 
 
 # ---------------------------------------------------------------- pixels
-
-
-QUARTERS = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise
-
-
-@pytest.mark.parametrize("turn", QUARTERS)
-def test_a_lying_recording_is_turned_as_players_do(tmp_path, turn):
-    path = tmp_path / "a.mp4"
-    picture = np.zeros((32, 64, 3), np.uint8)
-    picture[:16, :32] = 255  # top left
-    clip_folder.write_video(path, [picture] * 3, at_rate(16, 3))
-    content = bytearray(path.read_bytes())
-    # the matrix of ISO 14496-12's track header, version 0: a b u, c d v, x y w in fixed point
-    a, b, c, d = (65536 * entry for entry in QUARTERS[turn])
-    start = content.index(b"tkhd") + 44
-    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-    found = np.asarray(next(images_at(path, 16)))
-    expected = np.rot90(picture, -turn // 90)
-    assert found.shape == expected.shape
-    assert np.abs(found.astype(int) - expected).mean() < 5
-
-
-@pytest.mark.parametrize("standard, red, blue", [(1, 0.2126, 0.0722), (5, 0.299, 0.114)], ids=["709", "601"])
-def test_colours_follow_the_standard_the_file_names(tmp_path, standard, red, blue):
-    r, g, b = np.array((200, 30, 60)) / 255
-    luma = red * r + (1 - red - blue) * g + blue * b
-    planes = 16 + 219 * luma, 128 + 112 * (b - luma) / (1 - blue), 128 + 112 * (r - luma) / (1 - red)
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=16, options={"crf": "1"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv444p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = standard, 1
-        frame = av.VideoFrame(64, 64, "yuv444p")
-        frame.colorspace = standard
-        for plane, value in zip(frame.planes, planes, strict=True):
-            plane.update(np.full((plane.height, plane.line_size), round(value), np.uint8))
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    pixel = np.asarray(next(images_at(tmp_path / "a.mp4", 16)))[30, 30]
-    np.testing.assert_allclose(pixel, (200, 30, 60), atol=3)
 
 
 @pytest.mark.parametrize("target", [(64, 64), (64, 128), (128, 64), (45, 81), (240, 320), (80, 200)], ids=str)

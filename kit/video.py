@@ -1,0 +1,158 @@
+"""Video files, decoded as players show them: upright, of square pixels, in their own colours and times."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.reformatter import Colorspace
+from PIL import Image
+
+# The container is not guessed from the content: some formats make FFmpeg open further files.
+FORMATS = {
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi",
+}  # fmt: skip
+SAME_TIME = 1e-7  # seconds
+UNSPECIFIED = 2  # of a frame's colour matrix
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions of ITU-R BT.2100
+MAX_PIXEL = 8  # times as wide as high, or as high as wide
+ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.mp4"
+
+
+class Shown(NamedTuple):
+    """A decoded frame, not yet converted."""
+
+    time: float  # seconds, no earlier than the frame before it
+    frame: av.VideoFrame
+    pixel: Fraction  # its width over its height
+    turn: "Turn"
+
+    def image(self) -> Image.Image:
+        return _upright(_square(_rgb(self.frame), self.pixel), self.turn)
+
+
+class Turn(NamedTuple):
+    """How a frame is to be turned."""
+
+    lying: bool  # rows and columns change places, before anything else
+    right: int  # -1: columns run to the left
+    down: int  # -1: rows run up
+
+
+def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
+    """The frames shown nearest to 0, 1/fps, 2/fps, ... seconds after the first, up to the last.
+
+    One frame is decoded at a time. FileNotFoundError or ValueError for what is missing or no video.
+    """
+    frames, count = shown_frames(path), 0
+    before = next(frames)
+    start = before.time
+    for frame in frames:
+        if frame.time > before.time:  # else the later one takes its place at once
+            while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
+                yield before.image()
+                count += 1
+        before = frame
+    while count / fps <= before.time - start + SAME_TIME:
+        yield before.image()
+        count += 1
+
+
+# ---------------------------------------------------------------- which frames, at which times
+
+
+def shown_frames(path: Path) -> Iterator[Shown]:
+    """Every frame of a video, at least one, in the order in which they are shown; errors as `images_at`."""
+    times, last, count = _avi_times(path) if path.suffix.lower() == ".avi" else None, None, 0
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        pixel = stream.sample_aspect_ratio or Fraction(1)
+        if not 1 / MAX_PIXEL <= pixel <= MAX_PIXEL:
+            raise ValueError(f"{path}: its pixels are {pixel} times as wide as high, expected about 1")
+        for frame in container.decode(stream):
+            time = frame.time if times is None else next(times, None)
+            if frame.is_corrupt or time is None:
+                raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
+            if last is not None and time < last:
+                raise ValueError(
+                    f"{path}: frame {count} is shown at {time:.3f} s, before the one that comes before it at "
+                    f"{last:.3f} s; {ENCODE_AGAIN}"
+                )
+            if frame.color_trc in HDR:
+                raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
+            yield Shown(time, frame, pixel, _turn(frame, path))
+            last, count = time, count + 1
+    if not count:
+        raise ValueError(f"{path} has no frames, expected at least one")
+
+
+def _avi_times(path: Path) -> Iterator[float]:
+    """The times of an AVI's frames as they are shown.
+
+    An AVI says when a frame is decoded, not when it is shown, and B-frames are shown in another order.
+    """
+    with _opened(path) as (container, stream):
+        return iter(sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.size))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a video")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: expected a video ending in {', '.join(FORMATS)}")
+    try:
+        with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
+            stream = container.streams.best("video")  # the first may be a picture of the album's cover
+            if stream is None:
+                raise ValueError(f"{path} has no video stream: it is only sound, or cut short")
+            yield container, stream
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} is damaged or no {path.suffix} video: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------- how a frame is shown
+
+
+def _rgb(frame: av.VideoFrame) -> Image.Image:
+    """In the colours of the file's matrix and range; where it names no matrix, in BT.709's if it is HD."""
+    if frame.colorspace != UNSPECIFIED or frame.format.is_rgb:
+        return frame.to_image()
+    # as mpv, VLC and libplacebo guess it; range: limited, unless the pixel format says another
+    hd = frame.width >= 1280 or frame.height > 576
+    return frame.to_image(src_colorspace=Colorspace.ITU709 if hd else Colorspace.ITU601)
+
+
+def _square(image: Image.Image, pixel: Fraction) -> Image.Image:
+    """With its width as of square pixels; pixels of DV, DVDs and anamorphic lenses are none."""
+    if pixel == 1:
+        return image
+    return image.resize((max(1, round(image.width * pixel)), image.height), Image.Resampling.BICUBIC)
+
+
+def _turn(frame: av.VideoFrame, path: Path) -> Turn:
+    """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
+
+    The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
+    """
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return Turn(False, 1, 1)
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    lying = abs(a) + abs(d) < abs(b) + abs(c)
+    right, down, *rest = (c, b, a, d) if lying else (a, d, b, c)
+    if max(map(abs, rest)) > 0.01 * min(abs(right), abs(down)) or not right * down:
+        raise ValueError(
+            f"{path}: its display matrix has {a} {b} {c} {d}, no quarter turns; turn the pixels themselves"
+        )
+    return Turn(lying, int(np.sign(right)), int(np.sign(down)))
+
+
+def _upright(image: Image.Image, turn: Turn) -> Image.Image:
+    pixels = np.asarray(image)  # (h w 3)
+    pixels = pixels.swapaxes(0, 1) if turn.lying else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels[:: turn.down, :: turn.right]))
