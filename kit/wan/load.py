@@ -13,7 +13,6 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,9 +33,9 @@ from kit.wan.names import (
     opened,
     own_names,
     read_config,
+    read_header,
     shard_files,
     transformer_folder,
-    wan_name,
 )
 from kit.weights import stored_dtype
 
@@ -61,7 +60,7 @@ def load_transformer(
         raise ValueError(f"init_motion is 'copy' or 'fresh', got {init_motion!r}")
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
-    shapes = _shapes(files)
+    shapes, own_name, precisions = read_header(files)
     config = config_of(shapes, read_config(folder))
     with torch.device("meta"):
         model = DualDiT(config)
@@ -81,8 +80,12 @@ def load_transformer(
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
-                ours = expert_name(wan_name(name))
+                ours = expert_name(own_name[name])
                 _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
+    if "fp8" in precisions:
+        print(
+            f"{folder}: weights of fp8 are computed in {str(dtype).removeprefix('torch.')}, no finer for that"
+        )
     # paper is silent: what the motion expert starts from
     if init_motion == "copy":
         copy_video_to_motion(model)
@@ -92,16 +95,7 @@ def load_transformer(
 def transformer_config(folder: str | Path) -> DualDiTConfig:
     """The configuration that load_transformer(folder) has, without reading weights."""
     folder = transformer_folder(Path(folder))
-    return config_of(_shapes(shard_files(folder)), read_config(folder))
-
-
-def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """Wan's own name of every tensor -> its shape."""
-    shapes = {}
-    for file in files:
-        with opened(file) as tensors:
-            shapes |= {wan_name(name): tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return shapes
+    return config_of(read_header(shard_files(folder))[0], read_config(folder))
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:

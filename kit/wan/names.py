@@ -5,7 +5,7 @@ DualDiT's names of tensors are Wan's own with the expert's name put in; the Diff
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,12 @@ DIFFUSERS_BLOCK_PARTS = {
     "scale_shift_table": "modulation",
 }
 
+# what torch.compile, activation checkpointing and FSDP put before a name, also in the middle of one
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+FIRST = "patch_embedding.weight"  # in both layouts: what stands before it stands before every name
+SCALES = re.compile(r"(^|\.)(scaled_fp8|(scale|input|weight)_(scale|weight|input)|comfy_quant)(\.|$)")
+READ = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+
 
 def _replace_prefix(name: str, table: dict[str, str]) -> str:
     for old, new in table.items():
@@ -56,6 +62,21 @@ def wan_name(name: str) -> str:
     if match := re.fullmatch(r"(blocks\.\d+\.)(.*)", name):
         return match[1] + _replace_prefix(match[2], DIFFUSERS_BLOCK_PARTS)
     return _replace_prefix(name, DIFFUSERS_PREFIXES)
+
+
+def wan_names(names: Iterable[str]) -> dict[str, str]:
+    """Every tensor's name in the files -> Wan's own, whatever prefix a tool has put before all of them."""
+    plain = {name: WRAPPER.sub("", name) for name in names}
+    if scaled := next(filter(SCALES.search, plain.values()), None):
+        raise ValueError(f"found {scaled}: fp8 with scales; fetch the same model in fp16, bf16 or plain fp8")
+    prefix = next((n.removesuffix(FIRST) for n in plain.values() if f".{n}".endswith(f".{FIRST}")), "")
+    if stranger := next((name for name in plain.values() if not name.startswith(prefix)), None):
+        raise ValueError(f"names begin with {prefix!r}, but for {stranger}: more than one model; {SUPPORTED}")
+    own = {name: wan_name(short.removeprefix(prefix)) for name, short in plain.items()}
+    if len(set(own.values())) < len(own):
+        twice = next(name for name in own.values() if list(own.values()).count(name) > 1)
+        raise ValueError(f"{twice} is there twice, under two names: more than one model; {SUPPORTED}")
+    return own
 
 
 def diffusers_name(own: str) -> str:
@@ -176,9 +197,9 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The transformer's safetensors files: the index's shards, or the one file there is."""
-    index = folder / f"{STEM}.safetensors.index.json"
-    if index.is_file():
+    """The transformer's safetensors files: the index's shards, or the one file there is, of any name."""
+    index = _only(folder, f"{STEM}.safetensors.index.json", "*.safetensors.index.json")
+    if index:
         try:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -187,13 +208,33 @@ def shard_files(folder: Path) -> list[Path]:
         if missing:
             raise FileNotFoundError(f"{folder}: the index names {', '.join(missing)}, not there: fetch them")
         return files
-    file = folder / f"{STEM}.safetensors"
-    if not file.is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{folder} has neither {file.name} nor an index (it has {found}); {SUPPORTED}"
-        )
-    return [file]
+    if file := _only(folder, f"{STEM}.safetensors", "*.safetensors"):
+        return [file]
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    raise FileNotFoundError(
+        f"{folder} has neither {STEM}.safetensors nor an index (it has {found}); {SUPPORTED}"
+    )
+
+
+def _only(folder: Path, name: str, pattern: str) -> Path | None:
+    """The file of this name, else the one of this pattern, where there is no second."""
+    files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(pattern))
+    return files[0] if len(files) == 1 else None
+
+
+def read_header(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str], set[str]]:
+    """The files' tensors, unread: shapes by Wan's own names, those names by the files', and precisions."""
+    shapes, kinds = {}, set()
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                part = tensors.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                kinds.add(part.get_dtype())
+    own = wan_names(shapes)
+    if strange := sorted(kinds - READ.keys()):
+        raise ValueError(f"{files[0].parent} holds {strange[0]} numbers, expected one of {', '.join(READ)}")
+    return {own[name]: shape for name, shape in shapes.items()}, own, {READ[kind] for kind in kinds}
 
 
 @contextmanager

@@ -173,6 +173,55 @@ def test_every_tensor_lands(copied, layout):
             assert model.config.heads == heads
 
 
+PREFIXES = {
+    "model.": "model.{}",
+    "diffusion_model.": "diffusion_model.{}",
+    "ComfyUI": "model.diffusion_model.{}",
+    "DDP": "module.{}",
+    "any": "a.b.c.{}",
+    "compiled": "_orig_mod.{}",
+    "DDP, compiled": "module._orig_mod.{}",
+    "compiled blocks": lambda name: re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name),
+    "FSDP, checkpointed": lambda name: re.sub(
+        r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", f"{name}"
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ("diffusers shards", "wan"))
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_may_have_one_prefix(published, tmp_path, prefix, layout):
+    # catches files of ComfyUI, DDP, torch.compile and FSDP taken for no Wan
+    folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
+    expected, put = video_expert(folder), PREFIXES[prefix]
+    put = put.format if isinstance(put, str) else put
+    for file in (folder / "transformer").glob("*.safetensors"):
+        save_file({put(name): tensor for name, tensor in load_file(file).items()}, file)
+    found = video_expert(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def video_expert(folder: Path) -> dict[str, Tensor]:
+    state = wan.load_transformer(folder).state_dict()
+    return {name: tensor for name, tensor in state.items() if "video" in name.split(".")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_precisions_are_read_and_fp8_is_said(small, stored, dtype, capsys):
+    # catches a network that stays in fp8, and coarse weights that nobody is told of
+    edit(small, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
+    (small / "transformer" / f"{STEM}.safetensors").rename(small / "transformer" / "wan_fp8.safetensors")
+    tensors = file_tensors(small)
+    state = wan.load_transformer(small, dtype).state_dict()
+    for name, tensor in tensors.items():
+        found = state[in_dual_dit(name)]
+        assert found.dtype in (dtype, torch.float32) and torch.equal(found, tensor.to(found.dtype)), name
+    said = capsys.readouterr().out
+    assert ("fp8" in said and str(dtype)[6:] in said) == (stored.itemsize == 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_config_json_heads_are_128_wide(published, tmp_path, layout):
     folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
@@ -637,9 +686,42 @@ REFUSED = {
         lambda f: wan_folder.edit_json(config(f), cross_attn_norm=False),
         f"expected cross_attn_norm and qk_norm .*{SUPPORTED}",
     ),
-    "an LDM file": (
-        lambda f: edit(f, lambda t: [t.update({f"model.diffusion_model.{k}": t.pop(k)}) for k in list(t)]),
-        f"no Wan transformer: found keys such as 'model.diffusion_model.*{SUPPORTED}",
+    "a prefix before some names only": (
+        lambda f: edit(
+            f, lambda t: [t.update({f"model.{k}": t.pop(k)}) for k in list(t) if "proj_out" not in k]
+        ),
+        f"names begin with 'model.', but for proj_out.*: more than one model; {SUPPORTED}",
+    ),
+    "the same tensor under two names": (
+        lambda f: edit(f, lambda t: t.update({"_orig_mod.proj_out.bias": t["proj_out.bias"] + 1})),
+        "head.head.bias is there twice",
+    ),
+    "no transformer's file": (
+        lambda f: edit(f, lambda t: [t.update({f"vae.{k[:9]}": t.pop(k)}) for k in list(t)]),
+        f"no Wan transformer: found keys such as 'vae.*{SUPPORTED}",
+    ),
+    "fp8 with scales, ComfyUI's": (
+        lambda f: edit(f, lambda t: t.update({"scaled_fp8": torch.ones(2), "x.scale_weight": torch.ones(1)})),
+        "found .*: fp8 with scales; fetch the same model in fp16, bf16 or plain fp8",
+    ),
+    "fp8 with scales, by module": (
+        lambda f: edit(f, lambda t: t.update({"model.blocks.0.ffn.0.scale_weight": torch.ones(1)})),
+        "found .*scale_weight: fp8 with scales",
+    ),
+    "fp8 with scales, others'": (
+        lambda f: edit(f, lambda t: t.update({"blocks.0.ffn.0.weight_scale": torch.ones(1)})),
+        "found .*weight_scale: fp8 with scales",
+    ),
+    "whole numbers": (
+        lambda f: edit(f, lambda t: t.update({"proj_out.bias": t["proj_out.bias"].to(torch.int8)})),
+        "holds I8 numbers, expected one of F64, F32",
+    ),
+    "two files": (
+        lambda f: (
+            [(f / "transformer" / f"{x}.safetensors").write_bytes(b"") for x in "ab"]
+            + [(f / "transformer" / f"{STEM}.safetensors").unlink()]
+        ),
+        "nor an index .it has a.safetensors, b.safetensors, config.json.",
     ),
     "a shard that is missing": (lambda f: shard_of(f).unlink(), "the index names .*-00002-of-.*, not there"),
     "a shard cut short": (
