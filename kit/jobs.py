@@ -1,5 +1,7 @@
 """What a call of sample.py is asked to make: samples with their names, prompts, seeds and conditions."""
 
+import itertools
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,14 +56,39 @@ def jobs(
 
 
 def read_prompts(file: Path) -> list[tuple[str, str]]:
-    """A prompt a line -> what its files are called, and the prompt."""
+    """A prompt a line (UTF-8) -> what its files are called, each another name, and the prompt."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
-    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    names = [prompt.replace("/", "_") for prompt in prompts]
-    if long := [name for name in names if len(name.encode()) > LONGEST]:
-        raise ValueError(f"a prompt names its files: at most {LONGEST} bytes, got {long[0]!r}")
-    return list(zip(names, prompts, strict=True))
+    content = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8"
+        ) from error
+    named, taken = [], set()
+    for number, prompt in enumerate(map(str.strip, lines), start=1):
+        if not prompt:
+            continue
+        name = prompt.replace("/", "_")
+        if len(name.encode()) > LONGEST or "\0" in name:
+            raise ValueError(
+                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, none of them zero, "
+                f"got {name!r}"
+            )
+        others = (f"{name} {copy}" for copy in itertools.count(2))
+        name = next(other for other in itertools.chain([name], others) if _on_any_disk(other) not in taken)
+        taken.add(_on_any_disk(name))
+        named.append((name, prompt))
+    if not named:
+        raise ValueError(f"{file} has no prompt: expected one a line")
+    return named
+
+
+def _on_any_disk(name: str) -> str:
+    """Equal for names that are one file on some disk: macOS and Windows ignore case, macOS accents' forms."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def missing(out: Path, jobs: list[Job], mesh: str | None, keep: bool) -> list[Job]:
