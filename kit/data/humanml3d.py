@@ -5,7 +5,8 @@
     FOLDER/train.txt, val.txt, ...     names, one a line; a name with M before it is the mirrored clip
 
 index.csv lies at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
-what its frames mean. AMASS is its SMPL+H G release, in folders named as in index.csv.
+what its frames mean. AMASS is its SMPL+H G release, in folders named as in index.csv or as AMASS names them
+today.
 """
 
 import csv
@@ -22,6 +23,11 @@ COLUMNS = ("source_path", "start_frame", "end_frame", "new_name")
 # frames before frame 0: these captures begin with a calibration pose
 SKIPPED = {
     "Eyes_Japan_Dataset": 60, "MPI_HDM05": 60, "TotalCapture": 20, "MPI_Limits": 20, "Transitions_mocap": 10,
+}  # fmt: skip
+# index.csv's names of AMASS's folders -> the names of its downloads today, as HumanML3D's README pairs them
+TODAY = {
+    "BioMotionLab_NTroje": "BMLrub", "DFaust_67": "DFaust", "MPI_HDM05": "HDM05", "MPI_Limits": "PosePrior",
+    "MPI_mosh": "MoSh", "SSM_synced": "SSM", "TCD_handMocap": "TCDHands", "Transitions_mocap": "Transitions",
 }  # fmt: skip
 NO_AMASS = "humanact12"  # its clips are joint positions, without SMPL parameters
 LINE = "caption#tokens#start#end"
@@ -86,6 +92,9 @@ def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
     HumanML3D takes every int(rate / 20)-th frame of a file for 1/20 s. Right for rates such as 60, 100 and
     120 Hz; of others (59.94, 150, 250 Hz) its seconds are no seconds, and are converted here.
     """
+    other = entry.source.with_name(entry.source.name.replace("_poses.npz", "_stageii.npz"))
+    if other.is_file() and not entry.source.is_file():
+        raise ValueError(f"{other} is of AMASS's SMPL-X release; HumanML3D's frames are those of SMPL+H G")
     motion = load_amass(entry.source, body)
     check_motion(motion._replace(fps=fps), f"{entry.name} resampled")
     if motion.fps < FPS:
@@ -151,6 +160,7 @@ def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; expected the columns {', '.join(COLUMNS)}")
     clips: dict[str, Clip] = {}
+    there = {place.name.casefold(): place.name for place in amass.iterdir()}  # MoSh is Mosh on some disks
     for row in reader:
         source, start, end, name = (row[column] or "" for column in COLUMNS)
         line = f"{path} line {reader.line_num}"
@@ -162,7 +172,9 @@ def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
         if top != "pose_data" or not source.endswith(".npy") or ".." in place or "\\" in source:
             raise ValueError(f"{line}: source_path is {source!r}, expected ./pose_data/DATASET/.../NAME.npy")
         dataset = place[0]
-        file = None if dataset == NO_AMASS else amass.joinpath(*place).with_suffix(".npz")
+        names = [there[n.casefold()] for n in (dataset, TODAY.get(dataset, "")) if n.casefold() in there]
+        folder = amass / next(iter(names), dataset)
+        file = None if dataset == NO_AMASS else folder.joinpath(*place[1:]).with_suffix(".npz")
         skipped = SKIPPED.get(dataset, 0)
         clips[name.removesuffix(".npy")] = Clip(file, skipped + int(start), skipped + int(end))
     if not clips:

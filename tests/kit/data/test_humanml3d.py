@@ -101,6 +101,41 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
         assert motion.fps == fps / step and motion.gender == "male"
 
 
+RENAMED = {
+    "BioMotionLab_NTroje": ("BMLrub", "BioMotionLab_NTroje"),
+    "MPI_HDM05": ("HDM05", "MPI_HDM05"),
+    "TCD_handMocap": ("TCDHands",),
+    "MPI_Limits": ("PosePrior",),
+    "MPI_mosh": ("MoSh", "Mosh"),
+    "SSM_synced": ("SSM",),
+    "DFaust_67": ("DFaust",),
+    "Transitions_mocap": ("Transitions",),
+    "KIT": ("KIT", "kit"),
+}
+
+
+@pytest.mark.parametrize("old, new", [(old, new) for old, names in RENAMED.items() for new in names])
+def test_amass_may_have_its_folders_of_today(tmp_path, body, old, new):
+    # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
+    write_amass(tmp_path / "amass" / new / "s1/run_poses.npz", frames=900, fps=100.0)
+    write_index(
+        tmp_path, [f"./pose_data/{old}/s1/run_poses.npy,7,50,000009.npy"], {"000009": CAPTION}, ["000009"]
+    )
+    ((entry,), problems) = entries(tmp_path, tmp_path / "amass", "train")
+    assert entry.source == tmp_path / "amass" / new / "s1/run_poses.npz" and not problems
+    assert entry.start == TRIMMED.get(old, 0) + 7 / 20
+    assert len(read_entry(entry, body).transl) == 43
+
+
+def test_the_smplx_release_is_told_from_a_missing_file(tmp_path, body):
+    # catches files of other frames taken for HumanML3D's, and "no such file" told to who has them all
+    write_amass(tmp_path / "amass/KIT/3/kick high_left02_stageii.npz", frames=900, fps=100.0)
+    write_index(tmp_path, [GOOD], {"000000": CAPTION}, ["000000"])
+    ((entry,), _) = entries(tmp_path, tmp_path / "amass", "train")
+    with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
+        read_entry(entry, body)
+
+
 def test_other_rates_and_the_mirror(folder, body):
     write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
     (kick, mirrored, *_), _ = entries(folder, folder / "amass", "train")
