@@ -58,6 +58,7 @@ def check(spec: str, shape: Geometry, body: Body) -> int:
         cached = cache.open_cache(where)
         damaged = cache.damaged_samples(cached)
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
+        print("\n".join(compared(cached, body)))
     else:
         data, count = open_dataset(spec, shape, body), 0
         rejected = list(data.problems)
@@ -65,6 +66,18 @@ def check(spec: str, shape: Geometry, body: Body) -> int:
             count += len(read_item(data, item, lambda sample: sample.name, rejected))
     print("\n".join([*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected"]))
     return count
+
+
+def compared(cached: cache.Cache, body: Body) -> list[str]:
+    """What has changed in a cache's sources since, where they are still there."""
+    spec, folder = str(cached.settings.get("data")), cached.folder
+    if cached.sources is None:
+        return [f"{folder} is of an older version, which kept no hashes: not compared with {spec}"]
+    try:
+        data = open_dataset(spec, cached.shape, body)
+    except (ValueError, OSError) as error:
+        return [f"not compared with what it was made of: {error}"]
+    return cache.changed_samples(cached, data) or [f"{spec} is as it was when it was cached"]
 
 
 def picture(spec: str, shape: Geometry, body: Body, out: Path) -> int:
@@ -95,10 +108,9 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
     if not cache.write(data, args.out, encoders, dtype, rank, ranks or 1):
         return None
     made = cache.open_cache(args.out)
-    counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
-    if made.rejected:
-        counts += "; what is repaired is read again only into another --out"
-    print("\n".join([*made.rejected, counts]))
+    print(
+        "\n".join([*made.rejected, f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"])
+    )
     return len(made.samples)
 
 

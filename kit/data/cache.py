@@ -5,7 +5,8 @@
     DIR/index.json                  written last: how many shards there are
 
 Shards are written whole, one after the other, so that a killed run goes on with the shard it was at, and each
-rank makes its share of them. The index is written by whoever finds that no shard is missing.
+rank makes its share of them. The index is written by whoever finds that no shard is missing. A shard keeps
+hashes of its items' sources: where a caption or a file has changed since, it is made again.
 
 In a shard, sample k has the tensors "k.motion" (f 235) fp32; where it has video, "k.latents" (c t h w) and,
 if its camera is known, "k.intrinsics" (3 3) and "k.position" (3,); and for each caption "k.text.0",
@@ -15,7 +16,8 @@ if its camera is known, "k.intrinsics" (3 3) and "k.position" (3,); and for each
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,11 +61,7 @@ class Encoders(NamedTuple):
 
 
 def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body) -> dict:
-    """What the content of a cache depends on, as it is recorded: but for the content of the data's files."""
-
-    def digest(content: bytes) -> str:
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
-
+    """What the content of a cache depends on, as it is recorded: but for its sources, see `hashes`."""
     parts = {}
     for part in ("vae", "text_encoder"):
         file = wan / part / "config.json"
@@ -73,13 +71,18 @@ def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path
     return {
         "version": VERSION,
         "data": spec,
-        "items": f"{len(data.names)} {digest(json.dumps(data.names).encode())}",
+        "items": items_of(data),
         "paired": data.paired,
         **shape._asdict(),
         "dtype": dtype,
         **parts,
-        "body": digest(body.smpl.v_template.numpy().tobytes()),
+        "body": _hash(body.smpl.v_template.numpy().tobytes()),
     }
+
+
+def items_of(data: DataSet) -> str:
+    """How many items a data set lists, and a hash of their names."""
+    return f"{len(data.names)} {_hash(json.dumps(data.names))}"
 
 
 def prepare(out: Path, settings: dict) -> None:
@@ -103,6 +106,7 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
     """Write this rank's missing shards -> whether all shards are there now; then the index is, too."""
     items = range(len(data.names))
     shards = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
+    drop_changed(data, out, shards, range(len(shards))[rank::ranks])
     mine = [shard for shard in range(len(shards))[rank::ranks] if not shard_file(out, shard).exists()]
     total = sum(len(shards[shard]) for shard in mine)
 
@@ -114,6 +118,7 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
             file, tensors, samples, rejected = shard_file(out, shard), {}, [], []
             for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
                 left.unlink()
+            sources = [hashes(data, item) for item in shards[shard]]  # before they are read
             for item in shards[shard]:
                 for sample, parts in read_item(data, item, made, rejected):
                     tensors |= {f"{len(samples)}.{part}": tensor for part, tensor in parts.items()}
@@ -121,7 +126,7 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
                 bar.update()
             if shard == 0:
                 tensors["null_text"] = encode_text("", encoders, dtype)
-            record = json.dumps({"samples": samples, "rejected": rejected})
+            record = json.dumps({"samples": samples, "rejected": rejected, "sources": sources})
             with whole_file(file) as temporary:
                 save_file(tensors, temporary, {"record": record})
     if not all(shard_file(out, shard).exists() for shard in range(len(shards))):
@@ -130,6 +135,48 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
         index = {"version": VERSION, "shards": len(shards), "rejected": data.problems}
         temporary.write_text(json.dumps(index, indent=2) + "\n")
     return True
+
+
+def drop_changed(data: DataSet, out: Path, shards: list[range], mine: range) -> None:
+    """Delete those of these shards that an item's sources have changed since, and say which did."""
+    for shard in mine:
+        if not (file := shard_file(out, shard)).exists():
+            continue
+        with _opened(file) as content:
+            known = json.loads(content.metadata()["record"]).get("sources")
+        if known is None:
+            print(f"{file} is of an older version, which kept no hashes: whether its data changed is unknown")
+        elif changes := changed(data, shards[shard], known):
+            print("\n".join([*changes, f"{file} is made again"]))
+            (out / INDEX).unlink(missing_ok=True)
+            file.unlink()
+
+
+def changed(data: DataSet, items: range, known: list[dict[str, str]]) -> list[str]:
+    """Which of these items are no more what they were when their sources had these hashes."""
+    changes = []
+    for item, before in zip(items, known, strict=True):
+        now = hashes(data, item)
+        if parts := [part for part in before | now if before.get(part) != now.get(part)]:
+            changes.append(f"{data.names[item]}: its {' and '.join(parts)} changed since it was cached")
+    return changes
+
+
+def hashes(data: DataSet, item: int) -> dict[str, str]:
+    """A hash of each of an item's sources, a file's of its content."""
+    return {part: _hash(source) for part, source in data.sources(item).items()}
+
+
+def _hash(source: str | bytes | Path) -> str:
+    if isinstance(source, str):
+        source = source.encode(errors="surrogateescape")
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source, digest_size=8).hexdigest()
+    with suppress(OSError):
+        if source.is_file():  # a pipe would be waited for
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return "unreadable"
 
 
 def encode(sample: Sample, encoders: Encoders, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -165,6 +212,7 @@ class Cache(NamedTuple):
     samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
     rejected: list[str]
     null_text: Tensor  # (tokens text_dim)
+    sources: list[dict[str, str]] | None  # hashes of each item's; None: an older version kept none
 
 
 def open_cache(folder: str | Path) -> Cache:
@@ -178,17 +226,19 @@ def open_cache(folder: str | Path) -> Cache:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
     settings, index = _read_versioned(folder / SETTINGS), _read_versioned(folder / INDEX)
-    samples, rejected, null_text = [], list(index["rejected"]), torch.zeros(0, 1)
+    samples, rejected, null_text, sources = [], list(index["rejected"]), torch.zeros(0, 1), []
     for shard in range(index["shards"]):
         with _opened(shard_file(folder, shard)) as file:
             record = json.loads(file.metadata()["record"])
             for k, (name, captions) in enumerate(record["samples"]):
                 samples.append((shard, k, name, len(captions)))
             rejected += record["rejected"]
+            sources.append(record.get("sources"))
             if shard == 0:
                 null_text = file.get_tensor("null_text")
     shape = Geometry(*(settings[name] for name in Geometry._fields))
-    return Cache(folder, settings, shape, samples, rejected, null_text)
+    sources = None if None in sources else list(chain.from_iterable(sources))
+    return Cache(folder, settings, shape, samples, rejected, null_text, sources)
 
 
 class Cached(NamedTuple):
@@ -225,6 +275,16 @@ def damaged_samples(cache: Cache) -> list[str]:
         ):
             problems.append(f"{where} holds NaN or infinity")
     return problems
+
+
+def changed_samples(cache: Cache, data: DataSet) -> list[str]:
+    """What is no more as it was cached, of the data set that the cache was made of."""
+    was, now = str(cache.settings.get("items")), items_of(data)
+    if was != now:
+        counts = f"{was.split()[0]} items, now {now.split()[0]}, or others"
+        return [f"{cache.settings['data']} had {counts}: cache it again, into another --out"]
+    changes = changed(data, range(len(data.names)), cache.sources)
+    return changes and [*changes, f"run the command that made {cache.folder} again: it makes these anew"]
 
 
 @contextmanager

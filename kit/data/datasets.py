@@ -11,8 +11,11 @@
 Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
 """
 
+import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -43,6 +46,8 @@ class DataSet(NamedTuple):
     read: Callable[[int], Iterator[Sample]]  # by the item's number
     paired: bool  # whether samples have video
     problems: list[str]  # of what did not even become an item
+    # what an item is made of, by the item's number: texts and files
+    sources: Callable[[int], dict[str, str | Path]] = lambda item: {}
 
 
 def parse(spec: str) -> tuple[str, str, float | None]:
@@ -114,16 +119,18 @@ def _puppets(where: str, geometry: Geometry, body: Body) -> DataSet:
 
 def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
     folder = _folder(where)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*.npz"))
+    files, problems = files_below(folder, ".npz")
     # AMASS keeps a subject's shape and calibration beside the motions
     files = [file for file in files if file.name != "shape.npz" and not file.stem.endswith("_stagei")]
+    if not files:
+        problems.append(f"{folder} holds no .npz, at any depth: unpack AMASS there")
 
     def read(item: int) -> Iterator[Sample]:
-        motion = resample(load_amass(inside(folder, files[item]), body), geometry.fps)
+        motion = resample(load_amass(folder / files[item], body), geometry.fps)
         yield from _windows(str(files[item]), (), motion, geometry, body)
 
-    problems = [] if files else [f"{folder} holds no .npz, at any depth: unpack AMASS there"]
-    return DataSet([str(file) for file in files], read, paired=False, problems=problems)
+    names = [str(file) for file in files]
+    return DataSet(names, read, False, problems, lambda item: {"motion": folder / files[item]})
 
 
 def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
@@ -137,11 +144,15 @@ def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
-        inside(amass, entry.source.relative_to(amass))
         motion = humanml3d.read_entry(entry, body, geometry.fps)
         yield from _windows(entry.name, entry.captions, motion, geometry, body)
 
-    return DataSet([entry.name for entry in entries], read, paired=False, problems=problems)
+    def sources(item: int) -> dict[str, str | Path]:
+        entry = entries[item]
+        span = f"{entry.start} {entry.end}"
+        return {"captions": "\n".join(entry.captions), "span": span, "motion": entry.source}
+
+    return DataSet([entry.name for entry in entries], read, False, problems, sources)
 
 
 def _windows(
@@ -167,13 +178,39 @@ def _clips(where: str, geometry: Geometry, body: Body) -> DataSet:
     def read(item: int) -> Iterator[Sample]:
         yield from read_clip(folder, clips[item], geometry, body)
 
-    return DataSet([clip.video for clip in clips], read, paired=True, problems=problems)
+    def sources(item: int) -> dict[str, str | Path]:
+        clip, found = clips[item], {"row in metadata.csv": json.dumps(clips[item])}
+        with suppress(ValueError):  # of what leads out of the folder nothing is opened
+            found |= {"video": inside(folder, clip.video), "motion": inside(folder, clip.motion)}
+        return found
+
+    return DataSet([clip.video for clip in clips], read, True, problems, sources)
 
 
 def _folder(where: str) -> Path:
     if not where or not Path(where).is_dir():
         raise FileNotFoundError(f"no folder {where or 'named'}: expected KIND:DIR with an existing folder")
     return Path(where)
+
+
+def files_below(folder: Path, ending: str) -> tuple[list[Path], list[str]]:
+    """The files below a folder, also behind links, relative to it; and what could not be looked into.
+
+    Each folder is visited once, whatever links lead to it: so a link to a folder above it is no endless loop.
+    """
+    files, problems, visited = [], [], set()
+    unreadable = lambda error: problems.append(f"{error.filename} cannot be read: {error.strerror}")
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(place)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        paths = [Path(place, name) for name in sorted(names)]
+        problems += [f"{path} is a link to what is not there" for path in paths if not path.exists()]
+        files += [path.relative_to(folder) for path in paths if path.suffix == ending and path.exists()]
+    return sorted(files), problems
 
 
 KINDS: dict[str, Callable[[str, Geometry, Body], DataSet]] = {

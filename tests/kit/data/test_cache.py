@@ -1,6 +1,8 @@
 """kit/data/cache.py: what is stored is what the networks make, made once, whoever makes which part when."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +11,11 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+import clip_folder
 import pytest
 import torch
 from conftest import ROOT, contents
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kit import puppet
 from kit.data import __main__ as commands
@@ -314,3 +317,122 @@ def test_caches_of_different_bodies_are_not_mixed(tmp_path):
     specs = [f"cache:{tmp_path / name}" for name in ("a", "b")]
     with pytest.raises(ValueError, match="cached with different bodies"):
         open_sources(specs, FAKE, puppet.body(), wan=True)
+
+
+# ---------------------------------------------------------------- sources that change
+
+
+def from_files(folder: Path, text: str = "words") -> DataSet:
+    """`made_up`, of which each item has a file of its own."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{item}.npz" for item in range(COUNT)]
+    for file in files:
+        file.exists() or file.write_bytes(file.name.encode())
+    return made_up()._replace(sources=lambda item: {"caption": f"{text} {item}", "motion": files[item]})
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_only_what_changed_is_made_again(tmp_path, capsys, ranks):
+    # catches old captions that stay, everything made anew, and a cache that trains while half of it is old
+    data, out = from_files(tmp_path / "data"), tmp_path / "a"
+    write(out, data)
+    before, fake = contents(out), Fake()
+    assert write(out, data, fake) and fake.calls == [] and contents(out) == before
+    assert capsys.readouterr().out == ""
+
+    (tmp_path / "data" / "17.npz").write_bytes(b"another motion")
+    (tmp_path / "data" / "20.npz").unlink()
+    captions = lambda item: data.sources(item) | ({"caption": "mended"} if item == 39 else {})
+    changed = data._replace(sources=captions)
+    for rank in reversed(range(ranks)):
+        finished = write(out, changed, fake, rank, ranks)
+    assert finished
+    said = capsys.readouterr().out
+    for words in (
+        "clip 17: its motion changed",
+        "clip 20: its motion changed",
+        "clip 39: its caption changed",
+    ):
+        assert words in said
+    assert said.count("clip") == 3 and said.count("is made again") == 2
+    after = contents(out)
+    assert [name for name in before if before[name] != after[name]] == [
+        name for name in before if name in ("shard-00001.safetensors", "shard-00002.safetensors")
+    ]
+    write(tmp_path / "fresh", changed)
+    assert after == contents(tmp_path / "fresh")
+
+
+def test_what_changed_may_die_on_the_way(tmp_path):
+    data, out = from_files(tmp_path / "data"), tmp_path / "a"
+    write(out, data)
+    (tmp_path / "data" / "3.npz").write_bytes(b"another motion")
+    with pytest.raises(KeyboardInterrupt):
+        write(out, data, Fake(5))
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        cache.open_cache(out)
+    assert write(out, data)
+    write(tmp_path / "fresh", data)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_cache_without_hashes_is_kept_and_said(tmp_path, capsys):
+    out = tmp_path / "a"
+    write(out, from_files(tmp_path / "data"))
+    for file in out.glob("shard-*"):
+        with cache._opened(file) as content:
+            record = json.loads(content.metadata()["record"])
+        del record["sources"]
+        save_file(load_file(file), file, {"record": json.dumps(record)})
+    before, fake = contents(out), Fake()
+    assert write(out, from_files(tmp_path / "data", "other"), fake)
+    assert fake.calls == [] and contents(out) == before
+    assert "kept no hashes: whether its data changed is unknown" in capsys.readouterr().out
+    commands.check(f"cache:{out}", FAKE, puppet.body())
+    assert "kept no hashes: not compared" in capsys.readouterr().out
+
+
+def edit_row(folder: Path) -> None:
+    table = folder / "metadata.csv"
+    table.write_text(table.read_text().replace("a person", "a dancer", 1))
+
+
+def swap(folder: Path, first: str, second: str) -> None:
+    (folder / first).rename(folder / "x")
+    (folder / second).rename(folder / first)
+    (folder / "x").rename(folder / second)
+
+
+CHANGES = {
+    "caption": (edit_row, ["0.mp4: its row in metadata.csv changed"]),
+    "video": (lambda f: swap(f, "0.mp4", "1.mp4"), [f"{k}.mp4: its video changed" for k in (0, 1)]),
+    "motion": (lambda f: (f / "motions/1.npz").write_bytes(b"x"), ["1.mp4: its motion changed"]),
+    "camera": (
+        lambda f: clip_folder.edit(f / "motions/1.npz", camera=clip_folder.CAMERA * [[1.1], [1.1], [1]]),
+        ["1.mp4: its motion changed"],
+    ),
+    "motion missing": (lambda f: (f / "motions/0.npz").unlink(), ["0.mp4: its motion changed"]),
+    "a row less": (
+        lambda f: clip_folder.write_metadata(f, [("0.mp4", "text", "motions/0.npz")]),
+        ["had 2 items, now 1, or others: cache it again, into another --out"],
+    ),
+    "no folder": (shutil.rmtree, ["not compared with what it was made of: no folder"]),
+    "nothing": (lambda f: None, ["is as it was when it was cached"]),
+    "touched": (lambda f: (f / "0.mp4").touch(), ["is as it was when it was cached"]),
+}
+
+
+@pytest.mark.parametrize("change, says", CHANGES.values(), ids=CHANGES)
+def test_check_compares_a_cache_with_its_sources(tmp_path, capsys, change, says):
+    # catches a check that finds all well with a cache of captions and motions that were mended since
+    folder, shape = clip_folder.write(tmp_path / "clips", (1, 2)), Geometry(16, 9, 64, 64, 8)
+    data = open_dataset(f"clips:{folder}", shape, puppet.body())
+    cache.prepare(tmp_path / "a", settings(data, data=f"clips:{folder}", items=cache.items_of(data)))
+    cache.write(data, tmp_path / "a", Fake().both(), torch.float32, 0, 1)
+    change(folder)
+    capsys.readouterr()
+    commands.check(f"cache:{tmp_path / 'a'}", shape, puppet.body())
+    said = capsys.readouterr().out
+    for words in says:
+        assert words in said
+    assert said.count(" its ") == sum(" its " in words for words in says)
