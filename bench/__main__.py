@@ -24,7 +24,7 @@ from bench.timing import device_name, peak_gib, random_model, seconds
 from dual_dit import PRESETS
 from flow import Task
 from kit import files
-from kit.devices import faster_in_bf16
+from kit.devices import has_bf16_units
 from kit.files import whole_file
 from kit.flops import forward_flops, tokens_of
 
@@ -66,7 +66,7 @@ def bench_wan(args: argparse.Namespace) -> dict:
     both = sum(forward_flops(config, tokens_of(config, frames, size, 8)).values())
     alone = sum(forward_flops(config, tokens_of(config, frames, size, 8, motion=False)).values())
     repeats = 5 if device == "cuda" else 1
-    dtype = torch.bfloat16 if faster_in_bf16(torch.device(device)) else torch.float32
+    dtype = torch.bfloat16 if has_bf16_units(torch.device(device)) else torch.float32
 
     ours = random_model(config, device, dtype)
     peer = diffusers_twin(ours)

@@ -20,7 +20,7 @@ import dual_dit
 from dual_dit import DualDiT
 from flow import Task
 from motion_tokens import GROUPS
-from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
+from rope import TOKENS_PER_FRAME, latent_of
 
 NOISE = 0.5  # time of what is generated while its attention is recorded
 ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
@@ -115,9 +115,8 @@ def video_to_motion(
 
 
 def holds(f: int) -> Tensor:
-    """(f T) bool: which latent holds a frame, ⌈f/4⌉, the codec being causal."""
-    own = torch.arange(f).add(FRAMES_PER_LATENT - 1).div(FRAMES_PER_LATENT, rounding_mode="floor")
-    return F.one_hot(own).bool()
+    """(f T) bool: which latent holds a frame (rope.latent_of)."""
+    return F.one_hot(latent_of(torch.arange(f))).bool()
 
 
 def frame_map(mass: Tensor) -> Tensor:

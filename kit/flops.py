@@ -139,7 +139,12 @@ def saved_bytes(
     """
     dual = config.layers if config.dual is None else len(config.dual)
     kept = []
-    with FakeTensorMode(), mock.patch.object(dual_dit, "attention", devices.fused_attention):
+    with (
+        FakeTensorMode(),
+        mock.patch.object(dual_dit, "attention", devices.fused_attention),
+        # tables made of fake tensors are not to be kept
+        mock.patch.object(dual_dit, "rope_tables", dual_dit.rope_tables.__wrapped__),
+    ):
         video = torch.randn(batch, config.channels, *grid)
         motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
