@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import multiprocessing
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +12,35 @@ from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import distributed
 from kit.flops import forward_flops, parameter_count, step_flops, tokens_of, training_memory
-from kit.geometry import WAN, adjusted
+from kit.geometry import WAN, Geometry, adjusted
 from motion_tokens import MOTION_DIM
 
 GIB = 2**30
 PUBLISHED = {"wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}
+# what the paper states of both: parameters, and by what share motion adds to the FLOPs of a call
+PAPER = {"wan2.1-1.3b": (2.6e9, 0.129), "wan2.2-5b": (7.5e9, 0.103)}
 # the paper's run: 32 A100 for four days (it states about 4,000 GPU hours)
 PAPER_GPUS, PAPER_DAYS, PAPER_HOURS = 32, 4, 4000
 A100 = 312e12  # FLOP/s in bf16
+
+
+class Price(NamedTuple):
+    """By what share motion adds to the FLOPs of a call."""
+
+    linear: float  # counting what is linear in tokens: all but self-attention
+    whole: float
+
+
+def price_of_motion(config: DualDiTConfig, clip: Geometry) -> Price:
+    """What a joint call costs more than a call on the video alone, as a share."""
+    size = clip.height, clip.width
+    joint, alone = (
+        forward_flops(config, tokens_of(config, clip.frames, size, clip.stride, motion=motion))
+        for motion in (True, False)
+    )
+    both, video = sum(joint.values()), sum(alone.values())
+    linear = (both - joint["self-attention"]) / (video - alone["self-attention"]) - 1
+    return Price(linear, both / video - 1)
 
 
 def plan(args: argparse.Namespace) -> dict:
@@ -36,6 +58,12 @@ def plan(args: argparse.Namespace) -> dict:
         f"{args.preset}, {count / 1e9:.2f} billion parameters; {frames} frames of {size[0]}x{size[1]}: "
         f"{tokens.video} video and {tokens.motion} motion tokens a clip"
     )
+    price, (paper_count, paper_price) = price_of_motion(config, published), PAPER[args.preset]
+    clip = f"{published.frames} frames of {published.height}x{published.width}"
+    print(f"{clip:24}{'ours':>12}{'the paper':>14}")
+    print(f"{'parameters, billions':24}{count / 1e9:12.2f}{paper_count / 1e9:14.1f}")
+    print(f"{'motion adds, % of FLOPs':24}{100 * price.linear:+12.1f}{100 * paper_price:+14.1f}")
+    print(f"{'  with self-attention':24}{100 * price.whole:+12.1f}\n")
     # several nodes of several GPUs have all slices each (HSDP), as in kit/distributed.py
     node = args.node if 1 < args.node < args.gpus else args.gpus
     if args.gpus % node:
@@ -75,6 +103,7 @@ def plan(args: argparse.Namespace) -> dict:
     )
     result = {
         "parameters": count,
+        "motion_adds": price._asdict(),
         "step_seconds": seconds,
         "gib": {str(ck): sum(p) / GIB for ck, p in plans.items()},
     }

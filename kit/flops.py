@@ -45,6 +45,11 @@ def tokens_of(
     return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames * motion, text)
 
 
+def dual_blocks(config: DualDiTConfig) -> int:
+    """How many blocks have a motion expert."""
+    return config.layers if config.dual is None else len(config.dual)
+
+
 class Product(NamedTuple):
     """(rows inner) times (inner columns); or, with heads, attention of `rows` queries on `columns` keys."""
 
@@ -62,7 +67,7 @@ def products(config: DualDiTConfig, tokens: Tokens) -> dict[str, Counter[Product
     """The products of one forward call on one sample, by part, and how often each occurs."""
     d, head_dim = config.width, config.width // config.heads
     patch, frames = math.prod(config.patch) * config.channels, tokens.motion // TOKENS_PER_FRAME
-    dual = config.layers if config.dual is None else len(config.dual)
+    dual = dual_blocks(config)
     names = ("projections", "feed-forward", "self-attention", "cross-attention", "ends")
     projections, ffn, self_attention, cross_attention, ends = parts = tuple(Counter() for _ in names)
     for n, layers in ((tokens.video, config.layers), (tokens.motion, dual)):
@@ -137,7 +142,7 @@ def saved_bytes(
     The network itself says so: small ones run on fake tensors, which have shapes but no memory. Attention is
     fused, as on a GPU: no scores are kept.
     """
-    dual = config.layers if config.dual is None else len(config.dual)
+    dual = dual_blocks(config)
     kept = []
     with (
         FakeTensorMode(),
@@ -187,12 +192,11 @@ def training_memory(
     if not checkpointing:
         activations = saved_bytes(config, grid, batch, text)
     else:
-        # what the ends and one block keep, and of every block the tokens that enter it (motion's in fp32)
-        # and the results of its two attentions, with their fp32 log-sum-exp
+        # what the ends and one block keep, and of every expert in every block the tokens that enter it
+        # (motion's in fp32) and the results of its two attentions, with their fp32 log-sum-exp
         T, H, W = (size // patch for size, patch in zip(grid, config.patch, strict=True))
-        motion = TOKENS_PER_FRAME * (4 * (T - 1) + 1)
-        video = T * H * W
+        video, motion = T * H * W * config.layers, TOKENS_PER_FRAME * (4 * (T - 1) + 1) * dual_blocks(config)
         entering = config.width * (2 * video + 4 * motion)
         attended = 2 * (video + motion) * (2 * config.width + 4 * config.heads)
-        activations = saved_bytes(one, grid, batch, text) + config.layers * batch * (entering + attended)
+        activations = saved_bytes(one, grid, batch, text) + batch * (entering + attended)
     return Memory(share, share, 2 * share, share * average, gathered, activations)

@@ -14,6 +14,7 @@ from bench import __main__ as commands
 from bench import plan, puppet, speed, timing
 from dual_dit import PRESETS
 from kit import flops
+from kit.devices import fused_attention
 
 TINY = speed.Setting(
     dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2, width=96, heads=2, ffn=160, text_dim=32),
@@ -84,18 +85,46 @@ def test_floor_of_one_block_by_hand():
 # ---------------------------------------------------------------- the plan
 
 
+def planned(preset: str = "wan2.1-1.3b", gpus: int = 1, node: int = 8) -> dict:
+    args = argparse.Namespace(
+        preset=preset, gpus=gpus, node=node, batch=2 * gpus, frames=5, size=(64, 64), steps=10,
+        peak_tflops=312.0, mfu=0.4, check=False,
+    )  # fmt: skip
+    return plan.plan(args)
+
+
 @pytest.mark.parametrize(("gpus", "node", "shards"), ((4, 8, 4), (16, 8, 8), (16, 1, 16)))
 def test_plan_shards_as_training_does(gpus, node, shards, capsys):
     # kit.distributed shards over the ranks of a node, and over all where nodes have one rank each
-    args = argparse.Namespace(
-        preset="wan2.1-1.3b", gpus=gpus, node=node, batch=2 * gpus, frames=5, size=(64, 64), steps=10,
-        peak_tflops=312.0, mfu=0.4, check=False,
-    )  # fmt: skip
-    found = plan.plan(args)["gib"]
+    found = planned(gpus=gpus, node=node)["gib"]
     for checkpointing in (False, True):
         counted = flops.training_memory(PRESETS["wan2.1-1.3b"], (2, 8, 8), 2, shards, checkpointing)
         assert found[str(checkpointing)] == pytest.approx(sum(counted) / 2**30)
     assert f"sharded over {shards};" in capsys.readouterr().out
+
+
+def test_motion_costs_what_the_paper_says(capsys):
+    # By hand, from a block's products: catches text or the ends counted as motion's, a square that is not
+    # attention's, and a price at another size than the paper's.
+    for preset, blocks, video, motion, paper in (
+        ("wan2.1-1.3b", 30, 21 * 30 * 52, 51 * 81, ("2.6", "+12.9")),
+        ("wan2.2-5b", 15, 31 * 22 * 40, 51 * 121, ("7.5", "+10.3")),
+    ):
+        config, result = PRESETS[preset], planned(preset)
+        d, f, text = config.width, config.ffn, 512
+        a_token = 2 * (6 * d * d + 2 * d * f + 2 * text * d)  # projections, FFN, and attention to the text
+        texts = 2 * (2 * text * d * d)  # keys and values of the text, a block
+        alone = 30 * (video * a_token + texts)
+        linear = blocks * (motion * a_token + texts)
+        squares = 30 * 4 * video**2 * d, blocks * 4 * ((video + motion) ** 2 - video**2) * d
+        assert result["motion_adds"]["linear"] == pytest.approx(linear / alone, abs=0.002)
+        whole = (linear + squares[1]) / (alone + squares[0])
+        assert result["motion_adds"]["whole"] == pytest.approx(whole, abs=0.002)
+        rows = {line[:23].strip(): line[23:].split() for line in capsys.readouterr().out.splitlines()[1:5]}
+        assert rows["parameters, billions"] == [f"{result['parameters'] / 1e9:.2f}", paper[0]]
+        assert rows["motion adds, % of FLOPs"] == [f"{100 * result['motion_adds']['linear']:+.1f}", paper[1]]
+        assert rows["with self-attention"] == [f"{100 * result['motion_adds']['whole']:+.1f}"]
+        assert abs(100 * result["motion_adds"]["linear"] - float(paper[1])) < 1.5
 
 
 # ---------------------------------------------------------------- the runs
@@ -114,7 +143,7 @@ def test_peer_computes_the_same(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_keeps_no_more_than_the_peer(dtype, monkeypatch):
     # catches copies kept for the backward pass: of attention's result in another order, of a branch in fp32
-    monkeypatch.setattr(dual_dit, "CACHE", 0)  # where scores are not kept for speed: all but a CPU's bf16
+    monkeypatch.setattr(dual_dit, "attention", fused_attention)  # products keep scores, for speed
     pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
     sides, shape = speed.Sides(TINY.config, dtype), speed.Shape(2, 16, 16, 64)
     sides.training(shape)
@@ -139,7 +168,7 @@ def test_a_whole_wan_runs_beside_the_peer(verb, monkeypatch, tmp_path):
     # catches a time under another's name, and networks that are not given the same
     pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
     monkeypatch.setitem(commands.PRESETS, "wan2.1-1.3b", TINY.config)
-    monkeypatch.setattr(commands, "faster_in_bf16", lambda device: False)
+    monkeypatch.setattr(commands, "has_bf16_units", lambda device: False)
     results, times = [], iter((8.0, 4.0, 1.0))
     monkeypatch.setattr(commands, "seconds", lambda call, *_: results.append(call()) or next(times))
     ended = verb(commands, "wan", "--frames", 5, "--device", "cpu", "--json", tmp_path / "wan.json")
