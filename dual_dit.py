@@ -19,6 +19,7 @@ Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words,
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,6 +106,11 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
+def concatenated(streams: Sequence[Tensor]) -> Tensor:
+    """Along n: (b heads n k) each -> the same. In memory n stays before heads: attention needs no copy."""
+    return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n k -> b n (heads k)")
@@ -184,7 +190,7 @@ class DualBlock(nn.Module):
         if not experts:  # motion alone in a video-only block
             return xs
         parts = [expert.before_attention(xs[m], contexts[m]) for m, expert in experts.items()]
-        q, k, v = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))  # n of both streams
+        q, k, v = (concatenated(part) for part in zip(*parts, strict=True))  # (b heads n k), n of both
         attended = attention(q, k, v).split([xs[m].shape[1] for m in experts], dim=1)  # each (b n d)
         after = zip(experts.items(), attended, strict=True)
         # what is not among the experts passes unchanged
