@@ -198,15 +198,6 @@ def test_wrong_shapes_are_named(body, name, shape):
         encode_smpl(**smpl() | {name: torch.zeros(shape)}, body=body)
 
 
-@pytest.mark.parametrize("name", ["global_orient", "body_pose", "betas", "transl"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_is_refused(body, name, value):
-    parameters = smpl()
-    parameters[name].view(-1)[7] = value
-    with pytest.raises(ValueError, match=f"{name} contains NaN or infinity"):
-        encode_smpl(**parameters, body=body)
-
-
 @pytest.mark.parametrize("shape", [(5, 235), (1, 5, 263)])
 def test_what_is_no_motion_is_not_decoded(shape):
     with pytest.raises(ValueError, match=r"expected motion of shape \(b, f, 235\), got"):
@@ -241,28 +232,24 @@ def coders():
     return encoder, decoder
 
 
-@pytest.mark.parametrize("token", range(TOKENS_PER_FRAME))
 @torch.no_grad()
-def test_token_reads_and_writes_its_own_numbers(coders, token):
+def test_a_token_reads_and_writes_its_own_numbers(coders):
     encoder, decoder = coders
-    torch.manual_seed(token)
-    frame, (start, stop) = 1, SLICES[token]
-
-    motion = torch.randn(2, 3, MOTION_DIM)
-    for number in range(start, stop):
-        other = motion.clone()
-        other[:, frame, number] += 1
-        changed = (encoder(other) != encoder(motion)).any(-1)  # (b, f*51)
-        assert changed.nonzero()[:, 1].unique().tolist() == [frame * TOKENS_PER_FRAME + token]
-        assert changed.sum() == 2
-
-    tokens = torch.randn(2, 3 * TOKENS_PER_FRAME, 16)
-    other = tokens.clone()
-    other[:, frame * TOKENS_PER_FRAME + token] += 1
-    changed = decoder(other) != decoder(tokens)  # (b f 235)
-    expected = torch.zeros(2, 3, MOTION_DIM, dtype=torch.bool)
-    expected[:, frame, start:stop] = True
-    assert torch.equal(changed, expected)
+    torch.manual_seed(0)
+    motion, tokens, frame = torch.randn(1, 3, MOTION_DIM), torch.randn(1, 3 * TOKENS_PER_FRAME, 16), 1
+    for token, (start, stop) in enumerate(SLICES):
+        place = frame * TOKENS_PER_FRAME + token
+        for number in range(start, stop):
+            other = motion.clone()
+            other[:, frame, number] += 1
+            changed = (encoder(other) != encoder(motion)).any(-1)  # (b f·51)
+            assert changed.nonzero()[:, 1].tolist() == [place]
+        other = tokens.clone()
+        other[:, place] += 1
+        changed = decoder(other) != decoder(tokens)  # (b f 235)
+        expected = torch.zeros(1, 3, MOTION_DIM, dtype=torch.bool)
+        expected[:, frame, start:stop] = True
+        assert torch.equal(changed, expected), token
 
 
 @torch.no_grad()

@@ -1,3 +1,5 @@
+"""rope.py against rotation by complex numbers; where attention looks is test_alignment.py's."""
+
 from itertools import product
 
 import numpy as np
@@ -5,13 +7,6 @@ import pytest
 import torch
 
 from rope import TOKENS_PER_FRAME, apply_rope, axis_dims, motion_positions, rope_table, video_positions
-
-GRIDS = [(4, 4), (8, 8), (30, 52)]
-FRAMES = [17, 81]
-
-
-def latents(frames: int) -> int:
-    return (frames - 1) // 4 + 1
 
 
 def reference(x: np.ndarray, positions: np.ndarray, theta: float = 10_000.0) -> np.ndarray:
@@ -29,82 +24,23 @@ def reference(x: np.ndarray, positions: np.ndarray, theta: float = 10_000.0) -> 
     return np.stack((rotated.real, rotated.imag), axis=-1).reshape(x.shape)
 
 
-def logits_of_equal_content(frames: int, grid: tuple[int, int], head_dim: int, synced: bool) -> torch.Tensor:
-    """Logits (f i t n) of equal queries and keys: every motion token to n places of each latent frame."""
-    h, w = grid
-    motion = motion_positions(frames, h, w, synced=synced)
-    video = video_positions(latents(frames), h, w).unflatten(0, (latents(frames), h * w))
-    video = video[:, :: 37 if h * w > 64 else 1]  # every place of a small grid, some of a large one
-    content = torch.ones(1, 1, 1, head_dim)
-    queries = apply_rope(content, *rope_table(motion, head_dim))[0, 0]
-    keys = apply_rope(content, *rope_table(video.flatten(0, 1), head_dim))[0, 0]
-    return (queries @ keys.T).view(frames, TOKENS_PER_FRAME, *video.shape[:2])
-
-
-def peaks(logits: torch.Tensor) -> torch.Tensor:
-    """(f i t n) -> the same, bool: is this latent frame the largest of those at the same place?"""
-    return logits >= logits.amax(dim=2, keepdim=True) - 1e-3  # far below the step of a quarter latent frame
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("frames", FRAMES)
-def test_attention_of_frame_f_peaks_at_latent_f_over_4(frames, grid, head_dim):
-    # The place of a token adds the same to the logits of all latent frames, so the peak over time must be
-    # right at every place and for every one of the 51 tokens; at f % 4 == 2 two latent frames tie.
-    logits = logits_of_equal_content(frames, grid, head_dim, synced=True)
-    distance = (torch.arange(frames)[:, None] / 4 - torch.arange(latents(frames))).abs()
-    nearest = distance == distance.amin(dim=1, keepdim=True)
-    assert nearest.sum(dim=1).tolist() == [2 if f % 4 == 2 else 1 for f in range(frames)]
-    assert torch.equal(peaks(logits), nearest[:, None, :, None].expand_as(logits))
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention_mass_of_a_frame_does_not_depend_on_the_token(head_dim):
-    # softmax over all places: the spatial factor cancels, what is left is a function of f/4 - t alone
-    logits = logits_of_equal_content(17, (8, 8), head_dim, synced=True)
-    mass = (logits / head_dim**0.5).flatten(2).softmax(-1).view_as(logits).sum(-1)  # (f i t)
-    assert (mass - mass[:, :1]).abs().max() < 1e-5
-    # f = 4 and f = 8 are one latent frame apart: so are their odds
-    odds = mass[:, 0].log()
-    torch.testing.assert_close(odds[8, 1:] - odds[8, 1], odds[4, :-1] - odds[4, 0], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("frames", FRAMES)
-def test_unsynced_attention_peaks_four_times_too_late(frames, grid, head_dim):
-    logits = logits_of_equal_content(frames, grid, head_dim, synced=False)
-    early = logits[: latents(frames)]
-    diagonal = torch.eye(latents(frames), dtype=torch.bool)[:, None, :, None]
-    assert torch.equal(peaks(early), diagonal.expand_as(early))
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (2, 7), *GRIDS])
-@pytest.mark.parametrize("frames", [1, 5, *FRAMES])
-def test_positions_collide_only_when_unsynced(frames, grid):
-    video = video_positions(latents(frames), *grid)
-    for synced in (True, False):
-        together = torch.cat((video, motion_positions(frames, *grid, synced=synced)))
-        assert (len(together.unique(dim=0)) == len(together)) == synced
-
-
 def test_video_positions_count_width_fastest():
     assert video_positions(2, 3, 4).tolist() == [list(p) for p in product(range(2), range(3), range(4))]
 
 
-@pytest.mark.parametrize("synced", [True, False])
-def test_motion_positions_are_frame_by_frame(synced):
-    positions = motion_positions(6, 3, 5, synced=synced)
-    frames_and_tokens = product(range(6), range(TOKENS_PER_FRAME))
-    expected = [[f / 4, 3 + i, 5 + i] if synced else [f, i, i] for f, i in frames_and_tokens]
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({}, lambda f, i: [f / 4, 3 + i, 5 + i]),
+        ({"synced": False}, lambda f, i: [f, 3 + i, 5 + i]),
+        ({"apart": False}, lambda f, i: [f / 4, i, i]),
+    ],
+)
+def test_motion_positions_are_frame_by_frame(options, place):
+    # catches an ablation that changes two things, and tokens before frames
+    positions = motion_positions(6, 3, 5, **options)
+    expected = [place(f, i) for f, i in product(range(6), range(TOKENS_PER_FRAME))]
     assert positions.dtype == torch.float64 and positions.tolist() == expected
-
-
-def test_motion_frame_4t_shares_the_time_of_latent_t():
-    video = video_positions(21, 2, 3).view(21, 6, 3)[:, 0, 0]
-    motion = motion_positions(81, 2, 3).view(81, TOKENS_PER_FRAME, 3)[..., 0]
-    assert torch.equal(motion[::4], video[:, None].expand(21, TOKENS_PER_FRAME))
 
 
 @pytest.mark.parametrize("head_dim", [6, 12, 16, 64, 128])
@@ -156,5 +92,5 @@ def test_rotation_keeps_norms_and_dtype_and_runs_in_fp32(dtype):
 
 @pytest.mark.parametrize("head_dim", [0, 2, 4, 7, 65])
 def test_impossible_head_size_is_refused(head_dim):
-    with pytest.raises(ValueError, match=f"even number of at least 6.*got {head_dim}"):
+    with pytest.raises(ValueError, match=f"must be even and at least 6.*got {head_dim}"):
         rope_table(video_positions(1, 2, 2), head_dim)

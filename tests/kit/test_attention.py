@@ -1,4 +1,4 @@
-"""kit/attention.py: what is recorded, against a loop over tokens; then 4:1, both ways."""
+"""kit/attention.py: what is recorded, against a loop over tokens; shares by hand. 4:1: test_alignment.py."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from conftest import TINY, tiny_model
 
 from flow import Task
-from kit import attention, puppet, weights
-from kit.data.datasets import puppet_motion
+from kit import attention
 from motion_tokens import TOKENS_PER_FRAME
-from sample import SHIPPED
-from study.measures import held_out
 
 CLIPS, LATENTS, ROWS, COLUMNS, FRAMES = 2, 2, 2, 3, 5
 PIXELS, LAYERS = LATENTS * ROWS * COLUMNS, TINY.layers
@@ -98,13 +95,6 @@ def test_recording_changes_nothing():
 # ---------------------------------------------------------------- maps and shares, by hand
 
 
-def test_a_latent_holds_what_the_causal_codec_puts_there():
-    # a causal first frame, then four frames a latent: floor(f/4) would be one late for three of four
-    expected = [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
-    assert attention.holds(17).int().argmax(dim=1).tolist() == expected
-    assert attention.holds(17).sum(dim=0).tolist() == [1, 4, 4, 4, 4]
-
-
 def test_frame_share_by_hand():
     own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
     even = torch.full((5, 2), 0.5)
@@ -129,22 +119,3 @@ def test_frame_share_of_each_group_of_tokens_by_hand():
     mass = torch.stack((*position, *rotation, *shape), dim=1)[None]  # (layers=1 f=5 i=51 T=2)
     found = {name: share.item() for name, share in attention.frame_share_by_group(mass).items()}
     assert found == pytest.approx({"position": 1, "rotation": 0.75, "shape": 0.5})
-
-
-# ---------------------------------------------------------------- learned
-
-
-def test_shipped_weights_have_learned_the_4_to_1_alignment_both_ways():
-    # the paper's central claim for MVS-RoPE: some layer finds what belongs together, where an untrained
-    # network is at chance
-    model, extra = weights.load_weights(SHIPPED)
-    clips = held_out(8)
-    video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
-    motion, text = puppet_motion(clips), puppet.encode_text(clips.caption)
-    given = model, video, (motion - model.motion_mean) / model.motion_std, text, Task.VIDEO_TO_MOTION
-    to_video = attention.frame_map(attention.motion_to_video(*given))
-    to_motion = attention.latent_map(attention.video_to_motion(*given))
-    chance = 1 / video.shape[2]
-    assert attention.frame_share(to_video).max() >= 3 * chance
-    assert attention.latent_share(to_motion).max() >= 2.5 * chance
-    torch.testing.assert_close(to_video, attention.attention_to_latents(model, video, motion, *given[3:]))
