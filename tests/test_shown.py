@@ -1,41 +1,59 @@
-"""What each of the four concept files shows when it is run by itself."""
+"""What each of the four concept files shows when it is run by itself, and that it takes seconds."""
 
+import os
 import re
-import runpy
+import resource
+import subprocess
+import sys
 
-import pytest
 from conftest import ROOT
 
-
-def shown(name: str, capsys: pytest.CaptureFixture) -> str:
-    runpy.run_path(str(ROOT / name), run_name="__main__")
-    return capsys.readouterr().out
+SECONDS = 20  # of one core
 
 
-def test_rope_shows_the_4_to_1_alignment(capsys):
-    rows = shown("rope.py", capsys).splitlines()[1:]
-    largest = [
-        [t for t, cell in enumerate(re.findall(r"\d+\.\d{3}.", row)) if cell[-1] == "*"] for row in rows
-    ]
-    # half-way between two latents both are nearest
-    assert largest == [[0], [0], [0, 1], [1], [1], [1], [1, 2], [2], [2]]
+def shown(name: str) -> str:
+    """Its output; fails where it takes long, in time of the processor: others may be busy on it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / name)], capture_output=True, text=True, env=environment, check=False
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 0, ended.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    return ended.stdout
 
 
-def test_motion_tokens_counts_51_tokens_and_235_numbers(capsys):
-    out = shown("motion_tokens.py", capsys)
+def test_rope_shows_the_4_to_1_alignment():
+    tables = [[], []]
+    for row in shown("rope.py").splitlines()[2:]:
+        cells = re.findall(r"(\d+\.\d)([* ]|$)", row)
+        for table, part in zip(tables, (cells[:5], cells[5:]), strict=True):
+            shares = [float(share) for share, _ in part]
+            own = [mark for _, mark in part].index("*")
+            table.append(shares[own] >= max(shares) - 0.05 or abs(shares.index(max(shares)) - own) == 1)
+    synced, unsynced = tables
+    # the peak is on the frame's own latent or, for the first half of its four frames, on the one before
+    assert len(synced) == 17 and all(synced)
+    assert not all(unsynced)
+
+
+def test_motion_tokens_counts_51_tokens_and_235_numbers():
+    out = shown("motion_tokens.py")
     assert "50..50  betas" in out and "numbers 225..234" in out and "(1, 867, 128)" in out
 
 
-def test_dual_dit_shows_the_shapes_through_a_block(capsys):
-    out = shown("dual_dit.py", capsys)
-    assert "into a block        (1, 320, 128), (1, 867, 128)" in out
-    assert "velocities          (1, 48, 5, 8, 8), (1, 17, 235)" in out
+def test_dual_dit_shows_the_shapes_through_a_block():
+    out = shown("dual_dit.py")
+    assert re.search(r"out of a block +video \(1, 320, 128\), motion \(1, 867, 128\)", out)
+    assert re.search(r"velocities +video \(1, 48, 5, 8, 8\), motion \(1, 17, 235\)", out)
+    assert out.splitlines()[-1].endswith("video (1, 320, 128)")  # the video alone
 
 
-def test_flow_shows_the_terms_of_guidance(capsys):
-    calls = [re.findall(r"u\(x, (.), (.)\)", part) for part in shown("flow.py", capsys).split("ω1 =")[1:]]
-    assert calls == [
-        [("m", "y")],
-        [("m", "y"), ("∅", "∅")],
-        [("m", "y"), ("m", "∅"), ("∅", "∅")],
-    ]
+def test_flow_learns_two_coupled_modalities_each_way():
+    # half of the circle's points are 1.4 away from a guess; the mean distance of two of them is 1.27
+    out = shown("flow.py")
+    errors = dict(re.findall(r"(joint|motion to video|video to motion) +(\d\.\d+)", out))
+    assert float(errors["joint"]) < 0.4
+    assert max(float(errors["motion to video"]), float(errors["video to motion"])) < 0.15
+    assert int(re.search(r"(\d+)% in the half", out)[1]) > 90
