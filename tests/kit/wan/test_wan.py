@@ -1,5 +1,6 @@
 """kit/wan/ against what defines Wan: diffusers' and transformers' models, and the published layouts."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from dual_dit import PRESETS, DualDiT
 from flow import Task
 from kit import wan
 from kit.wan.load import clean_prompt
-from kit.wan.names import diffusers_name, own_names
+from kit.wan.names import config_of, diffusers_name, own_names
 from motion_tokens import MOTION_DIM
 
 NEEDS = "pip install -r requirements-wan.txt"
@@ -245,8 +246,50 @@ def test_a_fresh_motion_expert_is_initialised(folder, dtype, nan_memory):
             assert 0.7 < found.std() / expected.std() < 1.4, name
 
 
+DUAL = {"2.1": [0, 1], "2.2": [1]}  # blocks with a motion expert, of two
+
+
+def dual_blocks(model: DualDiT) -> list[int]:
+    return [i for i, block in enumerate(model.blocks) if block.motion is not None]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_wan22_becomes_a_hybrid(published, version):
+    # 2.2's 48 channels tell; its config.json and its tensors are the same with and without motion
+    model = wan.load_transformer(published[version])
+    assert dual_blocks(model) == DUAL[version]
+    assert model.config == wan.transformer_config(published[version])
+
+
+@pytest.mark.parametrize(
+    ("layers", "dual"), [(1, (0,)), (2, (1,)), (3, (0, 2)), (30, tuple(range(1, 30, 2)))]
+)
+def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(layers, dual):
+    preset = dataclasses.replace(PRESETS["wan2.2-5b"], layers=layers, dual=dual)
+    with torch.device("meta"):
+        model = DualDiT(preset)
+    state = model.state_dict()
+    shapes = {own: tuple(state[name].shape) for name, own in own_names(model).items()}
+    assert config_of(shapes, None) == preset
+
+
+@torch.no_grad()
+def test_the_video_of_a_hybrid_is_that_of_an_all_dual_network(published):
+    # catches a motion expert that takes part where there is no motion
+    hybrid = wan.load_transformer(published["2.2"])
+    dual = DualDiT(dataclasses.replace(hybrid.config, dual=None)).eval()
+    missing = dual.load_state_dict(hybrid.state_dict(), strict=False)
+    assert all(name.startswith("blocks.0.motion.") for name in missing[0]) and not missing[1]
+    video, text = latents(published["2.2"], 2, 3, 4, 6), text_features(2)
+    expected = velocity(hybrid, video, TIMES[2:4], text)
+    assert torch.equal(velocity(dual, video, TIMES[2:4], text), expected)
+    assert relative(expected, theirs(published["2.2"])(video, 1000 * TIMES[2:4], text).sample) < 1e-5
+
+
 def test_a_copied_motion_expert_is_the_video_expert_but_for_its_ends(folder):
-    state = wan.load_transformer(folder).state_dict()
+    model = wan.load_transformer(folder)
+    state = model.state_dict()
+    assert dual_blocks(model)
     copied = r"blocks\.\d+\.motion\.|motion\.(text_embedding|time_embedding|time_projection|head\.modulation)"
     for name in state:
         if re.match(copied, name):
@@ -351,7 +394,7 @@ def test_guided_sampling_is_diffusers_pipeline(folder):
         guidance_text=3.0,
         shift=5.0,
         solver="euler",
-    ).video
+    )[0]
     assert relative(sampled, expected) < 1e-4
     assert relative(sampled, noise) > 0.1
     found = (wan.VideoVAE(folder).decode(sampled) + 1) / 2

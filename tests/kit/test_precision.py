@@ -1,0 +1,137 @@
+"""kit/devices.py: what a processor is chooses precision and attention, and chooses the same under load."""
+
+import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, tiny_model
+
+import dual_dit
+import flow
+from flow import Task
+from kit import devices, flops
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def qkv(dtype: torch.dtype = torch.bfloat16, b: int = 3, heads: int = 4) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = ((b, heads, n, 8) for n in (12, 10, 10))
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("cache", [1 * 240, 3 * 240 + 100, 2**23])  # one head's scores, three's, all
+@torch.no_grad()
+def test_attention_by_products_is_attention(monkeypatch, cache):
+    # catches a part left out, heads of two samples mixed, a forgotten scale
+    monkeypatch.setattr(devices, "CACHE", cache)
+    q, k, v = qkv()
+    expected = (q.double() @ k.double().mT / 8**0.5).softmax(-1) @ v.double()
+    expected = expected.transpose(1, 2).flatten(2)
+    for attend in (devices.attention_by_products, devices.fused_attention):
+        found = attend(q, k, v)
+        assert found.dtype == torch.bfloat16 and found.shape == (3, 12, 32)
+        assert (found.double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_its_gradients_are_those_of_attention():
+    weights, gradients = torch.randn(3, 12, 32), []
+    for attend in (devices.attention_by_products, devices.fused_attention):
+        q, k, v = qkv()
+        gradients.append(torch.autograd.grad((attend(q, k, v) * weights).sum(), (q, k, v)))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() / expected.norm() < 2e-2
+
+
+def test_scores_are_kept_once():
+    # catches scores kept beside their softmax
+    q, k, v = qkv(b=2, heads=3)
+    kept = flops.kept_bytes(lambda: devices.attention_by_products(q, k, v), (k, v))
+    assert kept == 2 * (2 * 3) * (12 * 10 + 12 * 8)  # the softmax, and the scaled queries
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad", "cache", "products"),
+    [
+        (torch.float32, False, 2**23, False),
+        (torch.bfloat16, False, 240, True),  # of one head at a time, 2 x 12 x 10 bytes
+        (torch.bfloat16, False, 239, False),
+        (torch.bfloat16, True, 4 * 240, True),  # a backward pass needs those of all four
+        (torch.bfloat16, True, 4 * 240 - 1, False),
+    ],
+)
+def test_products_are_used_in_bf16_where_scores_fit(monkeypatch, dtype, grad, cache, products):
+    called, fused = [], devices.fused_attention
+    monkeypatch.setattr(devices, "fused_attention", lambda *x: called.append(1) or fused(*x))
+    monkeypatch.setattr(devices, "CACHE", cache)
+    with torch.set_grad_enabled(grad):
+        devices.attention_by_products(*qkv(dtype))
+    assert bool(called) is not products
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "products"), [(CPU, True, True), (CPU, False, False), (GPU, True, False)]
+)
+def test_only_a_cpu_with_bf16_units_attends_by_products(monkeypatch, device, units, products):
+    # elsewhere they take ten times as long as the fused kernel, or more
+    monkeypatch.setattr(dual_dit, "attention", devices.fused_attention)
+    monkeypatch.setattr(devices, "has_bf16_units", lambda device: units)
+    devices.use_fast_attention(device)
+    assert dual_dit.attention is (devices.attention_by_products if products else devices.fused_attention)
+
+
+# ---------------------------------------------------------------- the same under load
+
+
+def test_precision_is_read_off_the_processor(monkeypatch):
+    def stopwatch() -> float:
+        raise AssertionError("precision was timed")
+
+    for clock in ("time", "monotonic", "perf_counter", "process_time"):
+        monkeypatch.setattr(time, clock, stopwatch)
+    found = devices.has_bf16_units(CPU)
+    monkeypatch.undo()
+    if Path("/proc/cpuinfo").exists() and os.uname().machine == "x86_64":
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5] == "flags")
+        assert found == bool({"avx512_bf16", "amx_tile"} & set(flags.split()))
+
+
+def choice_and_bytes(seed: int) -> tuple[bool, str, str]:
+    """In a fresh process: the precision, the attention, and a hash of a sample made with both."""
+    torch.set_num_threads(1)
+    devices.use_fast_attention(CPU)
+    bf16, generator = devices.has_bf16_units(CPU), torch.Generator().manual_seed(seed)
+    video, motion, text = (
+        torch.randn(shape, generator=generator)
+        for shape in ((1, TINY.channels, 2, 3, 4), (1, 5, 235), (1, 4, TINY.text_dim))
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        made = flow.sample(tiny_model().eval(), video, motion, text, 0 * text, Task.JOINT, steps=2)
+    return (
+        bf16,
+        dual_dit.attention.__name__,
+        hashlib.sha256(torch.cat([x.flatten() for x in made]).numpy()).hexdigest(),
+    )
+
+
+def test_the_same_seed_gives_the_same_bytes_under_load():
+    # catches a choice that a busy machine changes, and with it every sample
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        quiet, other = pool.map(choice_and_bytes, (0, 1))
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        with context.Pool(2, maxtasksperchild=1) as pool:
+            found = pool.map(choice_and_bytes, (0, 0), chunksize=1)
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+    assert found == [quiet] * 2
+    assert other[:2] == quiet[:2] and other[2] != quiet[2]
