@@ -153,9 +153,7 @@ class Sides:
         }  # fmt: skip
         ours = {"steps": STEPS, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
         return {
-            "ours": lambda: (
-                flow.sample(self.ours, video, None, text, null_text, Task.VIDEO_ONLY, **ours)[0]
-            ),
+            "ours": lambda: flow.sample(self.ours, video, None, text, null_text, Task.VIDEO_ONLY, **ours)[0],
             "peer": lambda: pipeline(latents=video, **options).frames,
         }
 
