@@ -48,7 +48,8 @@ class DualDiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
-    grid: tuple[int, int] | None = None  # (H W) of learned places, which only older puppet weights have
+    # (H W) of learned places; only older puppet weights have them, and time and text layers of motion's own
+    grid: tuple[int, int] | None = None
     synced: bool = True  # False is an ablation: motion at time f, not f/4
     apart: bool = True  # False is an ablation: motion inside the video grid, positions collide
     shared: bool = False  # True is an ablation: single-stream, one set of block weights for both
@@ -216,13 +217,12 @@ class Head(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """What an expert makes of the time and of the text. Names are Wan's."""
+    """What the blocks and heads are told of the time and of the text. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         d = config.width
         self.freq_dim = config.freq_dim
-        # paper is silent: each expert projects the text for itself
         self.text_embedding = mlp(config.text_dim, d, d)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
@@ -264,7 +264,10 @@ class MotionExpert(Conditioning):
     """Normalised motion (b f 235) <-> motion tokens (b, f·51, d)."""
 
     def __init__(self, config: DualDiTConfig):
-        super().__init__(config)
+        if config.grid:
+            super().__init__(config)
+        else:
+            nn.Module.__init__(self)
         self.encoder = MotionEncoder(config.width)
         self.head = Head(config, MotionDecoder(config.width))
 
@@ -321,7 +324,9 @@ class DualDiT(nn.Module):
             x = self.video.embed(video)  # (b T·H·W d)
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
-            time_motion, contexts["motion"] = self.motion.condition(t_motion, text, rope_motion)
+            # paper is silent: Wan's layers of time and text serve both experts
+            conditioning = self.motion if self.config.grid else self.video
+            time_motion, contexts["motion"] = conditioning.condition(t_motion, text, rope_motion)
             x = self.motion.embed(motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
@@ -370,7 +375,7 @@ class DualDiT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, (ExpertBlock, Head)):
                 nn.init.normal_(module.modulation, std=self.config.width**-0.5)
-        for expert in (self.video, self.motion):
+        for expert in (self.video, self.motion) if self.config.grid else (self.video,):
             for layer in (*expert.text_embedding[::2], *expert.time_embedding[::2]):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(self.task_hint[0].weight)

@@ -1,6 +1,7 @@
 """dual_dit.py: Wan number for number, then what the second expert adds to it."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -160,8 +161,8 @@ def test_a_video_alone_is_wan(config):
     ("preset", "dual", "wan_parameters", "parameters", "head"),
     [
         # Wan's own count to the last; the paper says 2.6 and 7.5 billion with the motion expert
-        ("wan2.1-1.3b", range(30), 1_418_996_800, 2.857e9, (4 * 16, 1536)),
-        ("wan2.2-5b", range(1, 30, 2), 4_999_787_712, 7.619e9, (4 * 48, 3072)),
+        ("wan2.1-1.3b", range(30), 1_418_996_800, 2.8313e9, (4 * 16, 1536)),
+        ("wan2.2-5b", range(1, 30, 2), 4_999_787_712, 7.5305e9, (4 * 48, 3072)),
     ],
 )
 def test_presets_are_the_released_models_and_motion_experts(preset, dual, wan_parameters, parameters, head):
@@ -206,7 +207,7 @@ def test_nothing_is_dead_at_the_start():
 def test_an_absent_expert_takes_no_part(model, task, other):
     before = model(**inputs(task=task))
     for name, parameter in model.named_parameters():
-        if other in name.split("."):
+        if other in name.split(".") and not re.search("text_embedding|time_", name):  # these serve both
             nn.init.constant_(parameter, math.nan)
     after = model(**inputs(task=task))
     index = 0 if other == "motion" else 1
