@@ -6,9 +6,6 @@ about the origin: the pelvis stands at `rest_joints(betas)[0] + transl` whatever
 
 import contextlib
 import io
-import pickle
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from einops import einsum, rearrange
 from smplx.lbs import batch_rigid_transform
 from torch import Tensor
 
+from kit.untrusted import read_arrays, read_object
 from motion_tokens import axis_angle_to_matrix
 
 JOINT_NAMES = (
@@ -54,6 +52,8 @@ class Body(torch.nn.Module):
         self.register_buffer("joint_template", regressor @ self.smpl.v_template)
         shapes = einsum(regressor, self.smpl.shapedirs, "j v, v xyz k -> j xyz k")
         self.register_buffer("joint_shapes", shapes)
+        self.folder: Path | None = None  # of models of several genders
+        self.others: dict[str, Body] = {}  # by gender
 
     @property
     def parents(self) -> Tensor:
@@ -110,11 +110,27 @@ class Body(torch.nn.Module):
             )
         if file.suffix not in (".npz", ".pkl"):
             raise ValueError(f"{file}: expected an SMPL model file ending in .npz or .pkl")
-        data = read_arrays(file, FIELDS) if file.suffix == ".npz" else _read_pickle(file)
+        read = read_arrays(file, FIELDS) if file.suffix == ".npz" else read_object(file, "SMPL model", FIELDS)
         try:
-            return cls(data)
+            if not isinstance(read, dict):
+                raise ValueError(f"it holds a {type(read).__name__}, expected an SMPL model's dictionary")
+            body = cls({name: np.asarray(array) for name, array in read.items()})
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        if path.is_dir():
+            body.folder, body.others = path, {gender: body}
+        return body
+
+    def genders(self) -> list[str]:
+        """Those of which the folder that this body was loaded from has models."""
+        paths = {gender: _official_paths(self.folder, gender) for gender in GENDERS if self.folder}
+        return [gender for gender, files in paths.items() if any(file.is_file() for file in files)]
+
+    def of(self, gender: str) -> "Body":
+        """The body of this gender where this one was loaded from a folder that has it; else this one."""
+        if gender not in self.others and gender in self.genders():
+            self.others[gender] = Body.load(self.folder, gender)
+        return self.others.get(gender, self)
 
 
 def _official_paths(folder: Path, gender: str) -> list[Path]:
@@ -171,119 +187,3 @@ def _check(data: dict[str, np.ndarray]) -> None:
         raise ValueError(f"kintree_table has the parents {parents}, expected each to come before its joint")
     if not 0 <= faces.min() <= faces.max() < vertices:
         raise ValueError(f"f names vertices {faces.min()} to {faces.max()}, expected 0 to {vertices - 1}")
-
-
-# ---------------------------------------------------------------- files that may hold anything
-
-
-def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz that have these names; ValueError if it is damaged or holds pickled objects."""
-    with open(file, "rb") as stream:
-        try:
-            if not zipfile.is_zipfile(stream):
-                raise ValueError("it is no archive, or cut short")
-            stream.seek(0)
-            with np.load(stream, allow_pickle=False) as archive:
-                return {name: archive[name] for name in names if name in archive}
-        except Exception as error:  # zip, zlib and numpy have no common error for damaged bytes
-            hint = "expected an .npz of plain arrays; download or export it again"
-            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
-
-
-# Official .pkl files are pickles of Python 2 that hold chumpy and scipy objects. A pickle may name any
-# function to be called; this reader gives it nothing but the stand-ins below.
-
-
-class _Record:
-    """Stands in for a chumpy or scipy.sparse object: pickle fills its attributes, no code of theirs runs."""
-
-
-class _Dtype:
-    """Stands in for numpy.dtype, whose own unpickling trusts the file with memory layout."""
-
-    def __init__(self, code: str, *_: object):
-        self.code = code
-
-    def __setstate__(self, state: tuple) -> None:
-        self.code = state[1] + self.code  # byte order
-
-    def read(self, data: bytes | str, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-        raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had no bytes
-        return np.frombuffer(raw, self.code).reshape(shape, order=order)
-
-
-class _Array:
-    """Stands in for numpy.ndarray; `x` is the array."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, column_major, data = state
-        self.x = dtype.read(data, shape, "F" if column_major else "C")
-
-
-_NUMPY_MODULES = {"numpy"} | {
-    f"numpy.{core}.{module}" for core in ("core", "_core") for module in ("multiarray", "numeric")
-}
-_NUMPY = {
-    "ndarray": _Array,
-    "dtype": _Dtype,
-    "_reconstruct": lambda *_: _Array(),
-    "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
-    "scalar": lambda dtype, data: dtype.read(data, ()),
-}
-_PYTHON = {
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
-    ("copyreg", "_reconstructor"): lambda kind, *_: kind(),
-    ("copy_reg", "_reconstructor"): lambda kind, *_: kind(),  # Python 2's names
-    ("builtins", "object"): object,
-    ("__builtin__", "object"): object,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,  # chumpy notes its changed variables in one
-}
-
-
-class _AllowList(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        found = _NUMPY.get(name) if module in _NUMPY_MODULES else _PYTHON.get((module, name))
-        if module.split(".")[0] == "chumpy" or (
-            module.startswith("scipy.sparse") and name.endswith("_matrix")
-        ):
-            found = _Record
-        if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no SMPL model needs")
-        # a pickle can set attributes on a class that it names, so it gets one of its own
-        return type(name, (found,), {}) if isinstance(found, type) else found
-
-
-def _read_pickle(file: Path) -> dict[str, np.ndarray]:
-    """The arrays FIELDS of a pickled dictionary. ValueError if it is damaged or names what could run code."""
-    with open(file, "rb") as stream:
-        try:
-            data = _AllowList(stream, encoding="latin1").load()
-            return {name: _to_array(data[name]) for name in FIELDS if name in data}
-        except Exception as error:  # pickle promises no list of what damaged bytes raise
-            hint = "expected the pickle of an SMPL model; download it again"
-            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
-
-
-def _to_array(value: object) -> np.ndarray:
-    """numpy array of a pickled field; chumpy's Ch holds `x`, its Select a flat selection of `a`."""
-    kind = type(value).__name__
-    if isinstance(value, _Array) or (isinstance(value, _Record) and kind == "Ch"):
-        return _to_array(value.x)
-    if not isinstance(value, _Record):
-        return np.asarray(value)
-    if kind == "Select":
-        selected = _to_array(value.a).ravel()[_to_array(value.idxs)]
-        return selected.reshape(getattr(value, "preferred_shape", selected.shape))
-    if kind in ("csc_matrix", "csr_matrix"):
-        return _dense(value, by_column=kind == "csc_matrix")
-    raise ValueError(f"expected arrays of numpy, chumpy (Ch, Select) or scipy.sparse (csc, csr), got {kind}")
-
-
-def _dense(matrix: _Record, by_column: bool) -> np.ndarray:
-    """Dense array of a compressed sparse matrix: `indptr` counts along columns (csc) or rows (csr)."""
-    indptr, indices, data = (_to_array(x) for x in (matrix.indptr, matrix.indices, matrix.data))
-    major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    dense = np.zeros(matrix._shape)
-    np.add.at(dense, (indices, major) if by_column else (major, indices), data)
-    return dense

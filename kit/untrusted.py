@@ -1,0 +1,253 @@
+"""Files that may hold anything: contents of .npz, .npy, pickles, joblib's and torch's files; none runs code.
+
+A pickle may name any function to be called; the reader here gives it nothing but the stand-ins below. joblib
+writes a pickle, too, in which an array's bytes follow a wrapper that says its shape and type.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import pickle
+import re
+import zipfile
+import zlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+
+OPENERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+OPENERS |= {b"x" + level: zlib.decompress for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")}
+TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that have these names; ValueError if it is damaged or holds pickled objects."""
+    with open(file, "rb") as stream:
+        try:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("it is no archive, or cut short")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                return {name: archive[name] for name in names if name in archive}
+        except Exception as error:  # zip, zlib and numpy have no common error for damaged bytes
+            hint = "expected an .npz of plain arrays; download or export it again"
+            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
+
+
+def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> object:
+    """What a .pkl, .npy, .npz or torch file holds: dicts, lists, texts, numbers, and arrays of numpy.
+
+    Known by its content, not its name; tensors become arrays. `what` says in errors what the file should be,
+    such as "SMPL model"; of a dictionary only `names` are read. ValueError if it is damaged or names what
+    could run code.
+    """
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".npz" and not data.startswith(b"PK"):
+            raise ValueError("it is no archive, or cut short")
+        content = _read(data, what)
+        if names is not None and isinstance(content, dict):
+            content = {name: content[name] for name in names if name in content}
+        return _plain(content, {})
+    except Exception as error:  # none of these formats promises a list of what damaged bytes raise
+        unknown = re.search(r"GLOBAL (\S+)", str(error))  # torch's way to say it, over many lines
+        reason = f"it names {unknown[1]}, which no {what} needs" if unknown else str(error).split("\n")[0]
+        if not reason.startswith("it "):
+            reason = f"it is damaged or cut short ({reason or type(error).__name__})"
+        raise ValueError(f"{file} cannot be read: {reason}; download or export this {what} again") from error
+
+
+def _read(data: bytes, what: str) -> object:
+    opener = next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None)
+    if opener:
+        return _read(opener(data), what)
+    if not data:
+        raise ValueError("it is empty")
+    stream = io.BytesIO(data)
+    if data.startswith(TORCH_BEFORE_1_6):
+        return _read_torch(stream)
+    if data.startswith(b"PK"):
+        with zipfile.ZipFile(stream) as archive:
+            names = archive.namelist()
+        stream.seek(0)
+        if any(name.endswith("data.pkl") for name in names):
+            return _read_torch(stream)
+        with np.load(stream, allow_pickle=False) as archive:  # of plain arrays only
+            return dict(archive)
+    if data.startswith(b"\x93NUMPY"):
+        return _read_npy(stream, what)
+    return _AllowList(stream, what).load()
+
+
+def _read_npy(stream: io.BytesIO, what: str) -> object:
+    read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(stream)[0]]
+    *_, dtype = read_header(stream)
+    if dtype.hasobject:
+        return _AllowList(stream, what).load()
+    stream.seek(0)
+    return npy.read_array(stream, allow_pickle=False)
+
+
+def _read_torch(stream: io.BytesIO) -> object:
+    core = np._core.multiarray
+    types = [core._reconstruct, core.scalar, np.ndarray, np.dtype]
+    types += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    with torch.serialization.safe_globals(types):
+        return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------- stand-ins
+
+
+class _Record:
+    """Stands in for a chumpy or scipy.sparse object: pickle fills its attributes, no code of theirs runs."""
+
+
+class _Wrapper(_Record):
+    """Stands in for joblib's NumpyArrayWrapper."""
+
+
+class _Dtype:
+    """Stands in for numpy.dtype, whose own unpickling trusts the file with memory layout."""
+
+    def __init__(self, code: str, *_: object):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = state[1] + self.code  # byte order
+
+    def read(self, data: bytes | str, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+        raw = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had no bytes
+        return np.frombuffer(raw, self.code).reshape(shape, order=order)
+
+
+class _Array:
+    """Stands in for numpy.ndarray; `x` is the array, or the list of an array of objects."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, column_major, data = state
+        if isinstance(data, list):
+            self.x = data if shape else data[0]
+        else:
+            self.x = dtype.read(data, shape, "F" if column_major else "C")
+
+
+def _storage(data: bytes) -> object:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+_NUMPY_MODULES = {"numpy"} | {
+    f"numpy.{core}.{module}" for core in ("core", "_core") for module in ("multiarray", "numeric")
+}
+_NUMPY = {
+    "ndarray": _Array,
+    "dtype": _Dtype,
+    "_reconstruct": lambda *_: _Array(),
+    "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
+    "scalar": lambda dtype, data: dtype.read(data, ()),
+}
+_PYTHON = (
+    {
+        ("_codecs", "encode"): lambda text, _: text.encode(
+            "latin1"
+        ),  # how Python 3 writes bytes for Python 2
+        ("copyreg", "_reconstructor"): lambda kind, *_: kind(),
+        ("copy_reg", "_reconstructor"): lambda kind, *_: kind(),  # Python 2's names
+        ("collections", "OrderedDict"): OrderedDict,
+        ("collections", "defaultdict"): defaultdict,
+        ("joblib.numpy_pickle", "NumpyArrayWrapper"): _Wrapper,
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: torch._utils._rebuild_tensor_v2(
+            *parts[:5], {}
+        ),
+        ("torch.storage", "_load_from_bytes"): _storage,
+    }
+    | {
+        (module, kind.__name__): kind  # chumpy notes its changed variables in a set
+        for module in ("builtins", "__builtin__")
+        for kind in (object, set, dict, list)
+    }
+)
+
+
+class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into the arrays between
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, stream: io.BytesIO, what: str):
+        super().__init__(stream, encoding="latin1")
+        self.stream, self.what = stream, what
+
+    def find_class(self, module: str, name: str) -> object:
+        found = _NUMPY.get(name) if module in _NUMPY_MODULES else _PYTHON.get((module, name))
+        if module.split(".")[0] == "chumpy" or (
+            module.startswith("scipy.sparse") and name.endswith("_matrix")
+        ):
+            found = _Record
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no {self.what} needs")
+        # a pickle can set attributes on a class that it names, so it gets one of its own
+        return type(name, (found,), {}) if isinstance(found, type) else found
+
+    def load_build(self) -> None:
+        super().load_build()
+        if isinstance(wrapper := self.stack[-1], _Wrapper):
+            self.stack[-1] = self.read_joblib_array(wrapper)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def read_joblib_array(self, wrapper: _Wrapper) -> object:
+        """joblib/numpy_pickle.py, NumpyArrayWrapper.read_array."""
+        if "O" in wrapper.dtype.code:
+            return _AllowList(self.stream, self.what).load()
+        if getattr(wrapper, "numpy_array_alignment_bytes", None):
+            self.stream.read(self.stream.read(1)[0])  # so many bytes follow that only align
+        count = int(np.prod(wrapper.shape, dtype=object))
+        data = self.stream.read(count * np.dtype(wrapper.dtype.code).itemsize)
+        return wrapper.dtype.read(data, wrapper.shape, wrapper.order)
+
+
+def _plain(value: object, seen: dict) -> object:
+    """Without stand-ins and tensors; `seen` keeps what was read by its identity."""
+    if id(value) in seen:
+        return seen[id(value)][0]
+    if isinstance(value, torch.Tensor):
+        plain = (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
+    elif isinstance(value, _Array):
+        plain = _plain(value.x, seen)
+    elif isinstance(value, _Record):
+        plain = _array_of(value, seen)
+    elif isinstance(value, dict):
+        plain = {key: _plain(item, seen) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        plain = [_plain(item, seen) for item in value]
+    else:
+        plain = value
+    seen[id(value)] = plain, value  # held, so that nothing else gets its identity
+    return plain
+
+
+def _array_of(record: _Record, seen: dict) -> np.ndarray:
+    """The array of a chumpy or scipy.sparse object; Ch holds `x`, Select a flat selection of `a`."""
+    kind = type(record).__name__
+    if kind == "Ch":
+        return _plain(record.x, seen)
+    if kind == "Select":
+        selected = np.asarray(_plain(record.a, seen)).ravel()[_plain(record.idxs, seen)]
+        return selected.reshape(getattr(record, "preferred_shape", selected.shape))
+    if kind in ("csc_matrix", "csr_matrix"):
+        return _dense(record, seen, by_column=kind == "csc_matrix")
+    raise ValueError(f"expected arrays of numpy, chumpy (Ch, Select) or scipy.sparse (csc, csr), got {kind}")
+
+
+def _dense(matrix: _Record, seen: dict, by_column: bool) -> np.ndarray:
+    """Dense array of a compressed sparse matrix: `indptr` counts along columns (csc) or rows (csr)."""
+    indptr, indices, data = (_plain(x, seen) for x in (matrix.indptr, matrix.indices, matrix.data))
+    major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    dense = np.zeros(matrix._shape)
+    np.add.at(dense, (indices, major) if by_column else (major, indices), data)
+    return dense
