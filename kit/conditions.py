@@ -1,6 +1,7 @@
 """What conditions a sample: a user's motion or video, as the backbone takes it. Changes are said aloud."""
 
 import math
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -8,23 +9,29 @@ import torch
 from torch import Tensor
 
 from kit.backbone import Backbone
+from kit.body import Body
 from kit.data.clips import motion_vector, resized
-from kit.data.motion_files import Motion, at_times, load_amass
+from kit.data.hmr import read_motion_file, stretches
+from kit.data.motion_files import Motion, at_times, smooth
+from kit.data.plausible import faults
 from kit.geometry import Geometry
 from kit.pictures import from_frames
 from kit.video import images_at
 
+OPTION = re.compile(r"@(axes|track|fps|smooth)=([^@]*)")
+USUAL_FPS = 30.0  # of the videos that human mesh recovery sees
 MIDDLE = 4.0  # metres before a camera of unknown lens, where a person who stands behind it is put
 
 
 def read_motion(path: Path, world: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
-    """An AMASS-style file from `start` seconds on -> motion (1 f 235) at the backbone's rate, in its view.
+    """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate.
 
-    A motion that ends too early is played there and back with `loop`, else ValueError. A person out of the
-    camera's view is moved.
+    `path` may end in @axes=, @track=, @smooth=SECONDS, and @fps= of a file without a rate. A motion that ends
+    too early is played there and back with `loop`, else ValueError. A person out of the camera's view is
+    moved.
     """
     fps, frames = world.geometry[:2]
-    motion = load_amass(path, world.body)
+    path, motion = open_motion(path, world.body)
     end, seconds = (len(motion.transl) - 1) / motion.fps, (frames - 1) / fps
     if not 0 <= start <= end:
         raise ValueError(f"{path} lasts {end:.2f} s: --start {start:g} is not in it")
@@ -48,6 +55,39 @@ def read_motion(path: Path, world: Backbone, start: float = 0.0, loop: bool = Fa
     transl = torch.cat([part.transl for part in parts])
     motion = Motion(*fields, motion.betas, transl, fps, motion.gender)
     return motion_vector(in_view(motion, world, path), world.body)[None]
+
+
+def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
+    """The file without its options, and its motion on a clock of its own; what is assumed is said."""
+    options = dict(OPTION.findall(path.name))
+    file = path.with_name(OPTION.sub("", path.name))
+    found = read_motion_file(file, body, options.get("track", ""), options.get("axes", ""))
+    said, times = list(found.notes), None
+    if found.frames is not None:
+        fps = _number(path, options, "fps", found.motion.fps)
+        if math.isnan(fps):
+            fps = USUAL_FPS
+            said.append(f"it has no rate: {fps:g} frames a second are assumed, or name another, @fps=25")
+        times = torch.arange(int(found.frames[-1]) + 1, dtype=torch.float64) / fps
+    parts, cut = stretches(found, times)
+    motion = max(parts, key=lambda part: len(part.times)).motion
+    if len(parts) > 1:
+        said += [*cut, "the longest part is used"]
+    if seconds := _number(path, options, "smooth", 0.0):
+        motion = smooth(motion, seconds)
+    for note in said + faults(motion, body):
+        print(f"{file}: {note}")
+    return file, motion
+
+
+def _number(path: Path, options: dict[str, str], name: str, usual: float) -> float:
+    try:
+        value = float(options.get(name, usual))
+    except ValueError:
+        value = -1.0
+    if name in options and not 0 <= value < math.inf:
+        raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number from 0 on")
+    return value
 
 
 def in_view(motion: Motion, world: Backbone, path: Path) -> Motion:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from kit import files, pictures, puppet, wan
 from kit.body import Body
 from kit.data import cache
-from kit.data.clips import Camera, Sample
-from kit.data.datasets import open_dataset, parse, read_item
+from kit.data.clips import Sample, assumed_camera, unseen
+from kit.data.datasets import DataSet, open_dataset, parse, read_item
 from kit.geometry import Geometry, geometry
 from kit.puppet.skeleton import PARENTS
 
@@ -40,7 +40,9 @@ def options() -> argparse.Namespace:
     shape.add_argument("--frames", type=int, metavar="N", help="of a sample, 4n+1 (default: the backbone's)")
     shape.add_argument("--size", type=files.size, metavar="HxW", help="of a video (default: the backbone's)")
     shape.add_argument("--fps", type=float, metavar="F", help="frames a second (default: the backbone's)")
-    shape.add_argument("--body", type=Path, metavar="FILE", help="an SMPL model (default: the puppet's body)")
+    what = "an SMPL model, or a folder of one a gender (default: the puppet's body)"
+    shape.add_argument("--body", type=Path, metavar="FILE", help=what)
+    shape.add_argument("--force", action="store_true", help="take motion that no person can do, too")
     verbs.add_parser("check", parents=[shape], help="read everything and say what is wrong")
     picture = verbs.add_parser("preview", parents=[shape], help="draw skeletons over frames")
     picture.add_argument("--out", type=Path, required=True, metavar="FILE.png")
@@ -51,7 +53,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(spec: str, shape: Geometry, body: Body) -> int:
+def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
     """Read a whole data set and print all that is wrong with it -> how many samples are usable."""
     kind, where, _ = parse(spec)
     if kind == "cache":
@@ -60,10 +62,11 @@ def check(spec: str, shape: Geometry, body: Body) -> int:
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
         print("\n".join(compared(cached, body)))
     else:
-        data, count = open_dataset(spec, shape, body), 0
+        data, count = open_dataset(spec, shape, body, force), 0
         rejected = list(data.problems)
         for item in tqdm(range(len(data.names)), desc=spec, unit="item"):
             count += len(read_item(data, item, lambda sample: sample.name, rejected))
+        say(data)
     print("\n".join([*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected"]))
     return count
 
@@ -80,12 +83,25 @@ def compared(cached: cache.Cache, body: Body) -> list[str]:
     return cache.changed_samples(cached, data) or [f"{spec} is as it was when it was cached"]
 
 
-def picture(spec: str, shape: Geometry, body: Body, out: Path) -> int:
+def say(data: DataSet) -> None:
+    """Print what was assumed, cut, or forced, and what smoothing did."""
+    for line in data.reading.said:
+        print(line)
+    if data.reading.smoothed:
+        before, after, mean, most = torch.stack(data.reading.smoothed).unbind(1)
+        print(
+            f"smoothed over {data.reading.smooth:g} s: jerk {before.mean():.0f} to {after.mean():.0f} m/s³; "
+            f"joints moved {1000 * mean.mean():.1f} mm on average, {1000 * most.max():.0f} mm at most"
+        )
+
+
+def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = False) -> int:
     """Draw the first sample of a few items, spread over the data set -> how many."""
-    data, samples = open_dataset(spec, shape, body), []
+    data, samples = open_dataset(spec, shape, body, force), []
     rejected = list(data.problems)
     for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():
         samples += read_item(data, item, lambda sample: sample, rejected)[:1]
+    say(data)
     if samples:
         preview(out, samples)
     print("\n".join([*rejected, f"{out}: {len(samples)} of {len(data.names)} items"]))
@@ -97,7 +113,7 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
     rank, ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = f"cuda:{local}" if args.device == "cuda" else args.device
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    data = open_dataset(args.spec, shape, body)
+    data = open_dataset(args.spec, shape, body, args.force)
     if not data.names:
         raise ValueError(f"{args.spec}: nothing usable; {'; '.join(data.problems) or 'it is empty'}")
     cache.prepare(args.out, cache.settings_of(args.spec, data, shape, args.dtype, args.wan, body))
@@ -107,6 +123,7 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
     )
     if not cache.write(data, args.out, encoders, dtype, rank, ranks or 1):
         return None
+    say(data)
     made = cache.open_cache(args.out)
     print(
         "\n".join([*made.rejected, f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"])
@@ -124,6 +141,10 @@ def preview(path: Path, samples: Sequence[Sample]) -> None:
         about = " | ".join(sample.captions) or "no text"
         if sample.video is not None and sample.camera is None:
             about += " (no camera in the file: a usual one is assumed)"
+        if sample.video is not None:
+            camera = sample.camera or assumed_camera(*sample.video.shape[1:3])
+            why = unseen(sample.motion, camera, *sample.video.shape[1:3])
+            about += f" (no skeleton is seen: {why[0]})" if why else ""
         titles.append(f"{sample.name}: {about}")
     pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
 
@@ -149,20 +170,14 @@ def overlay(sample: Sample) -> Tensor:
     return frames
 
 
-def assumed_camera(height: int, width: int) -> Camera:
-    """A pinhole at the origin that sees 53 degrees along the longer side."""
-    focal = float(max(height, width))
-    return Camera(torch.tensor(((focal, 0, width / 2), (0, focal, height / 2), (0, 0, 1))), torch.zeros(3))
-
-
 def main() -> None:
     args = options()
     shape = geometry(args.wan, args.frames, args.size, args.fps)
     body = Body.load(args.body) if args.body else puppet.body()
     if args.verb == "check":
-        usable = check(args.spec, shape, body)
+        usable = check(args.spec, shape, body, args.force)
     elif args.verb == "preview":
-        usable = picture(args.spec, shape, body, args.out)
+        usable = picture(args.spec, shape, body, args.out, args.force)
     elif args.wan is None:
         raise ValueError("cache needs --wan FOLDER, the Wan whose latents and text features are wanted")
     else:

@@ -2,10 +2,11 @@
 
 A folder of them has metadata.csv with the columns video, prompt and motion, paths relative to the folder. A
 motion is an AMASS .npz (z up); its optional array `camera` is a pinhole's (3, 3) intrinsics, in pixels of the
-video as it is shown.
+video as it is shown. Or it is what human mesh recovery writes (kit/data/hmr.py). The column `track` may name
+one of several persons in it, the column `axes` its axes: zup, yup or opencv.
 
-The motion is in the camera's frame: the camera stands at the origin. In the file, where z is up, it looks
-along +y with x to its right; here, y up, along -z. Video and motion begin together.
+The motion is in the camera's frame: the camera stands at the origin. Where z is up it looks along +y with x
+to its right; here, y up, along -z. Video and motion begin together, or the motion has numbers of frames.
 """
 
 import csv
@@ -18,18 +19,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from kit.body import Body, read_arrays
-from kit.data.motion_files import Motion, at_times, load_amass
+from kit.body import Body
+from kit.data.hmr import Recovered, Stretch, at_video_times, read_motion_file, stretches
+from kit.data.motion_files import Motion
+from kit.data.plausible import Reading, checked
 from kit.geometry import Geometry
-from kit.video import SAME_TIME, images_at
+from kit.video import SAME_TIME, images_at, shown_frames
 from motion_tokens import encode_smpl
 
 COLUMNS = ("video", "prompt", "motion")
 APART = 0.25  # seconds by which the ends of a video and of its motion may differ
+TINY = 0.02  # of the picture's height: a person who is smaller is not what the picture shows
 
 
 class Camera(NamedTuple):
@@ -61,6 +64,8 @@ class Clip(NamedTuple):
     video: str
     prompt: str
     motion: str
+    track: str = ""
+    axes: str = ""
 
 
 # ---------------------------------------------------------------- the list
@@ -99,7 +104,8 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
             elif any("\udc80" <= letter <= "\udcff" for value in values for letter in value):
                 problems.append(f"{where}: not UTF-8; save the table as UTF-8")
             else:
-                clips.append(Clip(*(value.strip() for value in values)))
+                more = [(row.get(column) or "").strip() for column in ("track", "axes")]
+                clips.append(Clip(*(value.strip() for value in values), *more))
     except csv.Error as error:
         raise ValueError(f"{file} line {rows.line_num}: {error}") from error
     return clips, problems
@@ -135,68 +141,92 @@ def resized_camera(intrinsics: Tensor, image: Image.Image, height: int, width: i
 def motion_vector(motion: Motion, body: Body) -> Tensor:
     """-> (f 235), not normalised."""
     fields = (motion.global_orient, motion.body_pose, motion.betas, motion.transl)
-    return encode_smpl(*(field[None] for field in fields), body)[0]
+    return encode_smpl(*(field[None] for field in fields), body.of(motion.gender))[0]
 
 
-def read_camera(path: Path) -> Tensor | None:
-    """Intrinsics (3 3) of a motion file, None if it has none; ValueError if they are no pinhole's."""
-    camera = read_arrays(path, ["camera"]).get("camera")
-    if camera is None:
-        return None
-    if camera.shape != (3, 3) or camera.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: camera is {camera.dtype} {camera.shape}, expected numbers (3, 3)")
-    camera = torch.from_numpy(camera.astype(np.float32))
-    pinhole = camera * torch.tensor(((1, 0, 1), (0, 1, 1), (0, 0, 1)))
-    if not torch.equal(camera, pinhole) or camera[2, 2] != 1 or not camera.diagonal().gt(0).all():
-        expected = "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]]"
-        raise ValueError(f"{path}: camera is {camera.tolist()}, expected {expected}")
-    return camera
-
-
-def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body) -> Iterator[Sample]:
+def read_clip(
+    folder: Path, clip: Clip, geometry: Geometry, body: Body, reading: Reading | None = None
+) -> Iterator[Sample]:
     """The clip's samples one after the other, each `geometry.frames` long, at its rate and size.
 
-    What remains at the end is left out. Raises ValueError or FileNotFoundError, possibly after the last
-    sample, if the clip cannot be used: then no sample of it counts.
+    What remains at the end, or before a long gap in the motion, is left out. Raises ValueError or
+    FileNotFoundError, possibly after the last sample, if the clip cannot be used: none of it counts then.
     """
     fps, frames, height, width, _ = geometry
+    reading = reading or Reading()
     motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
-    motion, intrinsics = load_amass(motion_file, body), read_camera(motion_file)
-    end, pixels = (len(motion.transl) - 1) / motion.fps, []
+    first = next(images_at(video_file, fps))
+    size, axes = (first.height, first.width), clip.axes or reading.axes
+    found = read_motion_file(motion_file, body, clip.track, axes, size)
+    parts = _parts(found, clip, video_file, body, reading, size)
+    pixels, current = [], None
     for count, image in enumerate(images_at(video_file, fps)):
-        if count / fps <= end + SAME_TIME:
+        now = count / fps
+        part = next((p for p in parts if p.times[0] - SAME_TIME <= now <= p.times[-1] + SAME_TIME), None)
+        if part is not current:
+            pixels, current = [], part
+        if part is not None:
             pixels.append(resized(image, height, width))
         if len(pixels) == frames:
             times = torch.arange(count + 1 - frames, count + 1, dtype=torch.float64) / fps
-            vector = motion_vector(at_times(motion, times), body)
-            camera = None if intrinsics is None else resized_camera(intrinsics, image, height, width)
-            _check_view(vector, camera, motion_file, height, width)
+            vector = motion_vector(at_video_times(part, times), body)
+            camera = found.intrinsics
+            camera = None if camera is None else resized_camera(camera, image, height, width)
+            reading.refuse(unseen(vector, camera, height, width), clip.motion)
             yield Sample(clip.video, (clip.prompt,), vector, torch.stack(pixels), camera)
             pixels = []
-    if abs(count / fps - end) > APART:
+    end = float(parts[-1].times[-1])
+    if found.frames is None and abs(now - end) > APART:
         raise ValueError(
-            f"{clip.video} ends after {count / fps:.2f} s, {clip.motion} after {end:.2f} s: "
+            f"{clip.video} ends after {now:.2f} s, {clip.motion} after {end:.2f} s: "
             "expected the same; is the frame rate of one of them wrong?"
         )
-    shared = math.floor((min(count / fps, end) + SAME_TIME) * fps) + 1
-    if shared < frames:
+    seconds = max(min(now, float(part.times[-1])) - float(part.times[0]) for part in parts)
+    if (shared := math.floor((seconds + SAME_TIME) * fps) + 1) < frames:
+        seen = "" if found.frames is None else " with the person in them"
         raise ValueError(
-            f"{clip.video} has {shared} frames at {fps:g} fps, fewer than {frames}: ask for fewer --frames"
+            f"{clip.video} has {shared} frames at {fps:g} fps{seen}, fewer than {frames}: "
+            "ask for fewer --frames"
         )
 
 
-def _check_view(motion: Tensor, camera: Camera | None, file: Path, height: int, width: int) -> None:
-    """Raise ValueError unless a person who moves like this (f 235) stands before the camera."""
+def _parts(
+    found: Recovered, clip: Clip, video: Path, body: Body, reading: Reading, size: tuple[int, int]
+) -> list[Stretch]:
+    """The motion by the clock of its video, checked; what is assumed of it, or cut, is said."""
+    times = None
+    if found.frames is not None:
+        times = torch.tensor([shown.time for shown in shown_frames(video)], dtype=torch.float64)
+        times -= times[0].clone()
+    try:
+        parts, said = stretches(found, times)
+    except ValueError as error:
+        raise ValueError(f"{clip.motion}: {error}") from error
+    reading.said.extend(f"{clip.video}: {note}" for note in said)
+    reading.said.extend(f"{clip.motion}: {note}" for note in found.notes)
+    # what was measured by a long lens says little of how far away it is
+    depth = 1.0 if found.intrinsics is None else min(1.0, math.hypot(*size) / float(found.intrinsics[0, 0]))
+    return [p._replace(motion=checked(p.motion, body, clip.motion, reading, depth=depth)) for p in parts]
+
+
+def unseen(motion: Tensor, camera: Camera | None, height: int, width: int) -> list[str]:
+    """Why a person who moves like this (f 235) cannot be in the picture; nothing of one who can."""
     depth = -motion[:, 5]  # of the pelvis
     if not (depth > 0).all():
-        raise ValueError(
-            f"{file}: the person is {-depth.min():.2f} m behind the camera; expected the camera's frame: "
-            "x right, z up, the camera at the origin looking along +y"
-        )
-    if camera is None:
-        return
-    pixels, _ = camera.project(rearrange(motion[:, 3:75], "f (j c) -> f j c", c=3))
-    if not ((pixels > 0) & (pixels < pixels.new_tensor((width, height)))).all(-1).any():
-        raise ValueError(
-            f"{file}: no joint is ever in the picture; is camera in pixels of the video, metres in trans?"
-        )
+        return [
+            f"the person is {-depth.min():.2f} m behind the camera; expected the camera's frame: "
+            "x right, z up, the camera at the origin looking along +y; or name the axes, @axes=opencv"
+        ]
+    pixels, _ = (camera or assumed_camera(height, width)).project(motion[:, 3:75].unflatten(-1, (24, 3)))
+    tall = (pixels[..., 1].amax(-1) - pixels[..., 1].amin(-1)).median()
+    if tall < TINY * height:
+        return [f"the person is {tall / height:.1%} of the picture tall: is trans in centimetres?"]
+    if camera and not ((pixels > 0) & (pixels < pixels.new_tensor((width, height)))).all(-1).any():
+        return ["no joint is ever in the picture; is camera in pixels of the video, metres in trans?"]
+    return []
+
+
+def assumed_camera(height: int, width: int) -> Camera:
+    """A pinhole at the origin that sees 53 degrees along the longer side."""
+    focal = float(max(height, width))
+    return Camera(torch.tensor(((focal, 0, width / 2), (0, focal, height / 2), (0, 0, 1))), torch.zeros(3))

@@ -7,11 +7,13 @@
     puppet                the embedded world without end, for training only (kit/data/sources.py)
     cache:DIR             what `python -m kit.data cache` wrote (kit/data/cache.py)
 
-@WEIGHT after a name is its share, where training mixes several.
+@WEIGHT after a name is its share, where training mixes several. @axes=zup, yup or opencv are the axes of its
+files; @smooth=SECONDS smooths its motion in time. What no person does is rejected (kit/data/plausible.py).
 Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,12 +28,17 @@ from kit import puppet
 from kit.body import Body
 from kit.data import humanml3d
 from kit.data.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
-from kit.data.motion_files import Motion, canonical, load_amass, resample, windows
+from kit.data.hmr import read_motion_file
+from kit.data.motion_files import AXES, Motion, canonical, resample, windows
+from kit.data.plausible import Reading, checked
+from kit.data.smpl_fields import tram_camera
 from kit.geometry import Geometry
 from kit.pictures import to_frames
 from motion_tokens import encode_smpl
 
 T = TypeVar("T")
+OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
+LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
 PUPPET_CAMERA = Camera(
     torch.tensor(((puppet.FOCAL, 0, puppet.SIZE / 2), (0, puppet.FOCAL, puppet.SIZE / 2), (0, 0, 1))),
@@ -48,11 +55,13 @@ class DataSet(NamedTuple):
     problems: list[str]  # of what did not even become an item
     # what an item is made of, by the item's number: texts and files
     sources: Callable[[int], dict[str, str | Path]] = lambda item: {}
+    reading: Reading = Reading()  # what is said of its motion
 
 
 def parse(spec: str) -> tuple[str, str, float | None]:
     """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
-    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:@(\d+\.?\d*))?", spec)
+    bare = OPTION.sub("", spec)
+    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:@(\d+\.?\d*))?", bare)
     if not match:
         raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
     kind, where, weight = match.groups()
@@ -61,12 +70,31 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     return kind, where or "", None if weight is None else float(weight)
 
 
-def open_dataset(spec: str, geometry: Geometry, body: Body) -> DataSet:
-    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none."""
+def parse_reading(spec: str, force: bool = False) -> Reading:
+    """The options in a data set's name, such as @axes=opencv@smooth=0.1."""
+    options = dict(OPTION.findall(spec))
+    if (axes := options.get("axes", "")) and axes not in AXES:
+        raise ValueError(f"data set {spec!r}: axes {axes!r}, expected one of {', '.join(AXES)}")
+    try:
+        smooth = float(options.get("smooth", 0))
+    except ValueError:
+        smooth = math.nan
+    if not 0 <= smooth <= LONGEST_SMOOTH:
+        text = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
+        raise ValueError(f"data set {spec!r}: smooth is {options['smooth']!r}, {text}")
+    return Reading(axes, smooth, force)
+
+
+def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
+    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none.
+
+    `force` takes motion that no person can do.
+    """
     kind, where, _ = parse(spec)
     if kind not in KINDS:
         raise ValueError(f"data set {spec!r}: expected one of {', '.join(f'{kind}:...' for kind in KINDS)}")
-    return KINDS[kind](where, geometry, body)
+    reading = parse_reading(spec, force)
+    return KINDS[kind](where, geometry, body, reading)._replace(reading=reading)
 
 
 def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str]) -> list[T]:
@@ -102,7 +130,7 @@ def puppet_count(where: str) -> int:
     return int(where)
 
 
-def _puppets(where: str, geometry: Geometry, body: Body) -> DataSet:
+def _puppets(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     """COUNT clips at the puppet's own rate and size, of its own body whatever `body`."""
     names = [f"puppet {item}" for item in range(puppet_count(where))]
     fps, size = puppet.FPS, f"{puppet.SIZE}x{puppet.SIZE}"
@@ -117,7 +145,7 @@ def _puppets(where: str, geometry: Geometry, body: Body) -> DataSet:
     return DataSet(names, read, paired=True, problems=[])
 
 
-def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
+def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder = _folder(where)
     files, problems = files_below(folder, ".npz")
     # AMASS keeps a subject's shape and calibration beside the motions
@@ -126,14 +154,19 @@ def _amass(where: str, geometry: Geometry, body: Body) -> DataSet:
         problems.append(f"{folder} holds no .npz, at any depth: unpack AMASS there")
 
     def read(item: int) -> Iterator[Sample]:
-        motion = resample(load_amass(folder / files[item], body), geometry.fps)
+        found = read_motion_file(folder / files[item], body, axes=reading.axes)
+        if found.frames is not None:
+            raise ValueError(f"{files[item]} is of a video's frames, without a rate: pair it, with clips:DIR")
+        name = str(files[item])
+        reading.said.extend(f"{name}: {note}" for note in found.notes)
+        motion = resample(checked(found.motion, body, name, reading, floor=True), geometry.fps)
         yield from _windows(str(files[item]), (), motion, geometry, body)
 
     names = [str(file) for file in files]
     return DataSet(names, read, False, problems, lambda item: {"motion": folder / files[item]})
 
 
-def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
+def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder, _, amass = where.partition("+")
     texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
     if not amass.is_dir():
@@ -145,6 +178,7 @@ def _humanml3d(where: str, geometry: Geometry, body: Body) -> DataSet:
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
         motion = humanml3d.read_entry(entry, body, geometry.fps)
+        motion = checked(motion, body, entry.name, reading)
         yield from _windows(entry.name, entry.captions, motion, geometry, body)
 
     def sources(item: int) -> dict[str, str | Path]:
@@ -169,19 +203,21 @@ def _windows(
         yield Sample(name, captions, motion_vector(canonical(part, body), body), None, None)
 
 
-def _clips(where: str, geometry: Geometry, body: Body) -> DataSet:
+def _clips(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder = _folder(where)
     clips, problems = read_metadata(folder)
     if not clips and not problems:
         problems = ["metadata.csv has no rows"]
 
     def read(item: int) -> Iterator[Sample]:
-        yield from read_clip(folder, clips[item], geometry, body)
+        yield from read_clip(folder, clips[item], geometry, body, reading)
 
     def sources(item: int) -> dict[str, str | Path]:
         clip, found = clips[item], {"row in metadata.csv": json.dumps(clips[item])}
         with suppress(ValueError):  # of what leads out of the folder nothing is opened
             found |= {"video": inside(folder, clip.video), "motion": inside(folder, clip.motion)}
+            if camera := tram_camera(found["motion"]):
+                found["camera"] = camera
         return found
 
     return DataSet([clip.video for clip in clips], read, True, problems, sources)
@@ -213,7 +249,7 @@ def files_below(folder: Path, ending: str) -> tuple[list[Path], list[str]]:
     return sorted(files), problems
 
 
-KINDS: dict[str, Callable[[str, Geometry, Body], DataSet]] = {
+KINDS: dict[str, Callable[[str, Geometry, Body, Reading], DataSet]] = {
     "puppet": _puppets,
     "amass": _amass,
     "humanml3d": _humanml3d,

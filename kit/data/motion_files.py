@@ -1,6 +1,7 @@
-"""Motion in and out of files: AMASS .npz <-> one `Motion`; and motions resampled, cut, turned and mirrored.
+"""Motion in and out of files: AMASS .npz <-> one `Motion`; motions resampled, smoothed, cut and turned.
 
-Here y is up, in AMASS (https://amass.is.tue.mpg.de) z is; the turn between them happens in this file only.
+Here y is up; AXES has the turns from what files have, such as z up in AMASS (https://amass.is.tue.mpg.de).
+A `body` that was loaded from a folder of several genders stands for that of the motion's gender.
 """
 
 import math
@@ -10,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kit.body import GENDERS, JOINT_NAMES, Body, read_arrays
+from kit.body import GENDERS, JOINT_NAMES, Body
 from kit.files import whole_file
 from kit.puppet import nearest_frames
+from kit.untrusted import read_arrays
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
 MAX_FPS = 1000.0  # hertz; the fastest AMASS captures are 250
@@ -36,6 +39,11 @@ SIDED_WORD = re.compile(
 )
 # a quarter turn about x, (x, y, z) -> (x, -z, y): a person who faces +z then faces -y, as in AMASS
 Y_UP_TO_Z_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+AXES = {  # turns to y up, a camera looking along -z
+    "zup": Y_UP_TO_Z_UP.T,  # its camera looks along +y
+    "yup": torch.eye(3, dtype=torch.float64),
+    "opencv": torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)),  # x right, y down, z ahead
+}
 
 
 class Motion(NamedTuple):
@@ -49,12 +57,13 @@ class Motion(NamedTuple):
     gender: str  # "female", "male" or "neutral": as the file says; it chooses no body
 
 
-def load_amass(path: str | Path, body: Body) -> Motion:
+def load_amass(path: str | Path, body: Body, axes: str = "zup") -> Motion:
     """Read an AMASS .npz: poses (f 156) SMPL+H, (f 165) SMPL-X or (f 72) SMPL, trans (f 3), betas (10+).
 
-    Only the first ten betas are kept, and only root and body of the pose: SMPL's two hand joints are identity
-    unless the file is plain SMPL. A missing gender reads as "neutral". `body` gives the rest pelvis of these
-    betas, about which SMPL turns. Raises FileNotFoundError, or ValueError naming the file and what is wrong.
+    `axes` are the file's, one of AXES. Only the first ten betas are kept, and only root and body of the pose:
+    SMPL's two hand joints are identity unless the file is plain SMPL. A missing gender reads as "neutral".
+    `body` gives the rest pelvis of these betas, about which SMPL turns. Raises FileNotFoundError, or
+    ValueError naming the file and what is wrong.
     """
     if Path(path).suffix == ".npy":
         raise ValueError(f"{path}: expected an AMASS .npz; {NOT_SMPL}")
@@ -68,9 +77,9 @@ def load_amass(path: str | Path, body: Body) -> Motion:
     joints = 24 if poses.shape[1] == 72 else 22
     pose = rearrange(poses[:, : 3 * joints], "f (j c) -> f j c", c=3)
     pose = torch.cat([pose, pose.new_zeros(len(pose), 24 - joints, 3)], dim=1)
-    z_up = Motion(pose[:, 0], pose[:, 1:], betas[:10], trans, arrays["fps"], arrays["gender"])
-    check_motion(z_up, str(path))
-    return _turn(z_up, Y_UP_TO_Z_UP.T, body)
+    motion = Motion(pose[:, 0], pose[:, 1:], betas[:10], trans, arrays["fps"], arrays["gender"])
+    check_motion(motion, str(path))
+    return turn(motion, AXES[axes], body)
 
 
 def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
@@ -83,7 +92,7 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
     if Path(path).suffix != ".npz":
         raise ValueError(f"cannot write {path}: AMASS files end in .npz")
     check_motion(motion, f"motion for {path}")
-    z_up = _turn(motion, Y_UP_TO_Z_UP, body)
+    z_up = turn(motion, Y_UP_TO_Z_UP, body)
     poses = np.zeros((len(z_up.transl), 156), dtype=np.float32)
     poses[:, :3] = z_up.global_orient.numpy()
     poses[:, 3:66] = rearrange(z_up.body_pose[:, :21], "f j c -> f (j c)").numpy()
@@ -105,13 +114,19 @@ def at_times(motion: Motion, times: Tensor) -> Motion:
     result's fps is the mean rate of `times`. Raises ValueError for a malformed motion or times outside it.
     """
     check_motion(motion, "motion")
-    last, times = len(motion.transl) - 1, times.double()
-    position = times * motion.fps
-    position = torch.where((position - position.round()).abs() < SAME_FRAME, position.round(), position)
+    times = times.double()
     if times.ndim != 1 or not len(times) or not (times.isfinite().all() and (times.diff() > 0).all()):
         raise ValueError(f"times of shape {tuple(times.shape)}: expected (n,), finite, each after the other")
-    if position[0] < 0 or position[-1] > last:
-        span = f"{times[0]:.3f} to {times[-1]:.3f} s"
+    fps = (len(times) - 1) / (times[-1] - times[0]).item() if len(times) > 1 else motion.fps
+    return at_frames(motion, times * motion.fps)._replace(fps=fps)
+
+
+def at_frames(motion: Motion, position: Tensor) -> Motion:
+    """As at_times, at positions (n,) counted in the motion's frames; its fps stays."""
+    last = len(motion.transl) - 1
+    position = torch.where((position - position.round()).abs() < SAME_FRAME, position.round(), position)
+    if position.min() < 0 or position.max() > last:
+        span = f"{position.min() / motion.fps:.3f} to {position.max() / motion.fps:.3f} s"
         raise ValueError(f"times are {span}, but the motion lasts from 0 to {last / motion.fps:.3f} s")
     before = position.long()
     after = (before + 1).clamp(max=last)
@@ -119,12 +134,42 @@ def at_times(motion: Motion, times: Tensor) -> Motion:
 
     pose = torch.cat([rearrange(motion.global_orient, "f c -> f 1 c"), motion.body_pose], dim=1)
     start, end = axis_angle_to_matrix(pose[before].double()), axis_angle_to_matrix(pose[after].double())
-    turn = weight[..., None] * matrix_to_axis_angle(start.mT @ end)
-    between = matrix_to_axis_angle(start @ axis_angle_to_matrix(turn)).float()
+    partly = weight[..., None] * matrix_to_axis_angle(start.mT @ end)
+    between = matrix_to_axis_angle(start @ axis_angle_to_matrix(partly)).float()
     pose = torch.where(weight[..., None] == 0, pose[before], between)
     transl = torch.lerp(motion.transl[before].double(), motion.transl[after].double(), weight).float()
-    fps = (len(times) - 1) / (times[-1] - times[0]).item() if len(times) > 1 else motion.fps
-    return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=transl, fps=fps)
+    return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=transl)
+
+
+def smooth(motion: Motion, seconds: float) -> Motion:
+    """The motion through a Gaussian in time, `seconds` its standard deviation.
+
+    Rotations are averaged as matrices and brought back to rotations by SVD: the mean that is nearest to all
+    of them, whatever their axis-angle numbers are. Beyond both ends the motion goes on as its own point
+    reflection, so that steady movement is kept as it is.
+    """
+    check_motion(motion, "motion")
+    radius = min(math.ceil(4 * seconds * motion.fps), len(motion.transl) - 1)
+    if radius < 1:
+        return motion
+    offset = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-((offset / (seconds * motion.fps)) ** 2) / 2)
+    pose = torch.cat([rearrange(motion.global_orient, "f c -> f 1 c"), motion.body_pose], dim=1)
+    turns, places = axis_angle_to_matrix(pose.double()), motion.transl.double()
+
+    def mean(before: Tensor, inside: Tensor, after: Tensor) -> Tensor:
+        rows = torch.cat([before.flip(0), inside, after.flip(0)])  # nearest to the ends in the middle
+        signals = rearrange(rows.flatten(1), "f c -> c 1 f")
+        smoothed = F.conv1d(signals, (kernel / kernel.sum())[None, None])
+        return rearrange(smoothed, "c 1 f -> f c").unflatten(1, inside.shape[1:])
+
+    first, last = slice(1, radius + 1), slice(-radius - 1, -1)
+    places = mean(2 * places[:1] - places[first], places, 2 * places[-1:] - places[last])
+    ends = [turns[at] @ turns[part].mT @ turns[at] for at, part in (([0], first), ([-1], last))]
+    u, _, vh = torch.linalg.svd(mean(ends[0], turns, ends[1]))
+    u = torch.cat([u[..., :2], u[..., 2:] * rearrange(torch.linalg.det(u @ vh), "f j -> f j 1 1")], dim=-1)
+    pose = matrix_to_axis_angle(u @ vh).float()
+    return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=places.float())
 
 
 def resample(motion: Motion, fps: float) -> Motion:
@@ -165,10 +210,11 @@ def canonical(motion: Motion, body: Body) -> Motion:
     Facing is by the hips: those of the first frame come to lie along x, left at +x. Heights stay.
     """
     check_motion(motion, "motion")
+    body = body.of(motion.gender)
     first = body.joints(motion.global_orient[0], motion.body_pose[0], motion.betas, motion.transl[0])
     x, _, z = (first[LEFT_HIP] - first[RIGHT_HIP]).double()
     heading = torch.stack((torch.zeros_like(x), torch.atan2(z, x), torch.zeros_like(x)))
-    turned = _turn(motion, axis_angle_to_matrix(heading), body)
+    turned = turn(motion, axis_angle_to_matrix(heading), body)
     pelvis = body.rest_joints(motion.betas)[0] + turned.transl[0]
     return turned._replace(transl=turned.transl - pelvis * pelvis.new_tensor((1, 0, 1)))
 
@@ -184,7 +230,7 @@ def mirror(motion: Motion, body: Body) -> Motion:
     # seen in a mirror, a turn about the mirror's normal keeps its sense, all others change it
     pose = pose[:, other_side] * pose.new_tensor((1, -1, -1))
     # what is reflected is the place of the pelvis, rest pelvis + transl
-    pelvis_x = body.rest_joints(motion.betas)[0] * pose.new_tensor((1, 0, 0))
+    pelvis_x = body.of(motion.gender).rest_joints(motion.betas)[0] * pose.new_tensor((1, 0, 0))
     transl = motion.transl * pose.new_tensor((-1, 1, 1)) - 2 * pelvis_x
     return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=transl)
 
@@ -209,9 +255,9 @@ def _other_side(word: str) -> str:
     return re.sub("left|right", lambda side: SIDE[side[0]], word)
 
 
-def _turn(motion: Motion, rotation: Tensor, body: Body) -> Motion:
+def turn(motion: Motion, rotation: Tensor, body: Body) -> Motion:
     """Turn the whole scene by `rotation` (3 3), in float64 inside, float32 outside."""
-    pelvis = body.rest_joints(motion.betas.float())[0].double()
+    pelvis = body.of(motion.gender).rest_joints(motion.betas.float())[0].double()
     orient = matrix_to_axis_angle(rotation @ axis_angle_to_matrix(motion.global_orient.double()))
     # SMPL turns the body about its pelvis, which stands at pelvis + transl: that point is what moves
     transl = (pelvis + motion.transl.double()) @ rotation.T - pelvis

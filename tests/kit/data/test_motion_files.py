@@ -1,3 +1,4 @@
+import math
 import zipfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from kit.data.motion_files import (
     mirror_caption,
     resample,
     save_amass,
+    smooth,
     times_between,
     windows,
 )
@@ -232,6 +234,42 @@ def test_at_uneven_times_as_scipy():
 def test_bad_times(times):
     with pytest.raises(ValueError, match="times"):
         at_times(random_motion(), torch.tensor(times))
+
+
+@pytest.mark.parametrize("seconds", (0.05, 0.2))
+def test_smoothing_is_scipys_weighted_mean_of_rotations(seconds):
+    """In the middle of a motion. Catches: axis-angle numbers averaged, torn at half a turn; another sigma."""
+    random = np.random.default_rng(0)
+    turning = Rotation.from_rotvec(np.linspace(0, 9, 61)[:, None] * [0.6, 0, 0.8])  # past half a turn twice
+    shaken = turning * Rotation.from_rotvec(random.normal(0, 0.1, (61, 3)))
+    pose = torch.zeros(61, 23, 3)
+    transl = torch.from_numpy(random.normal(size=(61, 3))).float()
+    motion = Motion(
+        torch.from_numpy(shaken.as_rotvec()).float(), pose, torch.zeros(10), transl, 30.0, "neutral"
+    )
+    smoothed = smooth(motion, seconds)
+    reach = math.ceil(4 * seconds * 30)
+    for frame in range(reach, 61 - reach):
+        near = np.arange(frame - reach, frame + reach + 1)
+        weights = np.exp(-(((near - frame) / (30 * seconds)) ** 2) / 2)
+        found = Rotation.from_rotvec(smoothed.global_orient[frame].numpy())
+        assert (shaken[near].mean(weights).inv() * found).magnitude() < 1e-3
+        expected = np.average(transl[near], axis=0, weights=weights)
+        np.testing.assert_allclose(smoothed.transl[frame], expected, atol=1e-5)
+
+
+def test_smoothing_keeps_steady_movement_and_what_is_still():
+    """Catches: ends drawn towards the middle, kernels that do not sum to one, reflections for rotations."""
+    way = torch.linspace(0, 1, 40)[:, None] * torch.tensor([3.0, 0, 1])
+    turn_ = torch.linspace(0, 8, 40)[:, None] * torch.tensor([0, 1.0, 0])
+    pose = torch.rand(23, 3, generator=torch.Generator().manual_seed(0)) * 6 - 3
+    motion = Motion(turn_, pose.expand(40, 23, 3), torch.zeros(10), way, 30.0, "neutral")
+    smoothed = smooth(motion, 0.2)
+    np.testing.assert_allclose(smoothed.transl, way, atol=1e-5)
+    for found, given in ((smoothed.global_orient, turn_), (smoothed.body_pose, motion.body_pose)):
+        apart = Rotation.from_rotvec(found.reshape(-1, 3)) * Rotation.from_rotvec(given.reshape(-1, 3)).inv()
+        assert apart.magnitude().max() < 1e-3
+    assert smooth(motion, 0.0) is motion
 
 
 def test_times_between_reach_the_end():

@@ -1,0 +1,126 @@
+"""What no person does, and what the file's axes, units or rate have to do with it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from kit.body import JOINT_NAMES, Body
+from kit.data.motion_files import Motion, smooth
+
+RATES = (4.0, 240.0)  # frames a second
+SPEED, JUMP = 12.0, 1.0  # of the pelvis: metres a second, a sprinter's; metres in a frame, at any rate
+STROLL, TRAIN = 0.5, 25.0  # metres a second, on average: sliding feet are seen; nobody is as fast for long
+LYING = 0.2  # metres that the head is above the feet, at most, of one who lies
+RISEN = 0.5  # metres that it is above them, once at least, of one who gets up or lies down
+PELVIS = (0.2, 3.0)  # metres above the lowest foot of the whole motion
+FAR = 10.0  # metres: no floor is as far from the origin
+UNITS = {"centimetres": 0.01, "inches": 0.0254, "millimetres": 0.001}
+ALIKE = 0.7  # cosine between what the pelvis does and what the standing foot does, reversed
+FEET = [JOINT_NAMES.index(name) for name in ("left_foot", "right_foot")]
+HEAD = JOINT_NAMES.index("head")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the motions of a data set are read, and what is to be said of them."""
+
+    axes: str = ""  # of all files, one of AXES; empty: as each file tells
+    smooth: float = 0.0  # seconds, the deviation of a Gaussian; 0: as it is
+    force: bool = False  # takes what no person does, too
+    said: list[str] = field(default_factory=list)
+    smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
+
+    def refuse(self, faults: list[str], name: str) -> None:
+        """Raise ValueError if there are faults; only say so if what has them is forced."""
+        if faults and not self.force:
+            raise ValueError(f"{name}: {'; '.join(faults)} (--force takes it as it is)")
+        self.said.extend(f"{name}: {fault}" for fault in faults)
+
+
+def checked(
+    motion: Motion, body: Body, name: str, reading: Reading, floor: bool = False, depth: float = 1.0
+) -> Motion:
+    """The motion, smoothed if that is asked for; ValueError if no person does this, unless that is forced."""
+    reading.refuse(faults(motion, body, floor, depth), name)
+    if not reading.smooth:
+        return motion
+    smoothed = smooth(motion, reading.smooth)
+    reading.smoothed.append(smoothing_effect(motion, smoothed, body))
+    return smoothed
+
+
+def smoothing_effect(before: Motion, after: Motion, body: Body) -> Tensor:
+    """(4,): the joints' mean jerk before and after, m/s³; how far they moved, m, on average and at most."""
+    body = body.of(before.gender)
+    joints = [body.joints(m.global_orient, m.body_pose, m.betas, m.transl) for m in (before, after)]
+    jerk = [x.diff(n=3, dim=0).norm(dim=-1).mean() * before.fps**3 for x in joints]
+    moved = (joints[1] - joints[0]).norm(dim=-1)
+    return torch.stack([*jerk, moved.mean(), moved.max()])
+
+
+def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) -> list[str]:
+    """What is impossible about a motion, each with frame and likely cause; nothing of a possible one.
+
+    `floor`: its heights count from a floor, as in AMASS. `depth` is what movement along z counts: less where
+    a distance was estimated from an apparent size, through a long lens.
+    """
+    if not RATES[0] <= motion.fps <= RATES[1]:
+        cause = "is it seconds a frame, or a count of frames?"
+        return [f"{motion.fps:g} frames a second, expected {RATES[0]:g} to {RATES[1]:g}: {cause}"]
+    body = body.of(motion.gender)
+    joints = body.joints(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
+    pelvis, feet, found = joints[:, 0], joints[:, FEET], []
+    step = (pelvis.diff(dim=0) * pelvis.new_tensor((1, 1, depth))).norm(dim=-1)
+    fast = step > max(JUMP, SPEED / motion.fps)
+    speed, height = step.median() * motion.fps if len(step) else 0.0, pelvis[:, 1].median().abs()
+    unit = _unit(joints)
+    if speed > TRAIN or (floor and (height > FAR or (unit and speed > STROLL))):
+        unit = unit or (_nearest(0.9 / height) if height > FAR else "centimetres or inches")
+        at = _first(fast) if fast.any() else 0
+        seen = f"is {height:.0f} m high in" if height > FAR else f"slides {speed:.1f} m a second after"
+        found.append(f"the pelvis {seen} frame {at}: is trans in {unit}? expected metres")
+    elif fast.any():
+        at = _first(fast)
+        cause = "is there a cut in the video, or another person in the track?"
+        found.append(f"the pelvis moves {step[at]:.1f} m from frame {at} to {at + 1}: {cause}")
+    head = joints[:, HEAD, 1] - feet[..., 1].mean(1)
+    low = head < (0 if head.max() > RISEN else LYING)
+    if low.float().mean() > 0.5:
+        what = "the head is below the feet" if head.median() < -LYING else "the person lies"
+        where = f"in {low.float().mean():.0%} of frames, first in {_first(low)}"
+        found.append(f"{what} {where}: are the axes right? name them, such as @axes=opencv or @axes=yup")
+    height = pelvis[:, 1] - feet[..., 1].min()
+    outside = (height < PELVIS[0]) | (height > PELVIS[1])
+    if not found and outside.float().mean() > 0.5:
+        where = f"{height[outside][0]:.1f} m above the lowest foot in frame {_first(outside)}"
+        expected = f"expected {PELVIS[0]:g} to {PELVIS[1]:g}"
+        found.append(f"the pelvis is {where}, {expected}: are axes and units right?")
+    return found
+
+
+def _first(where: Tensor) -> int:
+    return int(where.nonzero()[0])
+
+
+def _unit(joints: Tensor) -> str | None:
+    """The unit of a trans that is too long for the legs: a foot that stands goes back as the pelvis goes on.
+
+    So much of the pelvis' movement is the legs'; if it is a hundredth, trans is in centimetres.
+    """
+    forward = joints[:, 0].diff(dim=0)  # (f 3)
+    back = (joints[:, :1] - joints[:, FEET]).diff(dim=0)  # (f foot 3)
+    along, foot = einsum(back, forward, "f foot c, f c -> f foot").max(1)
+    standing = back.square().sum(-1).gather(1, rearrange(foot, "f -> f 1"))
+    length = forward.norm() * standing.sum().sqrt()
+    if not length or along.sum() / length < ALIKE:
+        return None
+    share = along.sum() / forward.square().sum()
+    unit = _nearest(share)
+    return unit if abs(torch.log(share / UNITS[unit])) < 0.45 else None
+
+
+def _nearest(scale: Tensor) -> str:
+    """The unit that is nearest to so many metres."""
+    return min(UNITS, key=lambda unit: abs(torch.log(scale / UNITS[unit])))

@@ -1,0 +1,430 @@
+"""Results of human mesh recovery: what each tool's own camera sees is where ours puts it."""
+
+import io
+import pickle
+from pathlib import Path
+
+import clip_folder
+import hmr_files
+import numpy as np
+import pytest
+import torch
+from hmr_files import FLIP, Person
+from scipy.spatial.transform import Rotation, Slerp
+
+from kit import puppet
+from kit.data.clips import read_clip, read_metadata
+from kit.data.hmr import at_video_times, read_motion_file, stretches
+from kit.data.plausible import Reading
+from kit.geometry import PUPPET
+from motion_tokens import decode_smpl
+
+FRAMES = 21
+TOOLS = {
+    "gvhmr": ("hmr4d_results.pt", clip_folder.CAMERA),
+    "wham": ("wham_output.pkl", np.array([[np.hypot(64, 64), 0, 32], [0, np.hypot(64, 64), 32], [0, 0, 1]])),
+    "tram": ("hps/hps_track_0.npy", clip_folder.CAMERA),
+    "phalp": ("demo_clip.pkl", hmr_files.phalp_camera(64, 64)),
+    "camerahmr": ("camerahmr.npz", clip_folder.CAMERA),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return clip_folder.write(tmp_path_factory.mktemp("clips") / "a", [5])
+
+
+@pytest.fixture(scope="module")
+def who() -> Person:
+    return hmr_files.person(5, FRAMES)
+
+
+def paired(folder: Path, motion: str, columns: str = "", values: str = "") -> None:
+    head = f"video,prompt,motion{columns}\n"
+    (folder / "metadata.csv").write_text(f"{head}0.mp4,a person moves,{motion}{values}\n")
+
+
+def samples_of(folder: Path, reading: Reading | None = None) -> list:
+    clips, problems = read_metadata(folder)
+    assert not problems
+    return list(read_clip(folder, clips[0], PUPPET, puppet.body(), reading or Reading()))
+
+
+def read(path: Path, **options):
+    return read_motion_file(path, puppet.body(), **{"size": (64, 64)} | options)
+
+
+def write_wham(path: Path, *tracks: tuple[str | int, Person, object]) -> Path:
+    content = {name: hmr_files.wham_track(who, np.asarray(frames)) for name, who, frames in tracks}
+    path.write_bytes(pickle.dumps(content))
+    return path
+
+
+def angles(found) -> np.ndarray:
+    """(f 24 3) of what was read."""
+    motion = found.motion
+    return torch.cat([motion.global_orient[:, None], motion.body_pose], dim=1).numpy()
+
+
+def apart(a, b) -> float:
+    """The largest angle between rotations, whose vectors may differ by full turns."""
+    a, b = (Rotation.from_rotvec(np.asarray(x).reshape(-1, 3)) for x in (a, b))
+    return (a.inv() * b).magnitude().max()
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_joints_are_on_the_pixels_where_the_tool_sees_them(folder, who, tool):
+    """Catches: the person turned about the origin instead of the pelvis, rotations transposed or not turned,
+    translation not turned, the world's parameters instead of the camera's, another lens than the tool's."""
+    name, camera = TOOLS[tool]
+    (folder / name).parent.mkdir(exist_ok=True)
+    getattr(hmr_files, tool)(folder / name, who)
+    paired(folder, name)
+    reading = Reading()
+    (sample,) = samples_of(folder, reading)
+    joints = sample.motion[:, 3:75].reshape(17, 24, 3)
+    found, depth = sample.camera.project(joints)
+    kept = slice(0, 22 if tool == "gvhmr" else 24)  # SMPL-X has no hand joints of SMPL's
+    expected = hmr_files.pixels(who, camera)[:17]
+    np.testing.assert_allclose(found[:, kept], expected[:, kept], atol=0.02)
+    assert (depth > 0).all()
+    assert any("WHAM's file has no camera" in said for said in reading.said) == (tool == "wham")
+    assert any("betas are SMPL-X's" in said for said in reading.said) == (tool == "gvhmr")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_person_is_the_one_that_was_written(folder, who, tool):
+    """In our axes the puppet's own parameters. Catches what hides in projection: depth, mirrored limbs."""
+    name, _ = TOOLS[tool]
+    (folder / name).parent.mkdir(exist_ok=True)
+    getattr(hmr_files, tool)(folder / name, who)
+    found, clip = read(folder / name), puppet.clips([5], FRAMES)
+    assert apart(found.motion.global_orient, clip.global_orient[0]) < 1e-3
+    assert apart(found.motion.body_pose[:, :21], clip.body_pose[0, :, :21]) < 1e-3
+    np.testing.assert_allclose(found.motion.betas, clip.betas[0], atol=1e-5)
+    np.testing.assert_allclose(found.motion.transl, clip.transl[0] - clip_folder.PLACE, atol=1e-4)
+
+
+def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
+    """4D-Humans: in its box the person is at (s, tx, ty), seen from 2 f / (s b). Checked by projection: the
+    pelvis has to be where the box' camera puts it. Catches: a box' centre counted from the corner, b for b/2,
+    a size given as width first."""
+    height, width, b, focal = 90, 160, 40.0, 500.0
+    centre = np.stack([np.linspace(50, 90, FRAMES), np.linspace(40, 45, FRAMES)], axis=1)
+    s, tx, ty = 0.9, 0.1, -0.2
+    fields = {
+        "global_orient": who.orient, "body_pose": who.pose.reshape(-1, 69), "betas": who.betas,
+        "pred_cam": np.tile([s, tx, ty], (FRAMES, 1)), "box_center": centre, "focal_length": np.array(focal),
+    }  # fmt: skip
+    for box in (np.full(FRAMES, b), np.full(FRAMES, b / 200)):  # in pixels, or in units of 200
+        np.savez(tmp_path / "a.npz", box_size=box, **fields)
+        found = read(tmp_path / "a.npz", size=(height, width))
+        pelvis = puppet.body().rest_joints(found.motion.betas)[0].numpy()
+        origin = (found.motion.transl.numpy() + pelvis) @ FLIP - pelvis  # where SMPL's origin is, in OpenCV's
+        lens = found.intrinsics.numpy()
+        assert (lens == [[focal, 0, 80], [0, focal, 45], [0, 0, 1]]).all()
+        seen = origin @ lens.T
+        # in the box: -1 to 1 is tx times s, so b/2 pixels for 1
+        np.testing.assert_allclose(
+            seen[:, :2] / seen[:, 2:], centre + b / 2 * s * np.array([tx, ty]), atol=1e-3
+        )
+        np.testing.assert_allclose(seen[:, 2], 2 * focal / (s * b), rtol=1e-5)
+    with pytest.raises(ValueError, match="needs the size of the picture"):
+        read(tmp_path / "a.npz", size=None)
+
+
+def fingers(who: Person) -> np.ndarray:
+    """SMPL+H's (f 153): 21 joints of the body, then 30 of the hands, bent."""
+    return np.pad(who.pose[:, :21].reshape(-1, 63), ((0, 0), (0, 90)), constant_values=0.5)
+
+
+FORMS = {
+    "72 numbers": lambda p: {"poses": p.full.reshape(-1, 72)},
+    "66 numbers": lambda p: {"poses": p.full[:, :22].reshape(-1, 66)},
+    "24 by 3": lambda p: {"poses": p.full},
+    "156 numbers": lambda p: {"poses": np.pad(p.full[:, :22].reshape(-1, 66), ((0, 0), (0, 90)))},
+    "matrices": lambda p: {"poses": p.matrices},
+    "6D, column by column": lambda p: {"poses": p.matrices[..., :2].swapaxes(-1, -2).reshape(-1, 144)},
+    "6D, 3 by 2": lambda p: {"poses": p.matrices[..., :2]},
+    "parts": lambda p: {"root_orient": p.orient, "pose_body": p.pose[:, :21].reshape(-1, 63)},
+    "parts with fingers": lambda p: {"root_orient": p.orient, "pose_body": fingers(p)},
+    "parts of matrices": lambda p: {"global_orient": p.matrices[:, 0], "body_pose": p.matrices[:, 1:]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rotations_in_any_form(tmp_path, who, form):
+    """Catches: rows taken for columns, a root left in the body, hands of SMPL+H taken for SMPL's."""
+    fields = {"trans": who.transl[:, None], "betas": hmr_files.by_frame(who), "fps": 25}
+    np.savez(tmp_path / "a.npz", **FORMS[form](who), **fields)
+    found = read(tmp_path / "a.npz", axes="opencv")
+    assert found.frames is None and found.motion.fps == 25
+    expected = who.full.copy()
+    expected[:, 0] = (Rotation.from_matrix(FLIP) * Rotation.from_rotvec(who.orient)).as_rotvec()
+    assert apart(angles(found)[:, :22], expected[:, :22]) < 1e-3
+    if "fingers" in form:
+        assert not angles(found)[:, 22:].any()
+
+
+def test_matrices_that_are_no_rotations(tmp_path, who):
+    for spoilt in (who.matrices * 1.1, who.matrices * np.array([1, 1, -1.0])):
+        np.savez(tmp_path / "a.npz", pred_rotmat=spoilt, pred_trans=who.transl, pred_shape=who.betas)
+        with pytest.raises(ValueError, match=r"a\.npz: the matrices of its pose are no rotations"):
+            read(tmp_path / "a.npz")
+
+
+# ---------------------------------------------------------------- axes
+
+
+def test_axes_are_as_named_or_asked_for(tmp_path, who):
+    """One person in three files. Catches: axes ignored, guessed where nothing tells of them, or misspelt."""
+    zup = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0.0]])  # OpenCV's to AMASS's
+    pelvis = puppet.body().rest_joints(torch.from_numpy(who.betas).float())[0].numpy()
+    wanted = read(write_wham(tmp_path / "a.pkl", (0, who, range(FRAMES)))).motion
+    for axes, turn in (("opencv", np.eye(3)), ("yup", FLIP), ("zup", zup)):
+        orient = (Rotation.from_matrix(turn) * Rotation.from_rotvec(who.orient)).as_rotvec()
+        fields = {"global_orient": orient, "transl": (who.transl + pelvis) @ turn.T - pelvis, "fps": 25}
+        np.savez(tmp_path / "a.npz", body_pose=who.pose.reshape(-1, 69), betas=who.betas, **fields)
+        found = read(tmp_path / "a.npz", axes=axes).motion
+        assert apart(found.global_orient, wanted.global_orient) < 1e-3
+        np.testing.assert_allclose(found.transl, wanted.transl, atol=1e-4)
+    with pytest.raises(ValueError, match=r"a\.npz: its axes are not known: name them, zup, yup, opencv"):
+        read(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"axes 'up', expected one of zup, yup, opencv"):
+        read(tmp_path / "a.npz", axes="up")
+
+
+@pytest.mark.parametrize("root_in_poses", (True, False))
+def test_hy_motion_has_y_up_and_thirty_frames_a_second(tmp_path, root_in_poses):
+    """Catches: AMASS's axes for it, no rate, the root left out where it stands in Rh alone."""
+    clip = puppet.clips([5], FRAMES)
+    orient, poses = clip.global_orient[0].numpy(), np.zeros((FRAMES, 156))
+    poses[:, :66] = torch.cat([clip.global_orient[0], clip.body_pose[0, :, :21].flatten(1)], dim=1)[:, :66]
+    poses[:, :3] *= root_in_poses
+    fields = {"poses": poses, "trans": clip.transl[0].numpy(), "Rh": orient, "betas": np.zeros((1, 16))}
+    np.savez(tmp_path / "a.npz", gender="neutral", num_frames=FRAMES, **fields)
+    found = read(tmp_path / "a.npz")
+    assert found.frames is None and found.motion.fps == 30 and not found.notes
+    assert (
+        apart(
+            angles(found)[:, :22], torch.cat([clip.global_orient[0][:, None], clip.body_pose[0]], 1)[:, :22]
+        )
+        < 1e-3
+    )
+    np.testing.assert_allclose(found.motion.transl, clip.transl[0], atol=1e-6)
+
+
+# ---------------------------------------------------------------- tracks and frames
+
+
+def test_the_longest_track_or_the_one_that_is_named(folder, who, tmp_path):
+    """Catches: the first track instead of the longest, a name compared with a number, a tie decided alone."""
+    other = hmr_files.person(8, FRAMES)
+    file = write_wham(folder / "two.pkl", (4, other.rows(range(9)), range(9)), (11, who, range(FRAMES)))
+    assert apart(read(file).motion.body_pose, who.pose) < 1e-3
+    assert apart(read(file, track="4").motion.body_pose, other.pose[:9]) < 1e-3
+    with pytest.raises(ValueError, match=r"two\.pkl: it has no track '5', expected one of: 4, 11"):
+        read(file, track="5")
+    write_wham(file, (4, other, range(FRAMES)), (11, who, range(FRAMES)))
+    with pytest.raises(
+        ValueError, match="its tracks 4 and 11 have 21 frames each: name one in the column track"
+    ):
+        read(file)
+    paired(folder, "two.pkl", ",track,axes", ",4,opencv")
+    (sample,) = samples_of(folder)
+    pose = decode_smpl(sample.motion[None])["body_pose"][0]
+    assert apart(pose, other.pose[:17]) < 1e-2
+
+
+def test_rows_belong_to_frames_of_the_video(folder, who):
+    """A track of frames 3 to 20, in any order. Catches: rows taken from the video's beginning on, cut frames
+    that are not said, a window that begins before the person is there."""
+    rows = np.arange(3, FRAMES)
+    mixed = np.random.default_rng(0).permutation(rows)
+    write_wham(folder / "part.pkl", (0, who.rows(mixed), mixed))
+    paired(folder, "part.pkl")
+    reading = Reading()
+    (sample,) = samples_of(folder, reading)
+    decoded = decode_smpl(sample.motion[None])
+    assert apart(decoded["body_pose"][0], who.pose[3:20]) < 1e-2
+    assert any(
+        "0.mp4: the person is in frames 3 to 20 of 0 to 20; the others are cut" in x for x in reading.said
+    )
+    paired(folder, "motions/0.npz")
+    whole = samples_of(folder)[0]
+    assert torch.equal(sample.video[:14], whole.video[3:])
+
+
+def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
+    """By scipy's slerp. Catches: a gap closed up, so that later motion is early; a long one walked over."""
+    rows = np.r_[0:6, 14:21]  # 8 frames at 16 a second: half a second
+    found = read(write_wham(folder / "gap.pkl", (0, who.rows(rows), rows)))
+    ((part,), said) = stretches(found, torch.arange(FRAMES).double() / 16)
+    assert (
+        len(part.times) == FRAMES
+        and part.motion.fps == 16
+        and said == ["8 frames without the person are filled"]
+    )
+    for joint in (0, 4, 17):
+        slerp = Slerp(rows, Rotation.from_rotvec(angles(found)[:, joint]))
+        filled = torch.cat([part.motion.global_orient[:, None], part.motion.body_pose], dim=1)[:, joint]
+        assert apart(filled, slerp(np.arange(FRAMES)).as_rotvec()) < 1e-3
+    line = [np.interp(np.arange(FRAMES), rows, found.motion.transl[:, i]) for i in range(3)]
+    np.testing.assert_allclose(part.motion.transl, np.stack(line, 1), atol=1e-5)
+
+    rows = np.r_[0:6, 15:21]
+    found = read(write_wham(folder / "gap.pkl", (0, who.rows(rows), rows)))
+    parts, said = stretches(found, torch.arange(FRAMES).double() / 16)
+    assert [len(part.times) for part in parts] == [6, 6] and parts[1].times[0] == 15 / 16
+    assert said == ["the person is in frames 0 to 5, 15 to 20 of 0 to 20; the others are cut"]
+    paired(folder, "gap.pkl")
+    with pytest.raises(
+        ValueError, match=r"0\.mp4 has 6 frames at 16 fps with the person in them, fewer than 17"
+    ):
+        samples_of(folder)
+
+
+def test_a_video_of_uneven_frames(folder, who):
+    """Rows stand at the times of their frames. Catches: rows read at a mean rate."""
+    found = read(write_wham(folder / "a.pkl", (0, who, range(FRAMES))))
+    steps = torch.rand(FRAMES - 1, generator=torch.Generator().manual_seed(0)).double() + 0.2
+    times = torch.cat([torch.zeros(1).double(), steps.cumsum(0) / 16])
+    (part,), _ = stretches(found, times)
+    moments = torch.linspace(0, 1, 9).double() * times[-1]
+    slerp = Slerp(times.numpy(), Rotation.from_rotvec(angles(found)[:, 17]))
+    between = at_video_times(part, moments).body_pose[:, 16]
+    assert apart(between, slerp(moments.numpy()).as_rotvec()) < 1e-3
+
+
+def test_what_phalp_only_predicts_is_no_sight(tmp_path, who):
+    """Catches: a ghost's pose, which repeats the last one seen, taken for the person's."""
+    hmr_files.phalp(tmp_path / "a.pkl", who, ghosts=(5, 6))
+    assert read(tmp_path / "a.pkl").frames.tolist() == [k for k in range(FRAMES) if k not in (5, 6)]
+
+
+def test_a_dictionary_by_image(tmp_path, who):
+    """As users of CameraHMR keep them. Images are counted from 1, unless there is one of number 0."""
+    for first in (0, 1):
+        content = {
+            f"img_{k + first:05d}.png": {
+                "global_orient": who.matrices[k, :1], "body_pose": who.matrices[k, 1:], "betas": who.betas,
+                "cam_trans": who.transl[k], "cam_int": clip_folder.CAMERA,
+            }
+            for k in range(FRAMES)
+        }  # fmt: skip
+        np.save(tmp_path / "a.npy", content, allow_pickle=True)
+        found = read(tmp_path / "a.npy")
+        assert found.frames.tolist() == list(range(FRAMES)) and found.intrinsics[0, 0] == 132
+        assert apart(found.motion.body_pose, who.pose) < 1e-3
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def lines_of(path: Path, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        read(path, **options)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+    return str(error.value)
+
+
+def test_files_without_a_motion(tmp_path, who):
+    """Each a line with the file's name and the reason."""
+    one = write_wham(tmp_path / "one.pkl", (3, who.rows(range(1)), [7]))
+    assert "its track 3 has one frame, expected a motion" in lines_of(one)
+    np.savez(tmp_path / "x.npz", global_orient=who.orient[:1], body_pose=who.pose[:1, :21], betas=who.betas,
+             transl=who.transl[:1], expression=np.zeros(10))  # fmt: skip
+    assert "stack them into one .npz" in lines_of(tmp_path / "x.npz", axes="opencv")
+    for empty in ({}, [], {"000001.jpg": {"time": 0, "tid": [], "smpl": [], "camera": []}}):
+        (tmp_path / "none.pkl").write_bytes(pickle.dumps(empty))
+        assert "it holds no person" in lines_of(tmp_path / "none.pkl")
+    (tmp_path / "none.pkl").write_bytes(b"")
+    assert "it is empty" in lines_of(tmp_path / "none.pkl")
+    torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "weights.pt")
+    assert "holds no person" in lines_of(tmp_path / "weights.pt")
+    for thing in (5, "text", [1, 2], {"tid": 3}, {0: {"pose": None}}, {0: {"pose": "x"}}, {"poses": [[]]}):
+        (tmp_path / "strange.pkl").write_bytes(pickle.dumps(thing))
+        lines_of(tmp_path / "strange.pkl")
+    np.save(tmp_path / "h.npy", np.zeros((50, 263)))
+    assert "HumanML3D's vectors" in lines_of(tmp_path / "h.npy")
+    np.save(tmp_path / "h.npy", np.zeros((50, 22, 3)))
+    assert "no SMPL pose" in lines_of(tmp_path / "h.npy")
+
+
+@pytest.mark.parametrize("share", (0.1, 0.6, 0.99))
+@pytest.mark.parametrize("tool", TOOLS)
+def test_truncated_files(tmp_path, who, tool, share):
+    file = tmp_path / "hps" / Path(TOOLS[tool][0]).name
+    file.parent.mkdir()
+    getattr(hmr_files, tool)(file, who)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    assert "cannot be read" in lines_of(file)
+
+
+def test_no_result_runs_anything(tmp_path, who):
+    """Catches: a result loaded by pickle, joblib, numpy or torch as these are."""
+    bait = tmp_path / "bait"
+
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (bait,)
+
+    track = hmr_files.wham_track(who, np.arange(FRAMES)) | {"verts": Touch()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({0: track}))
+    torch.save({"smpl_params_incam": track}, tmp_path / "a.pt")
+    np.save(tmp_path / "a.npy", track, allow_pickle=True)
+    for name in ("a.pkl", "a.pt", "a.npy"):
+        assert "which no motion needs" in lines_of(tmp_path / name) and not bait.exists()
+    pickle.load(io.BytesIO((tmp_path / "a.pkl").read_bytes()))
+    assert bait.exists()  # it was armed
+
+
+def test_numbers_that_are_not_there(folder, who):
+    """NaN in the middle is a gap; elsewhere, and where nothing is left, it is told."""
+    track = hmr_files.wham_track(who, np.arange(FRAMES))
+    track["pose"][8:10, 5] = np.nan
+    track["trans"][10] = np.inf
+    (folder / "nan.pkl").write_bytes(pickle.dumps({0: track}))
+    paired(folder, "nan.pkl")
+    reading = Reading()
+    (sample,) = samples_of(folder, reading)
+    assert sample.motion.isfinite().all()
+    assert any("frame 8 and 2 more hold NaN or infinity" in said for said in reading.said)
+    assert any("3 frames without the person are filled" in said for said in reading.said)
+    track["betas"][:] = np.nan
+    (folder / "nan.pkl").write_bytes(pickle.dumps({0: track}))
+    assert "hold NaN or infinity; cut or repair" in lines_of(folder / "nan.pkl")
+
+
+def test_betas_of_three_hundred(tmp_path, who):
+    """SMPL-X's full shape space is cut to ten; a value of 300 is no shape. Betas a frame are averaged."""
+    track = hmr_files.wham_track(who, np.arange(FRAMES))
+    many = np.concatenate(
+        [np.random.default_rng(0).normal(size=(FRAMES, 10)), np.ones((FRAMES, 290))], axis=1
+    )
+    for betas, expected in ((many, many[:, :10].mean(0)), (many[0], many[0, :10]), (many[:1], many[0, :10])):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({0: track | {"betas": betas}}))
+        np.testing.assert_allclose(read(tmp_path / "a.pkl").motion.betas, expected, atol=1e-6)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({0: track | {"betas": np.full(10, 300.0)}}))
+    assert "betas reach 300, expected at most 20" in lines_of(tmp_path / "a.pkl")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({0: track | {"betas": np.ones(8)}}))
+    assert "betas are (8,), expected 10 or more" in lines_of(tmp_path / "a.pkl")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({0: track | {"betas": np.ones((7, 10))}}))
+    assert "7 betas, expected 21 as of the pose" in lines_of(tmp_path / "a.pkl")
+
+
+def test_frame_numbers_that_cannot_be(folder, who):
+    """Catches: numbers beyond the video clipped to it, a frame that is there twice taken once."""
+    write_wham(folder / "a.pkl", (0, who, np.arange(FRAMES) + 5))
+    paired(folder, "a.pkl")
+    with pytest.raises(
+        ValueError, match=r"a\.pkl: it names frame 25, the video has 0 to 20: is it of another"
+    ):
+        samples_of(folder)
+    assert "frame 3 is there twice" in lines_of(write_wham(folder / "a.pkl", (0, who, np.r_[3, 0:20] + 0)))
+    assert "expected whole ones" in lines_of(write_wham(folder / "a.pkl", (0, who, np.arange(FRAMES) / 2)))
+    assert "from 0 on" in lines_of(write_wham(folder / "a.pkl", (0, who, np.arange(FRAMES) - 2)))
+    assert "9 frame numbers, expected 21" in lines_of(write_wham(folder / "a.pkl", (0, who, range(9))))
