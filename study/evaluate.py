@@ -2,6 +2,7 @@
 
     python -m study.evaluate [--weights FILE] [--clips 64] [--json FILE] [--attention FILE.png]
     python -m study.evaluate ablate [--steps 5000] [--seeds 3] [--runs DIR]  the paper's claims at small scale
+    python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE            video to motion on 3DPW (pw3d.py)
 
 Each measure stands beside its baseline (what knowing nothing gives) and its ceiling (what the codec, or
 real motion, gives).
@@ -9,6 +10,7 @@ real motion, gives).
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from kit.attention import frame_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.files import whole_file
 from motion_tokens import GROUPS
-from study import ablate
+from study import ablate, pw3d
 from study.measures import held_out
 from study.scores import scores
 
@@ -97,6 +99,9 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["pw3d"]:
+        pw3d.main(sys.argv[2:])
+        return
     args = options()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")

@@ -1,0 +1,160 @@
+"""Video to motion on 3DPW's test set, the paper's table 5 (https://virtualhumans.mpi-inf.mpg.de/3DPW).
+
+    python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE
+
+DIR has sequenceFiles/test/NAME.pkl and imageFiles/NAME/image_00000.jpg, ..., 30 pictures a second. For each
+person a sequence has jointPositions (n 72), SMPL's joints in the world, and campose_valid (n,); for all
+together cam_poses (n 4 4), which lead into the camera's frame: x right, y down, z ahead.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dual_dit import DualDiT
+from flow import Task
+from kit import backbone, files, wan
+from kit.backbone import Backbone
+from kit.body import JOINT_NAMES
+from kit.data.clips import resized
+from kit.pictures import from_frames
+from kit.untrusted import read_object
+from motion_tokens import decode_smpl
+from sample import denoise
+from study.measures import pa_mpjpe
+
+FPS = 30.0
+PAPER = {  # PA-MPJPE and MPJPE, mm
+    "EchoMotion, in the paper": (59.8, 94.1), "HMR2.0": (58.4, 91.0), "ChatHuman": (58.7, 91.3),
+    "SPIN": (62.9, 102.9), "ChatPose": (81.9, 163.6),
+}  # fmt: skip
+LIMBS = ("ankle", "knee", "hip", "wrist", "elbow", "shoulder")
+NAMES = (*(f"{side}_{part}" for side in ("left", "right") for part in LIMBS), "neck", "head")
+FOURTEEN = [JOINT_NAMES.index(name) for name in NAMES]  # those of the usual protocol
+HIPS = [JOINT_NAMES.index(name) for name in ("left_hip", "right_hip")]
+FIELDS = ("jointPositions", "cam_poses", "campose_valid")
+
+
+class Window(NamedTuple):
+    """Some moments of a sequence, and one person's joints in them."""
+
+    pictures: list[Path]
+    joints: Tensor  # (f 24 3) in the camera's frame, y up, metres
+
+
+def windows(folder: Path, fps: float, frames: int, count: int) -> list[Window]:
+    """`count` windows spread evenly over all of the test set that do not overlap; all, if there are fewer.
+
+    FileNotFoundError or ValueError if something of the test set is not there, or damaged.
+    """
+    found = []
+    sequences = sorted((folder / "sequenceFiles" / "test").glob("*.pkl"))
+    if not sequences:
+        raise FileNotFoundError(f"no {folder}/sequenceFiles/test/*.pkl: unpack 3DPW's sequenceFiles there")
+    for file in sequences:
+        pictures = sorted((folder / "imageFiles" / file.stem).glob("image_*.jpg"))
+        joints, valid = read_sequence(file)
+        if len(pictures) != len(valid):
+            where = f"{folder}/imageFiles/{file.stem} has {len(pictures)} pictures"
+            raise ValueError(f"{where}, {file} {len(valid)} frames: unpack both again")
+        moments = np.round(np.arange(frames) * FPS / fps).astype(int)
+        for start in range(0, len(valid) - moments[-1], moments[-1] + 1):
+            if valid[start + moments].all():
+                found.append(Window([pictures[k] for k in start + moments], joints[start + moments]))
+    if not found:
+        seconds = (frames - 1) / fps
+        raise ValueError(f"{folder}: no sequence is seen for {seconds:.1f} s on end: ask for fewer --frames")
+    return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))]
+
+
+def read_sequence(file: Path) -> tuple[Tensor, np.ndarray]:
+    """One person's joints (n 24 3) in the camera's frame, y up, and where the camera is known (n,)."""
+    read = read_object(file, "sequence of 3DPW", FIELDS)
+    if not isinstance(read, dict) or (missing := [name for name in FIELDS if name not in read]):
+        raise ValueError(f"{file} is no sequence of 3DPW: expected {', '.join(FIELDS)}, it lacks {missing}")
+    world = rearrange(np.stack(read["jointPositions"]), "person n (j c) -> person n j c", c=3)
+    turn, place = read["cam_poses"][:, :3, :3], read["cam_poses"][:, :3, 3]
+    camera = np.einsum("nrc,pnjc->pnjr", turn, world) + place[:, None]
+    # paper is silent: of two persons, the one who is nearer to the camera
+    nearer = int(camera[:, :, 0, 2].mean(axis=1).argmin())
+    valid = np.asarray(read["campose_valid"][nearer]).astype(bool)
+    return torch.from_numpy(camera[nearer] * (1.0, -1.0, -1.0)).float(), valid
+
+
+def errors(predicted: Tensor, real: Tensor) -> tuple[float, float]:
+    """PA-MPJPE and MPJPE of joints (f 24 3), mm: 14 joints, the latter about the middle of the hips."""
+    a, b = ((x - x[:, HIPS].mean(1, keepdim=True))[:, FOURTEEN] for x in (predicted, real))
+    return pa_mpjpe(a[None], b[None]).item(), 1000 * (a - b).norm(dim=-1).mean().item()
+
+
+def latents_of(window: Window, world: Backbone, codec: wan.VideoVAE, device: str) -> Tensor:
+    """(1 c T h w); pictures that stand upright stay so, at the backbone's size turned."""
+    images = [Image.open(picture).convert("RGB") for picture in window.pictures]
+    size = sorted((world.geometry.height, world.geometry.width), reverse=images[0].height > images[0].width)
+    video = from_frames(torch.stack([resized(image, *size) for image in images]))
+    return codec.encode(video[None].to(device)).cpu()
+
+
+def to_motion(model: DualDiT, latents: Tensor, null_text: Tensor, seed: int, sampling: dict) -> Tensor:
+    """What the network sees in latents (1 c T h w) -> joints (f 24 3), metres."""
+    grid = tuple(latents.shape[2:])
+    given = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, grid, latents
+    _, motion = denoise(*given, **sampling)
+    return decode_smpl(motion.float().cpu())["joints"][0]
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m study.evaluate pw3d", description=about)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="sequenceFiles and imageFiles of 3DPW")
+    add("--wan", type=Path, required=True, metavar="FOLDER")
+    add("--weights", type=Path, required=True, metavar="FILE", help="written by train.py --wan")
+    add("--body", type=Path, metavar="FILE", help="SMPL model")
+    add("--clips", type=files.count, default=200, metavar="N", help="default: 200, as in the paper")
+    add("--frames", type=files.frames, metavar="N", help="of a window, 4n+1; default: as trained")
+    add("--size", type=files.size, metavar="HxW", help="default: as trained")
+    add("--fps", type=float, metavar="F", help="default: as trained")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
+    add("--steps", type=files.count, metavar="N", help="solver steps; default: 50")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = options(arguments)
+    made_of = args.frames, args.size, args.fps, args.precision, args.device
+    world = backbone.open_backbone(args.wan, args.weights, args.body, *made_of)
+    chosen = windows(args.folder, world.geometry.fps, world.geometry.frames, args.clips)
+    null_text = world.text_encoder()([""])
+    codec = world.codec()
+    latents = [latents_of(window, world, codec, args.device) for window in tqdm(chosen, desc="videos")]
+    del codec
+    backbone.free(args.device)
+    model = world.transformer()
+    sampling = world.defaults._asdict() | {"bf16": world.autocast}
+    sampling |= {"steps": args.steps} if args.steps else {}
+    found = []
+    for k, window in enumerate(tqdm(chosen, desc="motions")):
+        joints = to_motion(model, latents[k], null_text, args.seed + k, sampling)
+        found.append(errors(joints, window.joints))
+    ours = tuple(float(x) for x in np.mean(found, axis=0))
+    print(f"{'3DPW, test, mm':32}{'PA-MPJPE':>9}{'MPJPE':>8}")
+    for name, (aligned, plain) in {**PAPER, str(args.weights): ours}.items():
+        print(f"{name[-31:]:32}{aligned:9.1f}{plain:8.1f}")
+    print(f"{len(chosen)} windows; 14 of SMPL's own joints, where the paper's rows take theirs from the mesh")
+    if args.json:
+        result = {"pa_mpjpe_mm": ours[0], "mpjpe_mm": ours[1], "windows": len(chosen)}
+        with files.whole_file(args.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
