@@ -62,6 +62,8 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     value = pick(record, part)
     if value is None:
         return None
+    if part != "root" and value.shape in [(joints, 3) for joints in PARTS[part]]:
+        value = value[None]  # a file for each frame
     flat = torch.from_numpy(value.astype(np.float64).reshape(len(value), -1))
     numbers = next((n for n in (3, 6, 9) for joints in PARTS[part] if flat.shape[1] == n * joints), None)
     if numbers is None:
