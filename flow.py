@@ -98,10 +98,10 @@ def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0, one
     drop_text = torch.rand(b, generator=generator) < DROP_TEXT
     t_video, t_motion = shift_time(torch.rand(2, b, generator=generator), shift)
     seeds = torch.randint(2**62, (b,), generator=generator)
-    if task is Task.VIDEO_TO_MOTION or (task.unconditional is not task and drop_condition):
+    if drop_condition and task.unconditional is not task:
+        task, drop_text = task.unconditional, torch.ones_like(drop_text)
+    if task is Task.VIDEO_TO_MOTION:
         drop_text = torch.ones_like(drop_text)
-    if drop_condition:
-        task = task.unconditional
     return Draw(task, drop_text, t_video, t_video if one_t else t_motion, seeds)
 
 
