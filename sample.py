@@ -24,7 +24,7 @@ TASKS = {
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what
     add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m")
@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
     add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the procedural body")
     add("--frames", type=files.frames, metavar="N", help="4n+1, for --wan; default: as trained")
     add("--size", type=files.size, metavar="HxW", help="pixels, for --wan; default: as trained")
-    add("--fps", type=float, metavar="F", help="frames a second, for --wan; default: as trained")
+    add("--fps", type=files.positive, metavar="F", help="frames a second, for --wan; default: as trained")
     add("--precision", choices=("bf16", "fp32"), help="of Wan's weights; default: bf16 on a GPU")
     # how
     add("--steps", type=files.count, metavar="N", help="solver steps; default: puppet 6, Wan 50")

@@ -49,7 +49,7 @@ ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage", "shared-nois
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what is trained
     add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet")
@@ -57,18 +57,14 @@ def options() -> argparse.Namespace:
     add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
     add("--frames", type=files.frames, metavar="N", help="clips of this length only, instead of growing ones")
     add("--init", type=Path, metavar="FILE", help="start from these weights, such as another run's")
-    add("--ablate", metavar="NAME", help=", ".join(ABLATIONS))
+    add("--ablate", choices=ABLATIONS, metavar="NAME", help=", ".join(ABLATIONS))
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all")
     add("--steps", type=files.count, metavar="N", help="in all; default: puppet 16,500, Wan 27,000")
     add("--batch", type=files.count, default=16, metavar="N", help="clips a step, of all ranks (%(default)s)")
     # how
-    add("--lr", type=float, help="at its peak; default: puppet 5e-3, Wan 8e-6")
-    add(
-        "--shift",
-        type=float,
-        help="of noise levels (flow.shift_time); default: puppet 1, Wan 8",
-    )
+    add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
+    add("--shift", type=files.positive, help="of noise levels (flow.shift_time); default: puppet 1, Wan 8")
     add("--seed", type=int, default=0)
     # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
@@ -77,7 +73,7 @@ def options() -> argparse.Namespace:
     add("--save-every", type=files.count, default=250, metavar="STEPS", help="default %(default)s")
     add("--keep", type=files.count, default=3, metavar="N", help="of the last checkpoints (%(default)s)")
     what = "losses on held-out clips, pictures of the puppet; 0: never (%(default)s)"
-    add("--validate-every", type=int, default=500, metavar="STEPS", help=what)
+    add("--validate-every", type=files.count_or_0, default=500, metavar="STEPS", help=what)
     # the machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -194,8 +190,6 @@ def train(args: argparse.Namespace) -> None:
     """All stages, or what is left of them."""
     world = device, rank, ranks = distributed.start(args.device)
     kind = "wan" if args.wan else "puppet"
-    if args.ablate not in (None, *ABLATIONS):
-        raise ValueError(f"unknown --ablate {args.ablate!r}: choose one of {', '.join(ABLATIONS)}")
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
     steps = schedule(stages, args.frames)
     accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)

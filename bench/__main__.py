@@ -97,10 +97,10 @@ def bench_wan(args: argparse.Namespace) -> dict:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     verbs = parser.add_subparsers(dest="what", metavar="wan, plan, ranks, stall")
-    common = argparse.ArgumentParser(add_help=False)
+    common = files.Parser(add_help=False)
     # what the parser above has read is not to be forgotten
     common.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="as above")
     whole = verbs.add_parser(

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -57,8 +59,15 @@ def write_record(path: Path, options: dict[str, object], **more: object) -> None
 # ---------------------------------------------------------------- the command line
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a verb's options: what is wrong with them is a ValueError, which run() says in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call main(); a ValueError or OSError becomes one line on stderr."""
+    """Call main(); a ValueError or OSError becomes one line on stderr, and exit code 2."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -82,6 +91,19 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
+
+
+def count_or_0(text: str) -> int:
+    """An option that is a number of things, or 0 for never."""
+    return 0 if text == "0" else count(text)
+
+
+def positive(text: str) -> float:
+    """An option that is a number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def frames(text: str) -> int:

@@ -64,7 +64,7 @@ def print_table(rows: list[tuple]) -> None:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m study.evaluate", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m study.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FILE")
     add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")

@@ -309,7 +309,7 @@ SAMPLED: dict[str, Callable[[Path, World], None]] = {
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m study.figures", description=__doc__.splitlines()[0])
     names = (*DRAWN, *SAMPLED, "curves")
     what = f"{', '.join(names)}; default: all, curves if --run is given"
     parser.add_argument("names", nargs="*", metavar="NAME", help=what)

@@ -31,9 +31,9 @@ COLUMNS = 6
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kit.data", description="Check, see and cache data sets.")
+    parser = files.Parser(prog="python -m kit.data", description="Check, see and cache data sets.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    shape = argparse.ArgumentParser(add_help=False)
+    shape = files.Parser(add_help=False)
     kinds = "puppet:COUNT, amass:DIR, humanml3d:DIR+AMASS, clips:DIR; to be checked also cache:DIR"
     shape.add_argument("spec", metavar="SPEC", help=kinds)
     shape.add_argument("--wan", type=Path, metavar="FOLDER", help="the backbone (default: the puppet's)")
