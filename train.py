@@ -114,9 +114,11 @@ def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
 def stage_steps(world: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
     """Steps of each stage: the defaults, in these proportions if `steps` is given."""
     usual = STEPS[world]
+    if stage == 1 and one_stage:
+        raise ValueError("--ablate one-stage has no stage 1: leave one of the two out")
     if stage is not None:
-        if stage not in usual:
-            raise ValueError("--stage 0 is done for a Wan: choose 1 or 2, or leave --stage out for both")
+        if stage not in usual and not steps:
+            raise ValueError("--stage 0 tunes a Wan on video: say for how many --steps")
         return {stage: steps or usual[stage]}
     if one_stage:
         usual = {s: n for s, n in usual.items() if s != 1}
@@ -191,7 +193,6 @@ def train(args: argparse.Namespace) -> None:
     world = device, rank, ranks = distributed.start(args.device)
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
-    steps = schedule(stages, args.frames)
     accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
     run.check(args.out, args.resume, args.batch, ranks, accumulate)
     micro = args.batch // ranks // accumulate  # clips at a time
@@ -202,6 +203,7 @@ def train(args: argparse.Namespace) -> None:
     plan = {name: getattr(args, name) for name in PLAN}
     found = run.resumed(args.out, args.resume, plan, world)
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
+    steps = schedule(stages, shape.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, device)

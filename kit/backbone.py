@@ -81,7 +81,9 @@ def open_backbone(
                 raise ValueError(f"--{name} is for --wan; the puppet has one size, one rate and one body")
         return puppet_backbone(file or SHIPPED, device)
     trained = (file and weights.read_settings(file)) or {}
-    if not file:
+    if file:
+        check_weights(file, folder)
+    else:
         print("no --weights: the motion expert is untrained, its motion means nothing; try --task video")
     if not body:
         print("no --body: joints are the procedural body's, not SMPL's")
@@ -118,18 +120,10 @@ def wan_backbone(
     """Wan in `folder`; `file` has trained weights, without it the motion expert is untrained."""
 
     def transformer() -> DualDiT:
-        if file is None:
-            torch.manual_seed(0)  # the untrained motion expert is the same in every call
-            return wan.load_transformer(folder, dtype, device)
-        model, _ = weights.load_weights(file, device, dtype)
-        expected = wan.transformer_config(folder)
-        for name, value in dataclasses.asdict(expected).items():
-            found = getattr(model.config, name)
-            if found != value and name not in ABLATED:
-                raise ValueError(
-                    f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"
-                )
-        return model
+        if file:
+            return weights.load_weights(file, device, dtype)[0]
+        torch.manual_seed(0)  # the untrained motion expert is the same in every call
+        return wan.load_transformer(folder, dtype, device)
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echomotion" / "text"
     return Backbone(
@@ -142,6 +136,17 @@ def wan_backbone(
         transformer,
         None,
     )
+
+
+def check_weights(file: Path, folder: Path) -> None:
+    """ValueError unless weights are of the Wan in `folder`, from the headers of both."""
+    config = weights.read_config(file)
+    for name, value in dataclasses.asdict(wan.transformer_config(folder)).items():
+        found = getattr(config, name)
+        if found != value and name not in ABLATED:
+            raise ValueError(
+                f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"
+            )
 
 
 def free(device: str) -> None:

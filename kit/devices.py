@@ -62,4 +62,4 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 def microbatches(share: int, device: torch.device) -> int:
     """Into how many microbatches a rank's share of a batch is split."""
     # the tensors of more clips outgrow a CPU's cache, and every pass over them waits for memory
-    return share // CPU_CLIPS if device.type == "cpu" and share % CPU_CLIPS == 0 else 1
+    return max(1, share // CPU_CLIPS) if device.type == "cpu" and share % CPU_CLIPS == 0 else 1

@@ -9,6 +9,7 @@ import torch
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import checkpoints, plots, puppet, wan, weights
+from kit.backbone import check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
 from kit.data import batch as batches
@@ -45,6 +46,8 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object], world: World
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
+    if found and found.record["plan"].keys() != plan.keys():
+        raise ValueError(f"{found.folder} is of another version of train.py: start in another --out")
     if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan[k]}):
         wanted = " ".join(_flag(name, value) for name, value in other.items())
         raise ValueError(f"{found.folder} is of a run with {wanted}: resume with the same")
@@ -101,6 +104,8 @@ def build(
         model, extra = model.to_empty(device="cpu"), checkpoints.load_whole(found.folder, "codec")
     else:
         if init:
+            if folder:
+                check_weights(init, folder)
             model, extra, stage = _initial(init, ablate)
         elif folder:
             model, extra, stage = wan.load_transformer(folder), {}, None  # motion starts as video's copy

@@ -74,6 +74,12 @@ def load_weights(
     return model.eval().requires_grad_(False), extra
 
 
+def read_config(path: Path) -> DualDiTConfig:
+    """The configuration alone; raises as load_weights does."""
+    with _opened(Path(path)) as file:
+        return _header(file, path)[0]
+
+
 def read_settings(path: Path) -> dict | None:
     """What save_weights was given as settings, from the file's header alone; None: a file without them.
 
