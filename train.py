@@ -141,9 +141,12 @@ def optimizers(model: DualDiT, world: str) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)
+    if not matrices:  # stage 1 of a single stream: all blocks are frozen
+        return [adamw]
     muon = Muon(matrices, **decay)  # its steps have AdamW's size: one learning rate serves both
     muon.register_step_pre_hook(distributed.gather_gradients)
-    return [muon, torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)]
+    return [muon, adamw]
 
 
 # ---------------------------------------------------------------- the parts of a run

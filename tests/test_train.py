@@ -1,29 +1,27 @@
-"""train.py: runs that stop and go on, ranks that agree, what each stage may touch, and that it learns."""
+"""train.py: its three stages, runs that stop and go on, ablations, validation, and that it learns."""
 
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TINY, contents
+from conftest import TINY, Verb, contents, tiny_model
 from safetensors.torch import load_file
+from torch import Tensor
 
 import flow
 import train
-from dual_dit import DualDiT
+from dual_dit import DualDiT, DualDiTConfig
 from flow import Draw, Task
 from kit import checkpoints, devices, distributed, monitor, puppet, validation, weights
 from kit.data import batch as batches
-from kit.data.batch import Batch, rng
 from kit.data.datasets import puppet_motion
 from kit.data.motion_files import Motion, save_amass
 from kit.data.sources import open_sources
@@ -31,14 +29,36 @@ from kit.distributed import World
 from kit.geometry import PUPPET
 
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--validate-every", 0)
+STEPS = {0: 4, 1: 3, 2: 5}  # of each stage; their ends are 4, 7 and 12
+RUN = ("--batch", 2, "--keep", 99)
 
 
-def run_train(out: Path, *arguments: object, stage_1_share: float = 0.4) -> None:
-    """Train in this process; of 10 steps four are stage 1, the last of them and the last two of 9 frames."""
+class Call(NamedTuple):
+    """What the objective was called with at a step, and the weights that it found."""
+
+    state: dict[str, Tensor]
+    config: DualDiTConfig
+    draw: Draw
+    video: Tensor | None
+    motion: Tensor
+
+
+def run_train(out: Path, *arguments: object, stages: dict[int, int] = STEPS) -> list[Call]:
+    """Train in this process -> every call of the objective."""
+    calls, loss = [], flow.loss
+
+    def noted(model, video, motion, text, null_text, draw):
+        if torch.is_grad_enabled():  # validation calls it too
+            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            calls.append(Call(state, model.config, draw, video, motion))
+        return loss(model, video, motion, text, null_text, draw)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, ("train.py", *PLAIN, "--out", out, *arguments))])
-        patch.setattr(train, "STAGE_1_SHARE", stage_1_share)
+        patch.setitem(train.STEPS, "puppet", stages)
+        patch.setattr(flow, "loss", noted)
         train.main()
+    return calls
 
 
 def metrics(out: Path) -> list[dict]:
@@ -47,20 +67,49 @@ def metrics(out: Path) -> list[dict]:
 
 
 def curve(out: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in metrics(out)]
+    return [(line["step"], line["loss"]) for line in metrics(out) if "loss" in line]
 
 
-def trained(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, not averaged."""
-    return checkpoints.load_whole(checkpoints.folder_of(out, step), "model")
+def saved(out: Path, step: int, kind: str = "model") -> dict[str, Tensor]:
+    """The weights of a checkpoint, or their average ("ema")."""
+    return checkpoints.load_whole(checkpoints.folder_of(out, step), kind)
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def as_video(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every tensor of the motion expert that has a twin in the video expert: the twin."""
+    twins = {name: re.sub(r"\bmotion\b", "video", name) for name in state}
+    found = {name: state[twin] for name, twin in twins.items() if twin != name and twin in state}
+    return {name: twin for name, twin in found.items() if twin.shape == state[name].shape}
+
+
+def weights_of(path: Path, stage: int | None, ablate: str | None = None, **config: object) -> Path:
+    """Tiny weights that say of which stage and ablation they are."""
+    model = tiny_model() if not config else DualDiT(dataclasses.replace(TINY, **config))
+    settings = {"recipe": {"stage": stage, "ablate": ablate}}
+    codec = puppet.Codec.fit(range(8)).state()
+    weights.save_weights(path, model.config, model.state_dict(), codec, settings=settings)
+    return path
+
+
+class Whole(NamedTuple):
+    out: Path
+    calls: list[Call]  # one a step
 
 
 @pytest.fixture(scope="module")
-def ten_steps(tmp_path_factory, tiny_weights) -> Path:
-    """The folder of an undisturbed run through both stages."""
+def whole(tmp_path_factory, tiny_weights) -> Whole:
+    """An undisturbed run through all stages, saved after each step."""
     out = tmp_path_factory.mktemp("train") / "run"
-    run_train(out, "--init", tiny_weights, "--steps", 10, "--batch", 2)
-    return out
+    return Whole(out, run_train(out, "--init", tiny_weights, *RUN, "--save-every", 1))
+
+
+@pytest.fixture(scope="module")
+def stage_0(tmp_path_factory) -> Path:
+    return weights_of(tmp_path_factory.mktemp("weights") / "stage-0.safetensors", stage=0)
 
 
 @pytest.fixture(scope="module")
@@ -71,300 +120,114 @@ def one_step(tmp_path_factory, tiny_weights) -> Path:
     return out
 
 
-# ---------------------------------------------------------------- a run's files
+# ---------------------------------------------------------------- the three stages
 
 
-def test_every_step_is_one_line_of_metrics_and_loss_is_drawn(ten_steps):
-    lines = metrics(ten_steps)
-    assert [line["step"] for line in lines] == list(range(10))
-    assert [line["stage"] for line in lines] == [1] * 4 + [2] * 6
-    assert [line["frames"] for line in lines] == [5, 9, 17, 17, 5, 5, 9, 17, 17, 17]
-    for line in lines:
-        assert Task[line["task"].upper()] in Task and math.isfinite(line["loss"])
-    assert (ten_steps / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_every_step_is_one_line_of_metrics_and_loss_is_drawn(whole):
+    lines = metrics(whole.out)
+    assert [line["step"] for line in lines] == list(range(12))
+    assert [line["stage"] for line in lines] == [0] * 4 + [1] * 3 + [2] * 5
+    assert [line["frames"] for line in lines] == [5, 9, 17, 17, 5, 9, 17, 5, 9, 17, 17, 17]
+    for line, call in zip(lines, whole.calls, strict=True):
+        assert Task[line["task"].upper()] is call.draw.task and math.isfinite(line["loss"])
+        assert (call.video is None) == (line["stage"] == 1)
+    assert (whole.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_shipped_weights_are_the_moving_average(one_step, tiny_weights):
-    # catches raw weights written out; after one step the average is 1/10 the start and 9/10 the result
-    raw, start = trained(one_step, 1), load_file(tiny_weights)
-    average = load_file(one_step / "weights.safetensors")
-    moved = [name for name in raw if not torch.equal(raw[name], start[name])]
-    for expert in ("video", "motion"):  # stage 2 trains both
-        assert sum(expert in name.split(".") for name in moved) > 50
-    for name in moved:
-        torch.testing.assert_close(average[name], 0.1 * start[name] + 0.9 * raw[name])
-        assert not torch.equal(average[name], raw[name]), name
+def test_a_stage_trains_its_own_parameters_and_leaves_the_others_bit_for_bit(whole):
+    # catches weight decay, the average or a gradient reaching Wan's weights in stage 1
+    with torch.device("meta"):
+        model = DualDiT(TINY)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    video = {names[parameter] for parameter in model.video_parameters()}
+    trained = {0: video, 1: {*names.values()} - video, 2: {*names.values()}}
+    for stage, (first, end) in {0: (0, 4), 1: (4, 7), 2: (7, 12)}.items():
+        assert differing(whole.calls[first].state, saved(whole.out, end)) == trained[stage], stage
+        assert differing(saved(whole.out, first + 1, "ema"), saved(whole.out, end, "ema")) <= trained[stage]
 
 
-def test_weights_of_a_run_can_be_loaded_and_carry_codec_and_statistics(one_step, tiny_weights):
-    model, extra = weights.load_weights(one_step / "weights.safetensors")
+def test_a_stage_starts_from_the_averaged_weights_of_the_one_before(whole):
+    # catches raw weights handed over, and a motion expert that copies the raw video expert, or none
+    for end in (4, 7):
+        average, start = saved(whole.out, end, "ema"), whole.calls[end].state
+        copied = as_video(average) if end == 4 else {}
+        assert not differing(average | copied, start), end
+        assert len(copied) == (len(as_video(start)) if end == 4 else 0)
+        assert differing(saved(whole.out, end), start), end  # the average is not the last
+    assert len(as_video(whole.calls[4].state)) > 50
+    # the average starts there, too: after one step it is a tenth the start, nine tenths the result
+    start, raw, average = whole.calls[4].state, saved(whole.out, 5), saved(whole.out, 5, "ema")
+    for name in start:
+        torch.testing.assert_close(average[name], 0.1 * start[name] + 0.9 * raw[name], msg=name)
+
+
+def test_the_shipped_file_is_the_average_with_codec_statistics_and_settings(whole, tiny_weights):
+    # catches raw weights written out, and settings that the next verb needs left out
+    file = whole.out / "weights.safetensors"
+    model, extra = weights.load_weights(file)
     start, codec = weights.load_weights(tiny_weights)
-    assert model.config == TINY
-    assert torch.equal(model.motion_mean, start.motion_mean) and torch.equal(
-        model.motion_std, start.motion_std
-    )
-    assert all(torch.equal(extra[name], codec[name]) for name in codec)
-
-
-# ---------------------------------------------------------------- stop and go on
-
-
-@pytest.mark.parametrize(
-    ("save_every", "stopped_in"),
-    ((3, 3), (4, 4), (5, 7)),
-    ids=("within stage 1", "between the stages", "two steps past the checkpoint"),
-)
-def test_stopped_and_resumed_run_is_the_undisturbed_one(
-    ten_steps, tiny_weights, tmp_path, monkeypatch, save_every, stopped_in
-):
-    # catches lost optimizer state, average, random numbers, schedule: all to the last bit
-    update = train.update_ema
-
-    def stop(ema, model, step):
-        if step == stopped_in:
-            raise KeyboardInterrupt
-        update(ema, model, step)
-
-    call = ("--init", tiny_weights, "--steps", 10, "--batch", 2, "--save-every", save_every)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "update_ema", stop)
-        run_train(tmp_path, *call)
-    while not checkpoints.folder_of(tmp_path, save_every).exists():  # it is written by another thread
-        time.sleep(0.01)
-    run_train(tmp_path, *call, "--resume")
-    assert curve(tmp_path) == curve(ten_steps)
-    weights_file = "weights.safetensors"
-    assert (tmp_path / weights_file).read_bytes() == (ten_steps / weights_file).read_bytes()
-
-
-def test_a_line_cut_off_in_the_log_does_not_keep_a_run_from_going_on(tmp_path):
-    # catches a log that only a clean exit leaves readable: a power cut stops in the middle of a line
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 0, "validation": {}}\n{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n'
-        '{"step": 2, "validation": {}}\n{"step": 2, "lo'
-    )
-    monitor.Log(tmp_path, 2, 5).close()
-    assert [tuple(line) for line in metrics(tmp_path)] == [("step", "validation"), *[("step", "loss")] * 2]
-
-
-def test_a_damaged_checkpoint_is_skipped_aloud(ten_steps, tiny_weights, tmp_path, capsys):
-    # catches a resume that trusts the newest name, or a marker that says nothing of the other files
-    out = tmp_path / "run"
-    run_train(out, "--init", tiny_weights, "--steps", 10, "--batch", 2, "--save-every", 4)
-    damaged = checkpoints.folder_of(out, 10)
-    file = next(damaged.glob("__*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    capsys.readouterr()
-    run_train(out, "--steps", 10, "--batch", 2, "--save-every", 4, "--resume")
-    assert f"{damaged} is damaged ({file.name} not as written)" in capsys.readouterr().out
-    assert curve(out) == curve(ten_steps)
-    assert checkpoints.newest(out, distributed.ALONE).folder == damaged  # made anew
-    for folder in out.glob("checkpoints/*"):
-        (folder / "done.json").unlink()
-    with pytest.raises(ValueError, match=r"all 3 checkpoints of .* are damaged"):
-        run_train(out, "--steps", 10, "--batch", 2, "--resume", "auto")
-
-
-def test_only_the_last_checkpoints_are_kept(tiny_weights, tmp_path):
-    run_train(tmp_path, "--init", tiny_weights, "--steps", 5, "--batch", 1, "--save-every", 1, "--keep", 2)
-    assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000004", "step-00000005"]
-
-
-def test_a_checkpoint_before_damaged_ones_is_kept_and_they_go(tmp_path):
-    # catches --keep 1 that keeps the damaged one, because its name is the last
-    for step in (4, 8):
-        checkpoints.folder_of(tmp_path, step).mkdir(parents=True)
-    (tmp_path / "new").mkdir()
-    checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)._publish(tmp_path / "new", {"step": 6})
-    assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["step-00000006"]
-
-
-def test_export_is_what_the_run_wrote(ten_steps, tmp_path, verb):
-    # catches raw weights exported, or a file without what it takes to sample
-    file = tmp_path / "mine.safetensors"
-    assert verb(train, "export", "--out", ten_steps, file).code == 0
-    assert file.read_bytes() == (ten_steps / "weights.safetensors").read_bytes()
-    ended = verb(train, "export", "--out", tmp_path, file)
-    assert ended.code == 2 and "nothing to export" in ended.err
-
-
-# ---------------------------------------------------------------- ranks
-
-
-def test_two_ranks_follow_the_loss_of_one_process(tiny_weights, tmp_path):
-    # catches gradients that are summed or not shared, repeated samples, a loss of one rank only
-    call = ("--init", tiny_weights, "--steps", 7, "--batch", 4)
-    run_train(tmp_path / "one", *call, stage_1_share=train.STAGE_1_SHARE)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    subprocess.run(
-        [*map(str, (*torchrun, "train.py", *PLAIN, "--out", tmp_path / "two", *call))],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line["stage"] for line in one] == [line["stage"] for line in two] == [1] + [2] * 6
-    for key, tolerance in (("loss", 1e-4), ("grad_norm", 1e-2)):
-        expected = [line[key] for line in one]
-        assert [line[key] for line in two] == pytest.approx(expected, rel=tolerance), key
-
-
-# ---------------------------------------------------------------- watching
-
-
-def test_watching_a_run_changes_nothing_in_it(ten_steps, tiny_weights, tmp_path):
-    # catches averaged weights left in the network, and random numbers drawn for validation
-    watched = tmp_path / "run"
-    run_train(watched, "--init", tiny_weights, "--steps", 10, "--batch", 2, "--validate-every", 5)
-    steps = [line for line in metrics(watched) if "loss" in line]
-    assert [(line["step"], line["loss"]) for line in steps] == curve(ten_steps)
-    weights_file = "weights.safetensors"
-    assert (watched / weights_file).read_bytes() == (ten_steps / weights_file).read_bytes()
-    validated = {line["step"]: line["validation"] for line in metrics(watched) if "validation" in line}
-    assert list(validated) == [0, 5, 10]
-    assert {key for key in validated[0] if key.count("/") == 1} == {"motion_only/motion"}
-    made = "joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion"
-    assert {key for key in validated[5] if key.count("/") == 1} == {*made}
-    assert {key for key in validated[5] if "joint/motion" in key} == {
-        "joint/motion", *(f"joint/motion/{t}" for t in validation.TIMES)
+    assert not differing(saved(whole.out, 12, "ema"), model.state_dict()) and model.config == TINY
+    assert differing(saved(whole.out, 12), model.state_dict())
+    assert torch.equal(model.motion_mean, start.motion_mean)
+    assert torch.equal(model.motion_std, start.motion_std)
+    assert not differing(codec, extra)
+    recipe = {"stage": 2, "shift": 1.0, "one_t": False, "ablate": None}
+    assert weights.read_settings(file) == {
+        "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": BODY, "recipe": recipe,
     }  # fmt: skip
-    pictures = sorted(path.name for path in watched.glob("samples/*"))
-    assert pictures == ["step-00000000.png", "step-00000005.png", "step-00000010.png"]
 
 
-def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained_on(one_step, tiny_weights):
-    # recomputed sample by sample: catches other clips or noise, raw weights, means over the wrong axis
-    sources, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
-    assert len(held) == 16 and sources[0].count is None
-    model, extra = weights.load_weights(tiny_weights)
-    codec = puppet.Codec.from_state(extra)
-    samples = validation.read_held_out(held, model, 2, 9, codec, distributed.ALONE)
-    averaged, _ = weights.load_weights(one_step / "weights.safetensors")
-    with validation.averaged(model, averaged.state_dict()):
-        found = validation.validate(model, samples, validation.TASKS[2], 5, False, 1)
-    start = load_file(tiny_weights)
-    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
-    errors = []
-    for i, (_, seed) in enumerate(held):
-        clip = puppet.clips([seed], frames=9)
-        motion = (puppet_motion(clip) - model.motion_mean) / model.motion_std
-        torch.testing.assert_close(samples.motion[i], motion[0])
-        pixels = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-        torch.testing.assert_close(samples.video[i], codec.encode(pixels)[0])
-        assert torch.equal(samples.text[i], puppet.encode_text(clip.caption)[0])
-        row = samples.rows(i, i + 1)
-        errors.append(flow.loss(averaged, *row[:3], Task.JOINT, row.draw).motion.item())
-    assert found["joint/motion"] == pytest.approx(sum(errors) / 16, rel=1e-5)
-    assert found["joint/motion/0.375"] == pytest.approx(sum(errors[1::4]) / 4, rel=1e-5)
+STARTS = {  # init's stage, --stage, whether the motion expert starts as the video expert's copy
+    "stage 1 on stage 0": (0, 1, True),
+    "one stage": (0, 2, True),
+    "stage 2 on stage 1": (1, 2, False),
+    "video tuning": (2, 0, False),
+    "weights that say nothing": (None, 1, False),
+}
 
 
-def test_held_out_samples_of_a_data_set_are_not_trained_on():
-    # catches validation on what is trained on
-    sources = open_sources(["puppet:60@1", "puppet:400@1"], PUPPET, puppet.body())
-    training, held = validation.hold_out(sources)
-    assert [source.count for source in training] == [57, 384]
-    assert [number for source, number in held if source.count == 57] == [57, 58, 59]
-    assert [number for source, number in held if source.count == 384] == list(range(384, 400))
-    assert [source.count for source, _ in held[:6]] == [57, 384] * 3
+@pytest.mark.parametrize(("of", "stage", "copied"), STARTS.values(), ids=STARTS)
+def test_what_a_stage_of_its_own_starts_from(tmp_path, of, stage, copied):
+    # catches a motion expert that was trained and is copied over, or not trained and is not
+    init = weights_of(tmp_path / "init.safetensors", of)
+    plan = ("--stage", stage, "--steps", 2, "--frames", 5, "--batch", 1)
+    (first, last) = run_train(tmp_path / "run", "--init", init, *plan)
+    source = load_file(init)
+    expected = {name: source[name] for name in first.state}
+    assert not differing(expected | (as_video(expected) if copied else {}), first.state)
+    settings = weights.read_settings(tmp_path / "run" / "weights.safetensors")
+    assert settings["recipe"]["stage"] == stage
+    assert last.draw.task in flow.STAGES[stage] or last.draw.task in (Task.VIDEO_ONLY, Task.MOTION_ONLY)
+    moved = differing(expected, saved(tmp_path / "run", 2))
+    if stage == 0:
+        assert moved and all("video" in name.split(".") for name in moved)
 
 
-def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
-    # catches samples counted twice where they do not divide by the ranks
-    _, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
-    model, extra = weights.load_weights(tiny_weights)
-    given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
-    how = validation.TASKS[1], 4, False
-    alone = validation.validate(model, validation.read_held_out(*given, distributed.ALONE), *how, 1)
-    sums = []
-    together = (lambda value, _: sums.append(value) or value, lambda value, _: sums[0] + value)
-    for rank, sum_of_ranks in enumerate(together):
-        monkeypatch.setattr(distributed, "mean_over_ranks", sum_of_ranks)
-        share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
-        assert len(share.motion) == 3
-        found = validation.validate(model, share, *how, 2)
-    assert found == pytest.approx(alone, rel=1e-5)
-
-
-def test_speed_is_counted_from_what_a_step_computes():
-    model = DualDiT(TINY)
-    motion = Batch(None, torch.zeros(2, 5, 235), torch.zeros(2, 16, 64), Task.MOTION_ONLY, None)
-    joint = motion._replace(video=torch.zeros(2, 48, 2, 8, 8), task=Task.JOINT)
-    found = [monitor.speed(model.config, batch, 8, 2.0, 1e12) for batch in (motion, joint)]
-    assert [speed["clips_per_second"] for speed in found] == [4, 4]
-    assert [speed["tokens_per_second"] for speed in found] == [4 * 5 * 51, 4 * (5 * 51 + 2 * 64)]
-    assert 0 < found[0]["mfu"] < found[1]["mfu"] < 1
-    assert "mfu" not in monitor.speed(model.config, joint, 8, 2.0, None)
-
-
-def test_tensorboard_has_the_same_numbers_where_it_is_installed(tmp_path, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            self.purge_step = purge_step
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step, self.purge_step))
-
-        def close(self):
-            written.append("closed")
-
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    log = monitor.Log(tmp_path, 3, 5)
-    log.step({"step": 3, "stage": 2, "task": "joint", "loss": 0.5, "grad_norm": math.nan})
-    log.validation(4, {"joint/video": 0.25})
-    log.close()
-    assert written == [("joint/loss", 0.5, 3, 3), ("validation/joint/video", 0.25, 4, 3), "closed"]
-    assert metrics(tmp_path)[0] == {"step": 3, "stage": 2, "task": "joint", "loss": 0.5}  # JSON has no NaN
-
-
-def test_a_run_says_how_it_was_started(ten_steps):
-    record = json.loads((ten_steps / "run.json").read_text())
-    assert record["command"][0] == "train.py" and "--batch" in record["command"]
-    assert record["options"]["batch"] == 2 and record["options"]["seed"] == 0
-    assert record["config"]["width"] == TINY.width
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["ranks"] == 1
-
-
-# ---------------------------------------------------------------- what is trained
+def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path, monkeypatch):
+    # catches statistics or a codec left at nothing where there is no file to take them from
+    monkeypatch.setitem(train.run.PRESETS, "puppet", TINY)
+    monkeypatch.setattr(batches, "STATISTICS_CLIPS", 64)
+    codec = puppet.Codec.fit(range(8))
+    monkeypatch.setattr(puppet.Codec, "fit", lambda: codec)
+    (call,) = run_train(tmp_path, "--stage", 1, "--steps", 1, "--frames", 5, "--batch", 16)
+    assert call.state["motion_std"].max() > 0.1 and call.state["motion_mean"].abs().max() > 0.1
+    assert call.motion.mean().abs() < 0.3 and 0.6 < call.motion.std() < 1.4
+    name = "blocks.0.motion.ffn.0.weight"
+    assert not torch.equal(as_video(call.state)[name], call.state[name])
+    assert not differing(codec.state(), weights.load_weights(tmp_path / "weights.safetensors")[1])
 
 
 @pytest.mark.parametrize(
     ("batch", "given", "calls"), ((16, (), 2), (16, ("--accumulate", 1), 1), (12, (), 1))
 )
-def test_a_cpu_trains_on_eight_clips_at_a_time(tiny_weights, tmp_path, monkeypatch, batch, given, calls):
-    sizes, loss = [], flow.loss
-    monkeypatch.setattr(
-        flow, "loss", lambda model, *given: sizes.append(len(given[2])) or loss(model, *given)
-    )
+def test_a_cpu_trains_on_eight_clips_at_a_time(tiny_weights, tmp_path, batch, given, calls):
     plan = ("--init", tiny_weights, "--stage", 2, "--frames", 5, "--steps", 1, "--batch", batch)
-    run_train(tmp_path, *plan, *given)
-    assert sizes == [batch // calls] * calls
+    made = run_train(tmp_path, *plan, *given)
+    assert [len(call.motion) for call in made] == [batch // calls] * calls
 
 
 def test_a_gpu_takes_a_batch_as_a_whole():
     assert devices.microbatches(16, torch.device("cuda")) == 1
-
-
-def test_stage_1_leaves_the_video_expert_bitwise_alone_and_trains_all_of_motions(tiny_weights, tmp_path):
-    # catches weight decay, the average or a gradient reaching Wan's weights
-    run_train(tmp_path, "--init", tiny_weights, "--stage", 1, "--steps", 3, "--batch", 2)
-    start = load_file(tiny_weights)
-    finals = trained(tmp_path, 3), load_file(tmp_path / "weights.safetensors")
-    for final in finals:
-        for expert, moves in (("video", False), ("motion", True)):
-            names = [name for name in final if expert in name.split(".")]
-            assert len(names) > 50
-            wrong = [name for name in names if torch.equal(final[name], start[name]) is moves]
-            assert not wrong, expert
 
 
 def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
@@ -384,31 +247,302 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     given = [x.expand(copies, *x.shape[1:]) for x in (video, motion, text)]
     for _ in range(steps):
-        t = torch.rand(copies)
-        draw = Draw(torch.randn_like(given[0]), torch.randn_like(given[1]), t, t)
-        flow.loss(model, *given, Task.JOINT, draw).total.backward()
+        kept = torch.zeros(copies, dtype=torch.bool)
+        draw = Draw(Task.JOINT, kept, *torch.rand(1, copies).expand(2, -1), torch.randint(2**62, (copies,)))
+        flow.loss(model, *given, torch.zeros_like(text[0]), draw).total.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
     noise = torch.randn_like(video), torch.randn_like(motion)
-    result = flow.sample(model, *noise, text, torch.zeros_like(text), Task.JOINT, steps=12)
-    for name, found, real in (("video", result.video, video), ("motion", result.motion, motion)):
+    how = {"steps": 12, "shift": 1.0, "guidance_text": 1.0}
+    made = flow.sample(model, *noise, text, torch.zeros_like(text), Task.JOINT, **how)
+    for name, found, real in zip(("video", "motion"), made, (video, motion), strict=True):
         error = (found - real).square().mean() / real.square().mean()  # 1 is the error of predicting zero
         assert error < 0.25, f"{name}: {error:.3f}"
 
 
-@pytest.mark.parametrize("flags", ((), ("--unsynced",), ("--init-motion", "copy")), ids=" ".join)
-def test_what_a_run_starts_from(verb, tiny_weights, tmp_path, flags):
-    # catches ablations and copies that are dropped in silence where weights come from a file
-    call = ("--init", tiny_weights, "--stage", 1, "--steps", 1, "--frames", 5, "--batch", 1, "--lr", 1e-9)
-    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run", *flags).code == 0
-    source, model = (weights.load_weights(x)[0] for x in (tiny_weights, tmp_path / "run/weights.safetensors"))
-    assert model.config == dataclasses.replace(source.config, synced="--unsynced" not in flags)
-    expert = source.blocks[1].video if "copy" in flags else source.blocks[1].motion
-    for name, value in expert.state_dict().items():
-        torch.testing.assert_close(model.blocks[1].motion.state_dict()[name], value, rtol=0, atol=1e-6)
-    assert not torch.equal(source.blocks[1].video.ffn[0].weight, source.blocks[1].motion.ffn[0].weight)
+# ---------------------------------------------------------------- stop and go on
+
+STOPS = {  # saved after, stopped within
+    "within stage 0": (3, 3),
+    "at the end of stage 0": (4, 4),
+    "within stage 1, a step past the checkpoint": (5, 6),
+    "at the end of stage 1": (7, 7),
+    "within stage 2, two steps past it": (8, 10),
+}
+
+
+@pytest.mark.parametrize(("save_every", "stopped_in"), STOPS.values(), ids=STOPS)
+def test_stopped_and_resumed_run_is_the_undisturbed_one(
+    whole, tiny_weights, tmp_path, monkeypatch, save_every, stopped_in
+):
+    # catches lost optimizer state, average, random numbers, schedule, a stage begun twice: to the last bit
+    step = monitor.Log.step
+
+    def stop(log, number, *given):
+        if number == stopped_in:
+            raise KeyboardInterrupt
+        step(log, number, *given)
+
+    call = ("--init", tiny_weights, *RUN, "--save-every", save_every)
+    writers, start = [], checkpoints.Writer.__init__
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(monitor.Log, "step", stop)
+        patch.setattr(checkpoints.Writer, "__init__", lambda w, *given: writers.append(w) or start(w, *given))
+        run_train(tmp_path, *call)
+    writers[0].wait()
+    (first, *_) = run_train(tmp_path, *call, "--resume")
+    assert not differing(first.state, whole.calls[save_every].state)
+    assert curve(tmp_path) == curve(whole.out)
+    file = "weights.safetensors"
+    assert (tmp_path / file).read_bytes() == (whole.out / file).read_bytes()
+
+
+def test_a_line_cut_off_in_the_log_does_not_keep_a_run_from_going_on(tmp_path):
+    # catches a log that only a clean exit leaves readable: a power cut stops in the middle of a line
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 0, "validation": {}}\n{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n'
+        '{"step": 2, "validation": {}}\n{"step": 2, "lo'
+    )
+    monitor.Log(tmp_path, 2, 5, TINY, PUPPET, 16, distributed.ALONE, False).close()
+    assert [tuple(line) for line in metrics(tmp_path)] == [("step", "validation"), *[("step", "loss")] * 2]
+
+
+def test_a_damaged_checkpoint_is_skipped_aloud(whole, tmp_path, capsys):
+    # catches a resume that trusts the newest name, or a marker that says nothing of the other files
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    for step in (*range(1, 8), 9, 10, 11):
+        shutil.rmtree(checkpoints.folder_of(out, step))
+    damaged = checkpoints.folder_of(out, 12)
+    file = next(damaged.glob("__*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    run_train(out, *RUN, "--resume")
+    assert f"{damaged} is damaged ({file.name} not as written)" in capsys.readouterr().out
+    assert curve(out) == curve(whole.out)
+    assert checkpoints.newest(out, distributed.ALONE).folder == damaged  # made anew
+    for folder in out.glob("checkpoints/*"):
+        (folder / "done.json").unlink()
+    with pytest.raises(ValueError, match=r"all 2 checkpoints of .* are damaged"):
+        run_train(out, *RUN, "--resume", "auto")
+
+
+def test_only_the_last_checkpoints_are_kept(tiny_weights, tmp_path):
+    plan = ("--stage", 1, "--steps", 5, "--batch", 1, "--frames", 5, "--save-every", 1, "--keep", 2)
+    run_train(tmp_path, "--init", tiny_weights, *plan)
+    assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_before_damaged_ones_is_kept_and_they_go(tmp_path):
+    # catches --keep 1 that keeps the damaged one, because its name is the last
+    for step in (4, 8):
+        checkpoints.folder_of(tmp_path, step).mkdir(parents=True)
+    (tmp_path / "new").mkdir()
+    checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)._publish(tmp_path / "new", {"step": 6})
+    assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["step-00000006"]
+
+
+@pytest.mark.parametrize("before", (True, False), ids=("--out before the verb", "after it"))
+def test_export_is_what_the_run_wrote(whole, tmp_path, verb, before):
+    # catches raw weights exported, or those of another run
+    out, file = ("--out", whole.out), tmp_path / "mine.safetensors"
+    assert verb(train, *((*out, "export", file) if before else ("export", *out, file))).code == 0
+    assert file.read_bytes() == (whole.out / "weights.safetensors").read_bytes()
+    ended = verb(train, "export", "--out", tmp_path, file)
+    assert ended.code == 2 and "nothing to export" in ended.err
+
+
+# ---------------------------------------------------------------- watching
+
+
+def test_watching_a_run_changes_nothing_in_it(whole, tiny_weights, tmp_path):
+    # catches averaged weights left in the network, and random numbers drawn for validation
+    watched = tmp_path / "run"
+    run_train(watched, "--init", tiny_weights, *RUN, "--validate-every", 4)
+    assert curve(watched) == curve(whole.out)
+    file = "weights.safetensors"
+    assert (watched / file).read_bytes() == (whole.out / file).read_bytes()
+    validated = {line["step"]: line["validation"] for line in metrics(watched) if "validation" in line}
+    joint = {"joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion"}
+    expected = {0: {"video_only/video"}, 4: {"motion_only/motion"}, 8: joint, 12: joint}
+    assert {step: {k for k in found if k.count("/") == 1} for step, found in validated.items()} == expected
+    assert {key for key in validated[8] if "joint/motion" in key} == {
+        "joint/motion", *(f"joint/motion/{t}" for t in validation.TIMES)
+    }  # fmt: skip
+    pictures = sorted(path.name for path in watched.glob("samples/*"))
+    assert pictures == [f"step-{step:08}.png" for step in expected]
+
+
+def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained_on(one_step, tiny_weights):
+    # recomputed sample by sample: catches other clips or noise, raw weights, means over the wrong axis
+    sources, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
+    assert len(held) == 16 and sources[0].count is None
+    model, extra = weights.load_weights(tiny_weights)
+    codec = puppet.Codec.from_state(extra)
+    samples = validation.read_held_out(held, model, 2, 9, codec, distributed.ALONE)
+    averaged, _ = weights.load_weights(one_step / "weights.safetensors")
+    tasks = Task.JOINT, Task.VIDEO_TO_MOTION
+    with validation.averaged(model, averaged.state_dict()):
+        found = validation.validate(model, samples, tasks, 5, False, 1)
+    start = load_file(tiny_weights)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    errors = {task: [] for task in tasks}
+    for i, (_, seed) in enumerate(held):
+        clip = puppet.clips([seed], frames=9)
+        motion = (puppet_motion(clip) - model.motion_mean) / model.motion_std
+        torch.testing.assert_close(samples.motion[i], motion[0])
+        pixels = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
+        torch.testing.assert_close(samples.video[i], codec.encode(pixels)[0])
+        assert torch.equal(samples.text[i], puppet.encode_text(clip.caption)[0])
+        row = samples.rows(i, i + 1)
+        for task in tasks:  # video to motion never has text
+            text = row.null_text if task is Task.VIDEO_TO_MOTION else row.text
+            draw = Draw(task, torch.tensor([False]), row.t, row.t, row.seeds)
+            loss = flow.loss(averaged, row.video, row.motion, text, row.null_text, draw)
+            errors[task].append(loss.motion.item())
+    for task in tasks:
+        key = f"{task.name.lower()}/motion"
+        assert found[key] == pytest.approx(sum(errors[task]) / 16, rel=1e-5)
+        assert found[f"{key}/0.375"] == pytest.approx(sum(errors[task][1::4]) / 4, rel=1e-5)
+
+
+def test_held_out_samples_of_a_data_set_are_not_trained_on():
+    # catches validation on what is trained on
+    sources = open_sources(["puppet:60@1", "puppet:400@1"], PUPPET, puppet.body())
+    training, held = validation.hold_out(sources)
+    assert [source.count for source in training] == [57, 384]
+    assert [number for source, number in held if source.count == 57] == [57, 58, 59]
+    assert [number for source, number in held if source.count == 384] == list(range(384, 400))
+    assert [source.count for source, _ in held[:6]] == [57, 384] * 3
+
+
+def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
+    # catches samples counted twice where they do not divide by the ranks
+    _, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
+    model, extra = weights.load_weights(tiny_weights)
+    given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
+    how = flow.STAGES[1], 4, False
+    alone = validation.validate(model, validation.read_held_out(*given, distributed.ALONE), *how, 1)
+    sums = []
+    together = (lambda value, _: sums.append(value) or value, lambda value, _: sums[0] + value)
+    for rank, sum_of_ranks in enumerate(together):
+        monkeypatch.setattr(distributed, "mean_over_ranks", sum_of_ranks)
+        share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
+        assert len(share.motion) == 3
+        found = validation.validate(model, share, *how, 2)
+    assert found == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch) -> monitor.Log:
+    """Of a run on a machine of 10^12 FLOP/s, at its step 3."""
+    monkeypatch.setattr(monitor, "peak_flops", lambda *_: 1e12)
+    log = monitor.Log(tmp_path, 3, 5, TINY, PUPPET, 16, distributed.ALONE, False)
+    yield log
+    log.close()
+
+
+def test_speed_is_counted_from_what_a_step_computes(log):
+    found = []
+    for task in (Task.MOTION_ONLY, Task.JOINT, Task.VIDEO_ONLY):
+        found.append(log.speed(5, {"video": task.video, "motion": task.motion}, 8, 2.0))
+    assert [speed["clips_per_second"] for speed in found] == [4, 4, 4]
+    video, motion = 2 * 64, 5 * 51
+    assert [speed["tokens_per_second"] for speed in found] == [4 * motion, 4 * (motion + video), 4 * video]
+    assert 0 < found[2]["mfu"] < found[0]["mfu"] < found[1]["mfu"] < 1
+    log.peak = None
+    assert "mfu" not in log.speed(5, {}, 8, 2.0)
+
+
+def test_tensorboard_has_the_same_numbers_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.purge_step = purge_step
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step, self.purge_step))
+
+        def close(self):
+            written.append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = monitor.Log(tmp_path, 3, 5, TINY, PUPPET, 16, distributed.ALONE, False)
+    monkeypatch.setattr(log, "speed", lambda *_: {})
+    log.step(3, 2, 5, Task.MOTION_TO_VIDEO, (0.5, 0.25), math.nan, 1, 4, 2.0)
+    log.validation(4, {"joint/video": 0.25})
+    log.close()
+    scalars = {"loss": 0.5, "video": 0.25, "seconds": 2.0}
+    assert written == [
+        *((f"motion_to_video/{name}", value, 3, 3) for name, value in scalars.items()),
+        ("validation/joint/video", 0.25, 4, 3), "closed",
+    ]  # fmt: skip
+    line = {"step": 3, "stage": 2, "frames": 5, "task": "motion_to_video", "skipped": 1}
+    assert metrics(tmp_path)[0] == line | scalars  # JSON has no NaN
+
+
+def test_a_run_says_how_it_was_started(whole):
+    record = json.loads((whole.out / "run.json").read_text())
+    assert record["command"][0] == "train.py" and "--batch" in record["command"]
+    assert record["options"]["batch"] == 2 and record["options"]["seed"] == 0
+    assert record["config"]["width"] == TINY.width
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["ranks"] == 1
+
+
+# ---------------------------------------------------------------- ablations
+
+ABLATED = {  # fields of the configuration, and the stages whose losses stay what they were
+    None: ({}, {0, 1, 2}),
+    "unsynced": ({"synced": False}, {0}),
+    "collision": ({"apart": False}, {0, 1}),  # without video there is nothing to collide with
+    "single-stream": ({"shared": True}, {0}),
+    "one-stage": ({}, {0}),
+    "shared-noise": ({}, {0}),
+}
+
+
+@pytest.fixture(scope="module")
+def ablations(tmp_path_factory, stage_0) -> dict[str | None, Whole]:
+    """Short runs that differ in their ablation alone."""
+    runs = {}
+    for name in ABLATED:
+        out = tmp_path_factory.mktemp("ablations") / "run"
+        given = ("--init", stage_0, "--frames", 5, "--batch", 1, *(("--ablate", name) if name else ()))
+        runs[name] = Whole(out, run_train(out, *given, stages={0: 2, 1: 2, 2: 6}))
+    return runs
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATED if name])
+def test_an_ablation_changes_what_it_says_and_nothing_else(ablations, name):
+    plain, (out, calls) = ablations[None], ablations[name]
+    fields, same = ABLATED[name]
+    stages = [line["stage"] for line in metrics(out)]
+    assert stages == [0] * 2 + [1] * 2 * (name != "one-stage") + [2] * 6
+    settings = weights.read_settings(out / "weights.safetensors")
+    assert settings["recipe"] == {"stage": 2, "shift": 1.0, "one_t": name == "shared-noise", "ablate": name}
+    assert weights.read_config(out / "weights.safetensors") == dataclasses.replace(TINY, **fields)
+    for step, (one, other) in enumerate(zip(plain.calls, calls, strict=False)):
+        assert other.config == dataclasses.replace(TINY, **fields)
+        drawn, expected = other.draw, one.draw
+        assert torch.equal(drawn.t_video, drawn.t_motion) == (name == "shared-noise")
+        assert torch.equal(drawn.t_video, expected.t_video) and torch.equal(drawn.seeds, expected.seeds)
+        assert torch.equal(drawn.t_motion, expected.t_motion) or name == "shared-noise"
+        if name != "one-stage" or step < 2:
+            assert drawn.task is expected.task
+            torch.testing.assert_close(other.motion, one.motion, rtol=0, atol=0)
+    equal = [a == b for a, b in zip(curve(plain.out), curve(out), strict=False)]
+    assert [e for e, stage in zip(equal, stages, strict=False) if stage in same] == [True] * 2 * len(same)
+    if fields:  # where both streams meet it is another network
+        assert not all(equal)
 
 
 # ---------------------------------------------------------------- errors of use
@@ -416,20 +550,27 @@ def test_what_a_run_starts_from(verb, tiny_weights, tmp_path, flags):
 
 MISUSE = {
     "nothing to resume": (("--resume",), "nothing to resume"),
-    "no steps": (("--steps", 0), "--steps"),
-    "never saved": (("--save-every", 0), "--save-every"),
-    "no clips": (("--batch", 0), "--batch"),
-    "no checkpoints": (("--keep", 0), "--keep"),
-    "no microbatches": (("--accumulate", 0), "--accumulate"),
+    "no steps": (("--steps", 0), "--steps: expected a number of at least 1, got '0'"),
+    "never saved": (("--save-every", 0), "--save-every: expected"),
+    "no clips": (("--batch", 0), "--batch: expected"),
+    "no checkpoints": (("--keep", 0), "--keep: expected"),
+    "no microbatches": (("--accumulate", 0), "--accumulate: expected"),
+    "steps in words": (("--steps", "many"), "--steps: expected .*got 'many'"),
     "uneven microbatches": (("--batch", 5, "--accumulate", 2), "3 ranks x 2 microbatches; the nearest is 6"),
-    "validation backwards": (("--validate-every", -1), "--validate-every"),
-    "6 frames": (("--frames", 6), "4n\\+1, got 6; the nearest is 5"),
-    "no shift": (("--shift", 0), "--shift is a number above 0, got 0"),
-    "shift is no number": (("--shift", "nan"), "--shift is a number above 0, got nan"),
-    "no video to tune": (("--video-only",), "add --stage 2, or leave --video-only out"),
-    "motion from nowhere": (("--init-motion", "fresh"), "fresh needs --wan FOLDER without --init"),
-    "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "uneven ranks": (("--batch", 4), "multiple of 3 ranks; the nearest is 3"),
+    "fewer clips than ranks": (("--batch", 2), "multiple of 3 ranks; the nearest is 3"),
+    "validation backwards": (("--validate-every", -1), "--validate-every: expected"),
+    "6 frames": (("--frames", 6), "expected 4n\\+1, got 6; the nearest is 5"),
+    "no shift": (("--shift", 0), "--shift: expected a number above 0, got '0'"),
+    "shift is no number": (("--shift", "nan"), "--shift: expected a number above 0, got 'nan'"),
+    "no rate": (("--lr", 0), "--lr: expected a number above 0"),
+    "a stage too many": (("--stage", 3), "--stage: invalid choice: 3"),
+    "an option of former days": (("--unsynced",), "unrecognized arguments: --unsynced"),
+    "unknown ablation": (("--ablate", "none"), "--ablate: invalid choice: 'none' .*unsynced.*shared-noise"),
+    "one stage of one": (("--ablate", "one-stage", "--stage", 1), "one-stage has no stage 1"),
+    "two streams in one": (("--ablate", "single-stream"), "single-stream has one set of weights: start from"),
+    "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
+    "Wan without data": (("--wan", "folder"), "--wan trains on latents"),
 }
 
 
@@ -437,12 +578,27 @@ MISUSE = {
 def test_misuse_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, monkeypatch, arguments, words):
     if "ranks" in words:
         monkeypatch.setattr(distributed, "start", lambda device: World(torch.device(device), 0, 3))
-    call = ("--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
-    ended = verb(train, *call, *arguments)
+    refused(verb, tmp_path / "run", words, "--init", tiny_weights, *arguments)
+
+
+def refused(verb: Verb, out: Path, words: str, *arguments: object) -> None:
+    before = contents(out)
+    ended = verb(train, "--steps", 1, "--batch", 1, *PLAIN, "--out", out, *arguments)
     assert ended.code == 2
-    assert ended.err.startswith("train.py: error: ") and ended.err.count("\n") == 1
+    assert ended.err.startswith("train.py: error: ") and ended.err.count("\n") == 1, ended.err
     assert re.search(words, ended.err)
-    assert not (tmp_path / "run").exists()
+    assert contents(out) == before
+
+
+def test_weights_of_one_ablation_do_not_become_another(verb, ablations, tmp_path):
+    for name in ("unsynced", "collision", "single-stream"):
+        init = ("--init", ablations[name].out / "weights.safetensors")
+        for other in (None, "unsynced", "collision", "single-stream", "shared-noise"):
+            if other != name:
+                given = ("--ablate", other) if other else ()
+                refused(verb, tmp_path / "run", f"trained with --ablate {name}: add that", *init, *given)
+    call = ("--stage", 2, "--steps", 1, "--batch", 1, "--frames", 5, "--ablate", name, *init, *PLAIN)
+    assert verb(train, *call, "--out", tmp_path / "same").code == 0
 
 
 def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, tmp_path):
@@ -450,91 +606,39 @@ def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, t
     folder.mkdir()
     moving = clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0]
     save_amass(folder / "a.npz", Motion(*moving, puppet.FPS, "neutral"), puppet.body())
-    call = ("--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
-    ended = verb(train, *call, "--data", f"amass:{folder}")
-    assert ended.code == 2
-    assert re.search("stage 2 needs video.*or --stage 1$", ended.err.splitlines()[-1])
-    assert not (tmp_path / "run").exists()
+    call = ("--init", tiny_weights, "--data", f"amass:{folder}")
+    ended = verb(train, *call, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
+    assert ended.code == 2 and not (tmp_path / "run").exists()
+    # after the bar of what was read
+    assert re.search("stages 0 and 2 need video.*or --stage 1$", ended.err.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("flags", "shared", "kinds"),
-    (
-        ((), False, {"JOINT", "MOTION_TO_VIDEO", "VIDEO_TO_MOTION", "VIDEO_ONLY"}),
-        (("--shared-noise",), True, {"JOINT", "MOTION_TO_VIDEO", "VIDEO_TO_MOTION", "VIDEO_ONLY"}),
-        (("--video-only",), False, {"VIDEO_ONLY"}),
-    ),
-    ids=("as it is", "one noise level", "video tuning"),
-)
-def test_ablations_reach_the_batch(verb, tiny_weights, tmp_path, monkeypatch, flags, shared, kinds):
-    made, batch = [], batches.batch
-    monkeypatch.setattr(batches, "batch", lambda *a, **k: made.append(batch(*a, **k)) or made[-1])
-    call = ("--init", tiny_weights, "--stage", 2, "--steps", 8, "--frames", 5, "--batch", 1)
-    assert verb(train, *call, *PLAIN, "--out", tmp_path / "run", *flags).code == 0
-    assert len(made) == 8 and {one.task.name for one in made} == kinds
-    for one in made:
-        assert torch.equal(one.draw.t_video, one.draw.t_motion) == shared
-    # the same clips and noise, whatever is ablated: the first draws of the step's generators
-    expected = rng("noise", 0, 2, 0, 0)
-    torch.rand(1, generator=expected)
-    assert torch.equal(made[0].draw.noise_video[0], torch.randn(made[0].video.shape[1:], generator=expected))
+PLANS = {
+    "started anew": ((), "add --resume"),
+    "other steps": (("--resume", "--steps", 2), "of a run with --steps 1: resume with the same"),
+    "another stage": (("--resume", "--stage", 1), "of a run with --stage 2: resume with the same"),
+    "other seed": (("--resume", "auto", "--seed", 1), "of a run with --seed 0: resume with the same"),
+    "another ablation": (("--resume", "--ablate", "unsynced"), "of a run with no --ablate: resume with the"),
+    "other rate": (("--resume", "--lr", 1e-4), "of a run with no --lr: resume with the same"),
+    "other data": (("--resume", "--data", "puppet:8"), "of a run with no --data: resume with the same"),
+}
 
 
-def test_video_tuning_leaves_the_motion_expert_alone(verb, tiny_weights, tmp_path):
-    call = ("--init", tiny_weights, "--stage", 2, "--video-only", "--steps", 2, "--frames", 5, "--batch", 1)
-    # PLAIN validates never: what comes later counts
-    call += (*PLAIN, "--validate-every", 1)
-    assert verb(train, *call, "--out", tmp_path / "run").code == 0
-    watched = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = {name for line in watched for name in line.get("validation", {})}
-    assert losses and all(name.startswith("video_only/video") for name in losses)
-    before, after = (load_file(path) for path in (tiny_weights, tmp_path / "run" / "weights.safetensors"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and not any("motion" in name.split(".") for name in changed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    (
-        ((), "add --resume"),
-        (("--resume", "--steps", 2), "of a run with --steps 1: resume with the same"),
-        (("--resume", "--stage", 1), "of a run with --stage 2: resume with the same"),
-        (("--resume", "auto", "--seed", 1), "of a run with --seed 0: resume with the same"),
-        (("--resume", "--shared-noise"), "of a run with no --shared-noise: resume with the same"),
-        (("--resume", "--lr", 1e-4), "of a run with no --lr: resume with the same"),
-        (("--resume", "--data", "puppet:8"), "of a run with no --data: resume with the same"),
-    ),
-    ids=(
-        "started anew",
-        "other steps",
-        "another stage",
-        "other seed",
-        "other noise",
-        "other rate",
-        "other data",
-    ),
-)
+@pytest.mark.parametrize(("arguments", "words"), PLANS.values(), ids=PLANS)
 def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, arguments, words):
-    before = contents(one_step)
-    call = ("--init", tiny_weights, "--stage", 2, "--steps", 1, "--batch", 1, *PLAIN, "--out", one_step)
-    ended = verb(train, *call, *arguments)
-    assert ended.code == 2
-    assert words in ended.err and ended.err.count("\n") == 1
-    assert contents(one_step) == before
+    refused(verb, one_step, words, "--init", tiny_weights, "--stage", 2, *arguments)
+
+
+def test_a_run_of_another_version_is_not_gone_on_with(verb, one_step, tmp_path):
+    # catches a KeyError where the options of a plan have changed
+    shutil.copytree(one_step, tmp_path / "run")
+    done = next(tmp_path.glob("run/checkpoints/*/done.json"))
+    record = json.loads(done.read_text())
+    record["plan"]["video_only"] = False
+    done.write_text(json.dumps(record))
+    refused(verb, tmp_path / "run", "is of another version of train.py", "--stage", 2, "--resume")
 
 
 def test_weights_are_not_overwritten_where_checkpoints_are_gone(verb, tiny_weights, tmp_path):
     shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
-    before = contents(tmp_path)
-    ended = verb(train, "--init", tiny_weights, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path)
-    assert ended.code == 2 and "weights.safetensors exists" in ended.err
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("before", (True, False), ids=("--out before the verb", "after it"))
-def test_export_is_of_the_run_that_was_named(verb, one_step, tmp_path, before):
-    out, to = ("--out", one_step), tmp_path / "w.safetensors"
-    ended = verb(train, *((*out, "export", to) if before else ("export", *out, to)))
-    assert ended.code == 0, ended.err
-    found, expected = load_file(to), load_file(one_step / "weights.safetensors")
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    refused(verb, tmp_path, r"weights\.safetensors exists", "--init", tiny_weights)
