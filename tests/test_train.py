@@ -173,7 +173,7 @@ def test_the_shipped_file_is_the_average_with_codec_statistics_and_settings(whol
     assert not differing(codec, extra)
     recipe = {"stage": 2, "shift": 1.0, "one_t": False, "ablate": None}
     assert weights.read_settings(file) == {
-        "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": BODY, "recipe": recipe,
+        "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": "", "recipe": recipe,
     }  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path,
     monkeypatch.setattr(batches, "STATISTICS_CLIPS", 64)
     codec = puppet.Codec.fit(range(8))
     monkeypatch.setattr(puppet.Codec, "fit", lambda: codec)
-    (call,) = run_train(tmp_path, "--stage", 1, "--steps", 1, "--frames", 5, "--batch", 16)
+    (call,) = run_train(tmp_path, "--stage", 1, "--steps", 1, "--frames", 5, "--batch", 8)
     assert call.state["motion_std"].max() > 0.1 and call.state["motion_mean"].abs().max() > 0.1
     assert call.motion.mean().abs() < 0.3 and 0.6 < call.motion.std() < 1.4
     name = "blocks.0.motion.ffn.0.weight"
@@ -243,7 +243,7 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
     torch.manual_seed(0)
     model = DualDiT(dataclasses.replace(TINY, channels=16, width=64))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    steps, copies = 250, 2
+    steps, copies = 200, 2
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     given = [x.expand(copies, *x.shape[1:]) for x in (video, motion, text)]
     for _ in range(steps):
@@ -517,7 +517,7 @@ def ablations(tmp_path_factory, stage_0) -> dict[str | None, Whole]:
     for name in ABLATED:
         out = tmp_path_factory.mktemp("ablations") / "run"
         given = ("--init", stage_0, "--frames", 5, "--batch", 1, *(("--ablate", name) if name else ()))
-        runs[name] = Whole(out, run_train(out, *given, stages={0: 2, 1: 2, 2: 6}))
+        runs[name] = Whole(out, run_train(out, *given, stages={0: 1, 1: 1, 2: 4}))
     return runs
 
 
@@ -526,7 +526,7 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(ablations, name):
     plain, (out, calls) = ablations[None], ablations[name]
     fields, same = ABLATED[name]
     stages = [line["stage"] for line in metrics(out)]
-    assert stages == [0] * 2 + [1] * 2 * (name != "one-stage") + [2] * 6
+    assert stages == [0] + [1] * (name != "one-stage") + [2] * 4
     settings = weights.read_settings(out / "weights.safetensors")
     assert settings["recipe"] == {"stage": 2, "shift": 1.0, "one_t": name == "shared-noise", "ablate": name}
     assert weights.read_config(out / "weights.safetensors") == dataclasses.replace(TINY, **fields)
@@ -536,11 +536,11 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(ablations, name):
         assert torch.equal(drawn.t_video, drawn.t_motion) == (name == "shared-noise")
         assert torch.equal(drawn.t_video, expected.t_video) and torch.equal(drawn.seeds, expected.seeds)
         assert torch.equal(drawn.t_motion, expected.t_motion) or name == "shared-noise"
-        if name != "one-stage" or step < 2:
+        if name != "one-stage" or step < 1:
             assert drawn.task is expected.task
             torch.testing.assert_close(other.motion, one.motion, rtol=0, atol=0)
     equal = [a == b for a, b in zip(curve(plain.out), curve(out), strict=False)]
-    assert [e for e, stage in zip(equal, stages, strict=False) if stage in same] == [True] * 2 * len(same)
+    assert [e for e, stage in zip(equal, stages, strict=False) if stage in same] == [True] * len(same)
     if fields:  # where both streams meet it is another network
         assert not all(equal)
 

@@ -1,4 +1,4 @@
-"""kit/data/batch.py: a step's batch is a pure function of (seed, step), whoever computes which part of it."""
+"""kit/data/batch.py: a step's clips are a pure function of (seed, step), whoever reads which part of them."""
 
 from collections import Counter
 
@@ -6,16 +6,14 @@ import pytest
 import torch
 from conftest import TINY
 
-from flow import Task, shift_time
 from kit import puppet, weights
 from kit.data import batch as batches
-from kit.data.batch import Batch, draw_task, locate, rng
+from kit.data.batch import Batch, locate, rng
 from kit.data.datasets import puppet_motion
 from kit.data.sources import Read, Source, open_sources
 from kit.geometry import PUPPET
 from motion_tokens import motion_statistics
 
-STEPS = 3000  # for shares: three standard deviations of a third are 0.026
 CPU = torch.device("cpu")
 
 
@@ -28,19 +26,14 @@ def batch(tiny_weights):
 
     def make(seed: int = 0, step: int = 0, stage: int = 2, samples: range = range(4), **more) -> Batch:
         where = {"seed": seed, "step": step, "stage": stage, "samples": samples, "batch": 8} | more
-        return batches.batch(sources, model.motion_mean, model.motion_std, **where, **given)
+        return batches.read(sources, model.motion_mean, model.motion_std, **where, **given)
 
     return make
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    every = batch._asdict() | batch.draw._asdict()
-    return {name: x for name, x in every.items() if isinstance(x, torch.Tensor)}
-
-
-def step_of(task: Task, dropped: bool) -> int:
-    """The first step of seed 0 that draws this."""
-    return next(step for step in range(1000) if draw_task(0, step, 2) == (task, dropped))
+    """What each sample has of its own."""
+    return {name: x for name, x in batch._asdict().items() if x is not None and name != "null_text"}
 
 
 # ---------------------------------------------------------------- randomness
@@ -68,28 +61,22 @@ def test_rng_keys_do_not_run_together():
 # ---------------------------------------------------------------- the batch
 
 
-def test_the_puppets_stream_stays_what_it_was(batch, tiny_weights):
-    # catches draws from other keys or in another order: a resumed run would go on with other data
+@pytest.mark.parametrize("stage", (0, 1, 2))
+def test_the_puppets_stream_stays_what_it_was(batch, tiny_weights, stage):
+    # catches clips of other keys or in another order: a resumed run would go on with other data
     model, extra = weights.load_weights(tiny_weights)
-    seeds = [int(torch.randint(2**62, (1,), generator=rng("clip", 0, 2, 3, i))) for i in (1, 2)]
+    seeds = [int(torch.randint(2**62, (1,), generator=rng("clip", 0, stage, 3, i))) for i in (1, 2)]
     clips = puppet.clips(seeds, frames=5)
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     motion = (puppet_motion(clips) - model.motion_mean) / model.motion_std
-    t_video, t_motion, noise_video, noise_motion = [], [], [], []
-    for i in (1, 2):
-        generator = rng("noise", 0, 2, 3, i)
-        torch.rand(1, generator=generator)  # whether the text is dropped
-        noise_video.append(torch.randn(video.shape[1:], generator=generator))
-        noise_motion.append(torch.randn(motion.shape[1:], generator=generator))
-        for times in (t_video, t_motion):
-            times.append(shift_time(torch.rand(1, generator=generator), 3.0))
-    expected = {
-        "video": video, "motion": motion, "t_video": torch.cat(t_video), "t_motion": torch.cat(t_motion),
-        "noise_video": torch.stack(noise_video), "noise_motion": torch.stack(noise_motion),
-    }  # fmt: skip
-    found = tensors(batch(step=3, samples=range(1, 3), shift=3.0))
+    expected = {"video": video, "motion": motion, "text": puppet.encode_text(clips.caption)}
+    if stage == 1:
+        del expected["video"]
+    found = batch(step=3, stage=stage, samples=range(1, 3))
+    assert tensors(found).keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=0, rtol=0, msg=name)
+        torch.testing.assert_close(tensors(found)[name], value, atol=0, rtol=0, msg=name)
+    torch.testing.assert_close(found.null_text, puppet.encode_text([""])[0], atol=0, rtol=0)
 
 
 def test_the_puppets_statistics_stay_what_they_were(monkeypatch):
@@ -103,24 +90,20 @@ def test_the_puppets_statistics_stay_what_they_were(monkeypatch):
 
 @pytest.mark.parametrize("stage", (1, 2))
 def test_slices_of_two_ranks_are_the_batch_of_one_process(batch, stage):
-    # catches noise drawn for the batch as a whole, and a rank-dependent task
+    # catches samples numbered within a rank
     whole = batch(step=3, stage=stage)
-    parts = [batch(step=3, stage=stage, samples=samples) for samples in (range(2), range(2, 4))]
-    assert {part.task for part in parts} == {whole.task}
-    together = {name: torch.cat([tensors(part)[name] for part in parts]) for name in tensors(parts[0])}
-    assert together.keys() == tensors(whole).keys()
+    parts = [tensors(batch(step=3, stage=stage, samples=samples)) for samples in (range(2), range(2, 4))]
     for name, value in tensors(whole).items():
         # rendering and encoding multiply matrices whose rounding may depend on how many clips there are
-        rounding = 1e-5 if name in ("video", "motion") else 0
-        torch.testing.assert_close(together[name], value, atol=rounding, rtol=rounding, msg=name)
+        together = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(together, value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("other", ({"seed": 1}, {"step": 1}, {"samples": range(4, 8)}), ids=str)
 def test_another_seed_step_or_sample_is_other_data(batch, other):
-    # catches a key that forgets one of them: training would see the same clips or noise again
+    # catches a key that forgets one of them: training would see the same clips again
     here, there = tensors(batch()), tensors(batch(**other))
-    same = [name for name in here.keys() & there.keys() if torch.equal(here[name], there[name])]
-    assert not same
+    assert not [name for name in here if torch.equal(here[name], there[name])]
 
 
 def test_samples_of_a_batch_differ(batch):
@@ -128,20 +111,12 @@ def test_samples_of_a_batch_differ(batch):
         assert not torch.equal(value[0], value[1]), name
 
 
-def test_the_same_step_is_the_same_batch_twice(batch):
-    for first, second in zip(tensors(batch()).values(), tensors(batch()).values(), strict=True):
-        torch.testing.assert_close(first, second, atol=0, rtol=0)
-
-
-def test_stage_1_has_motion_alone(batch):
-    first = batch(stage=1)
-    assert (first.video, first.draw.noise_video, first.task) == (None, None, Task.MOTION_ONLY)
-    assert first.motion.shape == first.draw.noise_motion.shape == (4, 5, 235)
-
-
-def test_stage_2_has_video_of_the_same_frames(batch):
-    second = batch(stage=2)
-    assert second.video.shape == second.draw.noise_video.shape == (4, TINY.channels, 2, 8, 8)
+def test_stage_1_has_motion_alone_and_the_others_video_of_the_same_frames(batch):
+    shapes = {
+        stage: [None if x is None else tuple(x.shape) for x in batch(stage=stage)] for stage in range(3)
+    }
+    assert shapes[1] == [None, (4, 5, 235), (4, 16, 64), (16, 64)]
+    assert shapes[0] == shapes[2] == [(4, TINY.channels, 2, 8, 8), *shapes[1][1:]]
 
 
 def test_motion_is_normalised_by_the_statistics_it_is_given(batch):
@@ -149,60 +124,6 @@ def test_motion_is_normalised_by_the_statistics_it_is_given(batch):
     motion = batch(stage=1, samples=range(64)).motion
     assert motion.mean().abs() < 0.1
     assert 0.7 < motion.std() < 1.2
-
-
-# ---------------------------------------------------------------- what is dropped, and how often
-
-
-def test_dropped_text_is_the_empty_caption_and_kept_text_the_clips(batch, monkeypatch):
-    made = []
-    clips = puppet.clips
-    monkeypatch.setattr(puppet, "clips", lambda *a, **k: made.append(clips(*a, **k)) or made[-1])
-    text = batch(stage=1, samples=range(200)).text
-    kept = puppet.encode_text(made[0].caption)
-    empty = puppet.encode_text([""]).expand_as(kept)
-    dropped = (text == empty).all(dim=(1, 2))
-    torch.testing.assert_close(text, torch.where(dropped[:, None, None], empty, kept), atol=0, rtol=0)
-    assert 0.04 < dropped.float().mean() < 0.18  # DROP_TEXT is 0.1, 200 samples
-
-
-def test_times_are_shifted_and_each_modality_has_its_own(batch):
-    # the median of s·t / (1 + (s-1)·t) for uniform t and s = 3 is 0.75, unshifted 0.5
-    draw = batch(stage=1, samples=range(200), shift=3.0).draw
-    assert 0.66 < draw.t_motion.median() < 0.83
-    assert 0 <= draw.t_motion.min() < 0.2 and 0.95 < draw.t_motion.max() <= 1
-    # each modality has its own, unless they are to share it
-    assert torch.corrcoef(torch.stack(draw[2:]))[0, 1].abs() < 0.2
-    assert 0.41 < batch(stage=1, samples=range(200)).draw.t_motion.median() < 0.59
-    shared = batch(stage=1, samples=range(200), shift=3.0, shared_noise=True).draw
-    assert torch.equal(shared.t_video, shared.t_motion) and torch.equal(shared.t_video, draw.t_video)
-
-
-@pytest.mark.parametrize("task", (Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION))
-def test_dropping_condition_and_text_leaves_neither(batch, task):
-    # catches one kept without the other: guidance's u(x, ∅, ∅) would never be trained
-    dropped = batch(step=step_of(task, dropped=True), samples=range(8))
-    assert dropped.task is task.unconditional
-    assert not dropped.text.any()
-    kept = batch(step=step_of(task, dropped=False), samples=range(8))
-    assert kept.task is task
-    assert kept.text.any()
-
-
-def test_tasks_are_drawn_equally_and_a_tenth_of_the_conditional_ones_dropped():
-    draws = [draw_task(0, step, stage=2) for step in range(STEPS)]
-    count = Counter(draws)
-    shares = {task: (count[task, False] + count[task, True]) / STEPS for task in Task}
-    assert [shares[task] for task in (Task.MOTION_ONLY, Task.VIDEO_ONLY)] == [0, 0]
-    for task in (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION):
-        assert 0.3 < shares[task] < 0.37, task.name
-    assert count[Task.JOINT, True] == 0  # it has no condition
-    for task in (Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION):
-        assert 0.06 < count[task, True] / (shares[task] * STEPS) < 0.14, task.name
-
-
-def test_stage_1_draws_motion_only():
-    assert {draw_task(0, step, stage=1) for step in range(50)} == {(Task.MOTION_ONLY, False)}
 
 
 # ---------------------------------------------------------------- finite data: which sample when
@@ -227,7 +148,7 @@ def drawn(sources: list[Source], steps: range, batch: int, ranks: int = 1, stage
         for rank in range(ranks):
             samples = range(batch // ranks * rank, batch // ranks * (rank + 1))
             where = {"seed": seed, "step": step, "stage": stage, "frames": 5, "batch": batch, "device": CPU}
-            part = batches.batch(sources, torch.zeros(235), torch.ones(235), samples=samples, **where)
+            part = batches.read(sources, torch.zeros(235), torch.ones(235), samples=samples, **where)
             found += part.motion[:, 0, 0].long().tolist()
     return found
 
@@ -284,27 +205,37 @@ def test_sources_are_mixed_within_a_batch_and_keep_their_places():
     assert {number >= 1000 for number in expected[:8]} == {True, False}
 
 
-def test_stage_2_draws_from_what_has_video():
+@pytest.mark.parametrize("stage", (0, 2))
+def test_stages_with_video_draw_from_what_has_video(stage):
     sources = [numbered(10, weight=9, paired=False, offset=1000), numbered(10)]
-    assert max(drawn(sources, range(8), batch=4, stage=2)) < 1000
-    with pytest.raises(ValueError, match="stage 2 needs video"):
-        drawn(sources[:1], range(1), batch=4, stage=2)
+    assert max(drawn(sources, range(8), batch=4, stage=stage)) < 1000
+    with pytest.raises(ValueError, match=f"stage {stage} needs video"):
+        drawn(sources[:1], range(1), batch=4, stage=stage)
 
 
 def test_more_frames_than_there_are_is_an_error():
     where = {"seed": 0, "step": 0, "stage": 1, "batch": 1, "samples": range(1), "device": CPU}
     with pytest.raises(ValueError, match="9 frames are asked for, but there is a data set of 5"):
-        batches.batch([numbered(3)], torch.zeros(235), torch.ones(235), frames=9, **where)
+        batches.read([numbered(3)], torch.zeros(235), torch.ones(235), frames=9, **where)
 
 
 def test_text_is_a_caption_of_its_own_sample_padded_with_zeros():
     # catches captions that do not follow their sample into place, and the null text shining through
     where = {"seed": 0, "step": 0, "stage": 1, "frames": 5, "batch": 400, "device": CPU}
     sources = [numbered(200), numbered(200, offset=1000)]
-    part = batches.batch(sources, torch.zeros(235), torch.ones(235), samples=range(400), **where)
+    part = batches.read(sources, torch.zeros(235), torch.ones(235), samples=range(400), **where)
     seen = Counter()
     for motion, text in zip(part.motion[:, 0, 0].tolist(), part.text, strict=True):
         n = motion % 1000 + 1
-        known = {"null": [0.5] * 4, "first": [n, n, 0, 0], "second": [-n, -n, -n, 0]}
+        known = {"first": [n, n, 0, 0], "second": [-n, -n, -n, 0]}
         seen[next(name for name, column in known.items() if text[:, 0].tolist() == column)] += 1
-    assert 20 < seen["null"] < 65 and min(seen["first"], seen["second"]) > 140
+    assert min(seen["first"], seen["second"]) > 160
+    assert part.null_text[:, 0].tolist() == [0.5] * 4
+
+
+def test_a_sample_without_captions_has_the_null_text():
+    source = numbered(4)
+    silent = source._replace(read=lambda *given: source.read(*given)._replace(texts=[[]] * len(given[0])))
+    where = {"seed": 0, "step": 0, "stage": 1, "frames": 5, "batch": 2, "device": CPU}
+    part = batches.read([silent], torch.zeros(235), torch.ones(235), samples=range(2), **where)
+    assert (part.text == 0.5).all()
