@@ -198,15 +198,15 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_dis
 
 def poison(first: int, last: int) -> None:
     """Batches of these steps hold a NaN, in the last rank's samples only."""
-    batch = batches.batch
+    read = batches.read
 
     def poisoned(*arguments: object, step: int, samples: range, **others: object) -> Batch:
-        made = batch(*arguments, step=step, samples=samples, **others)
+        made = read(*arguments, step=step, samples=samples, **others)
         if first <= step <= last and samples.stop == others["batch"]:
             made.motion[-1, 0, 0] = torch.nan
         return made
 
-    batches.batch = poisoned
+    batches.read = poisoned
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_every_rank(smallest, tmp_path):
@@ -236,7 +236,7 @@ def test_ten_such_steps_in_a_row_end_the_run_and_name_the_batch(smallest, tmp_pa
     printed = finish(again, log, code=2)
     task = json.loads(lines(out)[-1])["task"]
     assert (
-        "train.py: error: 10 steps in a row had a loss or gradient that is not finite; "
+        "train.py: error: too many steps in a row had a loss or gradient that is not finite; "
         f"last: seed 0, step 14, task {task}, samples 0 to 1\n"
     ) in printed
     assert checkpoints.newest(out, distributed.ALONE).record["bad"] == 9
