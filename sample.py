@@ -127,7 +127,8 @@ def main() -> None:
             given = model, job.task, text[job.prompt], text[""], job.seed, world.grid, latents, motion
             progress = functools.partial(tqdm, desc=job.name)
             video, moved = denoise(*given, progress=progress, **sampling)
-            made.append(output.save_latents(out, job, video, moved))
+            looks = None if args.prompts else output.looks(model, job, video, moved, text[job.prompt])
+            made.append(output.save_latents(out, job, video, moved, looks))
         del model
         backbone.free(args.device)
     output.write_all(out, made, pixels, world, args.device, pictures=not args.prompts, mesh=args.mesh)

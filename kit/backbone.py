@@ -89,13 +89,16 @@ def open_backbone(
         print("no --body: joints are the procedural body's, not SMPL's")
     if fps and trained.get("fps", fps) != fps:
         print(f"{file} was trained on {trained['fps']:g} frames a second, {fps:g} are asked for")
+    own = Body.load(body) if body else puppet.body()
+    if trained.get("body", own.digest()) != own.digest():
+        print(f"{file} was trained on another body than {body or 'the procedural one'}: name it with --body")
     frames, fps = frames or trained.get("frames"), fps or trained.get("fps")
     if not size and "height" in trained:
         size = trained["height"], trained["width"]
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     shape = geometry(folder, frames, size, fps)
-    return wan_backbone(folder, file, device, dtype, Body.load(body) if body else puppet.body(), shape)
+    return wan_backbone(folder, file, device, dtype, own, shape)
 
 
 def puppet_backbone(file: Path, device: str) -> Backbone:

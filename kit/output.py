@@ -16,17 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dual_dit import DualDiT
 from flow import Task
+from kit.attention import attention_to_latents
 from kit.backbone import Backbone
 from kit.body import JOINT_NAMES, Body
 from kit.data.motion_files import Motion, check_motion, save_amass
 from kit.files import whole_file
+from kit.page import SHOWN, PageSample, write_page
 from kit.pictures import contact_sheet, draw_skeleton, fitted, resized, side_by_side, to_frames, write_video
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 
 PICTURE = 256  # height of the video in the GIF, pixels
 AT_ONCE = 256  # frames skinned at a time: SMPL's 6,890 vertices then take a few hundred megabytes
 MESH = {"npz": "-mesh.npz", "obj": "-mesh"}  # what is added to a sample's name
+
+
+WORDS = {
+    Task.JOINT: "text to video and motion", Task.MOTION_TO_VIDEO: "motion to video",
+    Task.VIDEO_TO_MOTION: "video to motion", Task.VIDEO_ONLY: "text to video",
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -49,10 +58,12 @@ def folder_of(latents: Path | None) -> Path:
     return there.parent if there.name == "latents" else there
 
 
-def save_latents(out: Path, job: Job, latents: Tensor | None, motion: Tensor | None) -> Path:
+def save_latents(
+    out: Path, job: Job, latents: Tensor | None, motion: Tensor | None, attention: Tensor | None = None
+) -> Path:
     """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing. -> the file"""
     path = out / "latents" / f"{job.name}.safetensors"
-    tensors = {"latents": latents, "motion": motion}
+    tensors = {"latents": latents, "motion": motion, "attention": attention}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
@@ -61,8 +72,8 @@ def save_latents(out: Path, job: Job, latents: Tensor | None, motion: Tensor | N
     return path
 
 
-def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
-    """-> its job, latents (b c t h w), motion (b f 235); raises if the file holds none."""
+def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None, Tensor | None]:
+    """-> its job, latents (b c t h w), motion (b f 235), attention; raises if the file holds none."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
     try:
@@ -70,9 +81,18 @@ def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None]:
             name, task, prompt, seed = json.loads(file.metadata()["job"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         job = Job(name, Task(task), prompt, seed)
-        return job, tensors["latents"], tensors.get("motion")
+        return job, tensors["latents"], tensors.get("motion"), tensors.get("attention")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
+
+
+def looks(
+    model: DualDiT, job: Job, latents: Tensor | None, motion: Tensor | None, text: Tensor
+) -> Tensor | None:
+    """Which latents each motion frame of a sample looks at (layers f T), for its page; None without both."""
+    if latents is None or motion is None:
+        return None
+    return attention_to_latents(model, latents, motion, text.to(motion.device), job.task)
 
 
 # ---------------------------------------------------------------- what people look at
@@ -98,15 +118,30 @@ def write_all(
     mesh: str | None,
 ) -> None:
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
-    codec = None
+    codec, samples = None, []
     for file in latents:
-        job, made, motion = load_latents(file)
+        job, made, motion, attention = load_latents(file)
         video = pixels
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
             codec = codec or world.codec()
             video = codec.decode(made.to(device))
         names = write(out, job, video, motion, world, pictures, mesh)
         print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
+        shown = (video, motion, attention) if len(samples) < SHOWN else (None, None, None)
+        samples.append(page_sample(job, *shown, world.geometry.fps))
+    if pictures and samples:
+        write_page(out / "index.html", samples)
+        print(f"{out}/index.html shows them")
+
+
+def page_sample(
+    job: Job, video: Tensor | None, motion: Tensor | None, attention: Tensor | None, fps: float
+) -> PageSample:
+    """One sample as the page wants it."""
+    frames = None if video is None else to_frames(video[0]).numpy()
+    joints = None if motion is None else decode_smpl(motion.float().cpu())["joints"][0].numpy()
+    attention = None if attention is None else attention.numpy()
+    return PageSample(job.name, WORDS[job.task], job.prompt, frames, joints, fps, attention)
 
 
 def write(

@@ -53,5 +53,10 @@ def test_kit_knows_nothing_of_study_bench_and_the_verbs():
         }, name
 
 
+def test_study_is_used_by_itself_alone():
+    for name in (name for name in FILES if not name.startswith("study/")):
+        assert not {file for file in imported(name) if file.startswith("study/")}, name
+
+
 def test_the_root_holds_what_a_reader_reads():
     assert {path.name for path in ROOT.glob("*.py")} == {*METHOD, "train.py", "sample.py"}

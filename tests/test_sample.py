@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, contents, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation, Slerp
 
+import dual_dit
 import sample
-from kit import backbone, devices, pictures, puppet, weights
+from kit import backbone, devices, jobs, output, pictures, puppet, weights
+from kit.attention import attention_to_latents
 from kit.conditions import read_motion, read_video
 from kit.data.motion_files import Motion, load_amass, save_amass
 from motion_tokens import decode_smpl
@@ -51,10 +53,35 @@ def frames(path: Path) -> torch.Tensor:
 # ---------------------------------------------------------------- what is written
 
 
-def test_without_a_task_each_has_its_four_files_and_there_is_one_record(made):
-    expected = {f"{name}.{suffix}" for name in NAMES for suffix in ("mp4", "gif", "png", "npz", "bvh")}
+SUFFIXES = ("mp4", "gif", "png", "npz", "bvh")
+
+
+def test_without_a_task_each_has_its_files_and_there_is_one_page_and_one_record(made):
+    expected = {f"{name}.{suffix}" for name in NAMES for suffix in SUFFIXES}
     latents = {f"latents/{name}.safetensors" for name in NAMES}
-    assert contents(made).keys() == expected | latents | {"run.json"}
+    assert contents(made).keys() == expected | latents | {"index.html", "run.json"}
+
+
+def page(folder: Path) -> list[dict]:
+    """The samples in the data that a page's script reads."""
+    html = (folder / "index.html").read_text()
+    start = html.index('{"samples":')
+    return json.JSONDecoder().raw_decode(html[start:])[0]["samples"]
+
+
+def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, tiny_weights):
+    # catches attention of another task, text or sample, or of motion that is normalised twice
+    model, _ = weights.load_weights(tiny_weights)
+    shown = page(made)
+    assert [one["name"] for one in shown] == list(NAMES)
+    for one in shown:
+        assert one["frames"] == 17 and one["video"] and len(one["joints"]) == 17
+        file = made / "latents" / f"{one['name']}.safetensors"
+        job, latents, motion, attention = output.load_latents(file)
+        expected = attention_to_latents(model, latents, motion, puppet.encode_text([job.prompt]), job.task)
+        assert expected.shape == (TINY.layers, 17, 5)
+        torch.testing.assert_close(attention, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(np.array(one["attention"]) / 1000, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,10 +97,10 @@ def test_video_and_motion_have_the_presets_size_and_rate(made, name):
 def test_record_holds_options_prompts_command_and_versions(made, tiny_weights):
     record = json.loads((made / "run.json").read_text())
     options = {"task": None, "seed": SEED, "steps": 2, "solver": "ab2", "out": str(made), "motion": None}
-    options |= {"weights": str(tiny_weights), "guidance_text": 1.5, "guidance_condition": 1.5}
+    options |= {"weights": str(tiny_weights), "guidance_text": None, "lead": None}
     assert {key: record["options"][key] for key in options} == options
-    shown = puppet.clips([sample.CONDITION_CLIP]).caption[0]
-    assert record["prompts"] == {"joint": sample.PROMPT, "m2v": shown, "v2m": shown}
+    shown = puppet.clips([jobs.CONDITION_CLIP]).caption[0]
+    assert record["prompts"] == {"joint": jobs.PROMPT, "m2v": shown, "v2m": ""}
     assert "--seed" in record["command"]
     assert record["versions"]["torch"] == torch.__version__
 
@@ -95,22 +122,52 @@ def test_the_same_call_gives_the_same_bytes(made, tiny_weights, tmp_path):
 @pytest.mark.parametrize("other", (("--seed", 4), ("--prompt", "")), ids=("seed", "no text"))
 def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, other):
     out = run_sample(tiny_weights, tmp_path, "--task", "joint", *other)
-    pictures = {f"joint.{suffix}" for suffix in ("mp4", "gif", "png", "npz", "bvh")}
-    assert contents(out).keys() == pictures | {"latents/joint.safetensors", "run.json"}
+    pictures = {f"joint.{suffix}" for suffix in SUFFIXES}
+    assert contents(out).keys() == pictures | {"latents/joint.safetensors", "index.html", "run.json"}
     for suffix in ("mp4", "npz"):
         assert (out / f"joint.{suffix}").read_bytes() != (made / f"joint.{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("bf16", (False, True))
-def test_the_puppet_computes_in_what_is_faster_here(tiny_weights, tmp_path, monkeypatch, bf16):
+def test_the_puppet_computes_in_what_the_processor_has_units_for(tiny_weights, tmp_path, monkeypatch, bf16):
     # as it was trained and is measured; what is written stays fp32
-    monkeypatch.setattr(devices, "faster_in_bf16", lambda device: bf16)
+    monkeypatch.setattr(devices, "has_bf16_units", lambda device: bf16)
+    monkeypatch.setattr(dual_dit, "attention", dual_dit.attention)  # it may be exchanged
     dtypes = set()
     note = lambda module, inputs, output: dtypes.add(getattr(output, "dtype", None))
     with torch.nn.modules.module.register_module_forward_hook(note):
         out = run_sample(tiny_weights, tmp_path, "--task", "v2m")
     assert (torch.bfloat16 in dtypes) == bf16
     assert {x.dtype for x in load_file(out / "latents" / "v2m.safetensors").values()} == {torch.float32}
+
+
+CALLS = {  # what each option makes of flow.sample's arguments; first what none of them does
+    (): {
+        "steps": 6,
+        "guidance_text": 1.5,
+        "guidance_condition": 1.5,
+        "shift": 1.0,
+        "lead": 0.5,
+        "solver": "ab2",
+    },
+    ("--steps", 3): {"steps": 3},
+    ("--guidance-text", 0): {"guidance_text": 0.0},
+    ("--guidance-condition", 4): {"guidance_condition": 4.0},
+    ("--lead", 0): {"lead": 0.0},
+    ("--solver", "euler"): {"solver": "euler"},
+}
+
+
+def test_options_reach_the_sampler_and_the_rest_is_the_puppets(tiny_weights, tmp_path, monkeypatch):
+    # catches a 0 that is taken for nothing given
+    asked = []
+    monkeypatch.setattr(sample.flow, "sample", lambda *given, **how: asked.append(how) or given[1:3])
+    for options in CALLS:
+        call = (*options, "--steps", 6) if "--steps" not in options else options
+        run_sample(tiny_weights, tmp_path, "--task", "joint", *call)
+    for changed, how in zip(CALLS.values(), asked, strict=True):
+        how.pop("progress")
+        assert how == CALLS[()] | changed
 
 
 def test_sampling_imports_nothing_slow_that_it_does_not_use(tiny_weights, tmp_path):
@@ -125,7 +182,7 @@ def test_sampling_imports_nothing_slow_that_it_does_not_use(tiny_weights, tmp_pa
 
 
 def test_shown_conditions_are_the_puppet_clips(made):
-    clip = puppet.clips([sample.CONDITION_CLIP])
+    clip = puppet.clips([jobs.CONDITION_CLIP])
     motion = load_amass(made / "m2v.npz", puppet.body())
     torch.testing.assert_close(motion.transl, clip.transl[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(motion.betas, clip.betas[0], atol=1e-4, rtol=0)
@@ -230,7 +287,8 @@ def test_objects_that_are_there_are_kept_and_nothing_is_sampled(verb, tiny_weigh
 def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_path):
     out = run_sample(tiny_weights, tmp_path / "there", "--task", "joint")
     before = contents(out)
-    (out / "joint.mp4").unlink()
+    for name in ("joint.mp4", "index.html"):  # the page shows attention again
+        (out / name).unlink()
     call = (*PLAIN, "--weights", tiny_weights, "--decode")
     assert verb(sample, *call, out / "latents" / "joint.safetensors").code == 0
     assert contents(out) == before
@@ -278,7 +336,7 @@ def weights_of(path: Path, extra: dict) -> Path:
 
 
 def foreign_weights(path: Path) -> Path:
-    weights.save_file({"layer.weight": torch.ones(2)}, path)
+    save_file({"layer.weight": torch.ones(2)}, path)
     return path
 
 
@@ -317,18 +375,32 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
         "condition of --task m2v",
     ),
     "video without v2m": (lambda d: ("--video", video_of(d / "v.mp4", 17, 64)), "condition of --task v2m"),
+    "video to motion with text": (
+        lambda d: ("--task", "v2m", "--prompt", "a person walks"),
+        "video to motion takes no text",
+    ),
+    "video to motion with texts": (
+        lambda d: ("--task", "v2m", "--prompts", prompts_of(d / "p.txt", "a person walks")),
+        "video to motion takes no text",
+    ),
     "unknown task": (lambda d: ("--task", "t2v"), "invalid choice.*joint.*m2v.*v2m"),
     "17 words": (lambda d: ("--prompt", "word " * 17), "16 words, got 17"),
     "a prompt too long for a name": (
         lambda d: ("--prompts", prompts_of(d / "p.txt", "word " * 60)),
         "a prompt names its files: at most 200 bytes",
     ),
-    "no samples": (lambda d: ("--count", 0), "--count is at least 1, got 0"),
+    "no samples": (lambda d: ("--count", 0), "--count: expected a number of at least 1, got '0'"),
     "a start before the video": (
         lambda d: ("--task", "v2m", "--video", video_of(d / "v.mp4", 17, 64), "--start", -1),
         "--start is a number of seconds from 0 on",
     ),
-    "no steps": (lambda d: ("--steps", 0), "steps must be at least 1"),
+    "no steps": (lambda d: ("--steps", 0), "--steps: expected a number of at least 1, got '0'"),
+    "6 frames": (lambda d: ("--frames", 6), "--frames: expected 4n.1, got 6; the nearest is 5"),
+    "a size of one number": (lambda d: ("--size", "64"), "--size: expected HEIGHTxWIDTH"),
+    "no rate": (lambda d: ("--fps", 0), "--fps: expected a number above 0"),
+    "a rate for the puppet": (lambda d: ("--fps", 30), "--fps is for --wan; the puppet has one"),
+    "a lead too long": (lambda d: ("--lead", 0.6), "lead must be from 0"),
+    "an option that is none": (lambda d: ("--step", 2, "--seeds", 3), "unrecognized arguments|ambiguous"),
     "no such weights": (lambda d: ("--weights", d / "w.safetensors"), r"no weights at .*w\.safetensors"),
     "text as weights": (lambda d: ("--weights", text_in(d / "w")), "not a safetensors file"),
     "foreign weights": (lambda d: ("--weights", foreign_weights(d / "w")), "carries no configuration"),
@@ -343,6 +415,5 @@ def test_bad_input_is_one_line_and_writes_nothing(verb, tiny_weights, tmp_path, 
     ended = verb(sample, *call)
     assert ended.code == 2
     assert re.search(f"^sample.py: error: .*{words}", ended.err.splitlines()[-1])
-    if not ended.err.startswith("usage:"):  # argparse's own, before its line
-        assert ended.err.count("\n") == 1
+    assert ended.err.count("\n") == 1 or words.startswith("lead")  # the bar of the sample comes first
     assert not (tmp_path / "out").exists()

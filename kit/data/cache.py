@@ -76,7 +76,7 @@ def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path
         **shape._asdict(),
         "dtype": dtype,
         **parts,
-        "body": _hash(body.smpl.v_template.numpy().tobytes()),
+        "body": body.digest(),
     }
 
 
