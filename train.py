@@ -176,6 +176,18 @@ def follow(average: dict[str, Tensor], state: dict[str, Tensor], weight: float) 
     torch._foreach_lerp_([local(average[name]) for name in state], [local(x) for x in state.values()], weight)
 
 
+def update(
+    model: DualDiT, ema: dict[str, Tensor], opts: list[torch.optim.Optimizer], rate: float, now: Step
+) -> None:
+    """A step of the weights, and of their average."""
+    for optimizer in opts:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    # early in a stage, forget fast where it began
+    follow(ema, model.state_dict(), 1 - min(EMA_DECAY, (1 + now.step) / (10 + now.step)))
+
+
 def gradients(
     objective: nn.Module, read: Callable[..., batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
 ) -> Tensor:
@@ -199,8 +211,11 @@ def train(args: argparse.Namespace) -> None:
     accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
     run.check(args.out, args.resume, args.batch, ranks, accumulate)
     micro = args.batch // ranks // accumulate  # clips at a time
+    share = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))  # of this rank
+    parts = [range(i, i + micro) for i in share[::micro]]
     shift = SHIFT[kind] if args.shift is None else args.shift
     one_t = ONE_T[kind] or args.ablate == "shared-noise"
+    peak = args.lr or LEARNING_RATE[kind]
 
     # what there is: an earlier part of this run, data, the network
     plan = {name: getattr(args, name) for name in PLAN}
@@ -235,6 +250,10 @@ def train(args: argparse.Namespace) -> None:
                     checkpoints.load(found.folder, model, ema, opts if now.step else [], world)
             if now.step == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
+            read = functools.partial(
+                batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
+                batch=args.batch, device=device, codec=codec,
+            )  # fmt: skip
             held_out = validation.read_held_out(
                 held if args.validate_every else [], model, now.stage, shape.frames, codec, world
             )
@@ -244,13 +263,8 @@ def train(args: argparse.Namespace) -> None:
         # the gradients of this rank's clips, averaged over the ranks
         start = time.perf_counter()
         drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift, one_t)
-        read = functools.partial(
-            batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
-            step=step, frames=now.frames, batch=args.batch, device=device, codec=codec,
-        )  # fmt: skip
-        begin = rank * micro * accumulate
-        parts = [range(i, i + micro) for i in range(begin, begin + micro * accumulate, micro)]
-        losses = gradients(objective, read, drawn, parts, bf16)
+        clips = functools.partial(read, step=step, frames=now.frames)
+        losses = gradients(objective, clips, drawn, parts, bf16)
         norm = distributed.clip(model, CLIP_NORM)
 
         # one look at the numbers, which are then the same on every rank
@@ -261,14 +275,9 @@ def train(args: argparse.Namespace) -> None:
         skipped, bad = (skipped, 0) if finite else (skipped + 1, bad + 1)
 
         # the step
-        for optimizer in opts:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr or LEARNING_RATE[kind], now)
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if finite:  # early in a stage, forget fast where it began
-            follow(ema, model.state_dict(), 1 - min(EMA_DECAY, (1 + now.step) / (10 + now.step)))
+        if finite:
+            update(model, ema, opts, learning_rate(peak, now), now)
+        model.zero_grad()
 
         # what is written down
         done = step + 1
