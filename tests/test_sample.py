@@ -162,6 +162,8 @@ def test_options_reach_the_sampler_and_the_rest_is_the_puppets(tiny_weights, tmp
     # catches a 0 that is taken for nothing given
     asked = []
     monkeypatch.setattr(sample.flow, "sample", lambda *given, **how: asked.append(how) or given[1:3])
+    for name in ("looks", "write_all"):
+        monkeypatch.setattr(output, name, lambda *_, **__: None)
     for options in CALLS:
         call = (*options, "--steps", 6) if "--steps" not in options else options
         run_sample(tiny_weights, tmp_path, "--task", "joint", *call)
