@@ -148,12 +148,16 @@ def test_a_stage_trains_its_own_parameters_and_leaves_the_others_bit_for_bit(who
 
 def test_a_stage_starts_from_the_averaged_weights_of_the_one_before(whole):
     # catches raw weights handed over, and a motion expert that copies the raw video expert, or none
-    for end in (4, 7):
+    for stage, end in enumerate((4, 7)):
         average, start = saved(whole.out, end, "ema"), whole.calls[end].state
         copied = as_video(average) if end == 4 else {}
         assert not differing(average | copied, start), end
         assert len(copied) == (len(as_video(start)) if end == 4 else 0)
         assert differing(saved(whole.out, end), start), end  # the average is not the last
+        # and that average stays beside the run, for other runs to start from
+        file = whole.out / f"stage-{stage}.safetensors"
+        assert not differing(average, load_file(file))
+        assert weights.read_settings(file)["recipe"]["stage"] == stage
     assert len(as_video(whole.calls[4].state)) > 50
     # the average starts there, too: after one step it is a tenth the start, nine tenths the result
     start, raw, average = whole.calls[4].state, saved(whole.out, 5), saved(whole.out, 5, "ema")
@@ -343,7 +347,9 @@ def test_a_checkpoint_before_damaged_ones_is_kept_and_they_go(tmp_path):
     for step in (4, 8):
         checkpoints.folder_of(tmp_path, step).mkdir(parents=True)
     (tmp_path / "new").mkdir()
-    checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)._publish(tmp_path / "new", {"step": 6})
+    checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)._publish(
+        tmp_path / "new", {"step": 6, "stage_ended": None}
+    )
     assert [p.name for p in tmp_path.glob("checkpoints/*")] == ["step-00000006"]
 
 

@@ -180,7 +180,8 @@ def small_disk(tmp_path) -> Path:
 
 def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_disk, tmp_path):
     log = tmp_path / "log"
-    printed = finish(start(*call(smallest, small_disk, 30), "--keep", 99, log=log), log, code=2)
+    plan = (*call(smallest, small_disk, 30), "--stage", 2)
+    printed = finish(start(*plan, "--keep", 99, log=log), log, code=2)
     assert f"cannot save {small_disk}/checkpoints/step-" in printed and os.strerror(errno.ENOSPC) in printed
     saved = sorted(path.name for path in small_disk.glob("checkpoints/*"))
     assert saved == [f"step-{step:08}" for step in range(2, 2 * len(saved) + 1, 2)]
@@ -189,7 +190,7 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(smallest, small_dis
         shutil.rmtree(small_disk / "checkpoints" / name)
     undisturbed = tmp_path / "undisturbed"
     for more in (("--out", small_disk, "--resume", "--keep", 1), ("--out", undisturbed, *SELDOM)):
-        finish(start(*call(smallest, small_disk, 30), *more, log=log), log)
+        finish(start(*plan, *more, log=log), log)
     assert losses(small_disk) == losses(undisturbed)
 
 
