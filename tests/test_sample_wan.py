@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from types import ModuleType
 
+import clip_folder
 import numpy as np
 import pytest
 import torch
@@ -194,7 +195,8 @@ def trained(folder, tmp_path_factory) -> tuple[Path, list[tuple]]:
         patch.setattr(flow, "draw", lambda *given: steps.append(given[1:]) or draw(*given))
         patch.setattr(torch.optim.AdamW, "step", noted)
         shape = ("--frames", FRAMES, "--size", "64x64", "--fps", 30, "--dtype", "fp32")
-        call(patch, commands, "cache", "puppet:4", "--wan", folder, "--out", tmp / "cache", *shape)
+        clips = f"clips:{clip_folder.write(tmp / 'clips', (1, 2), frames=17)}"
+        call(patch, commands, "cache", clips, "--wan", folder, "--out", tmp / "cache", *shape)
         plan = ("--wan", folder, "--data", f"cache:{tmp / 'cache'}", "--steps", 9, "--batch", 2)
         call(patch, train, *plan, "--device", "cpu", "--validate-every", 0, "--out", tmp / "run")
     return tmp / "run", steps

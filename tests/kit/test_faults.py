@@ -204,7 +204,9 @@ def poison(first: int, last: int) -> None:
     def poisoned(*arguments: object, step: int, samples: range, **others: object) -> Batch:
         made = read(*arguments, step=step, samples=samples, **others)
         if first <= step <= last and samples.stop == others["batch"]:
-            made.motion[-1, 0, 0] = torch.nan
+            for clean in (made.video, made.motion):
+                if clean is not None:
+                    clean[-1, 0] = torch.nan
         return made
 
     batches.read = poisoned
