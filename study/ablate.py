@@ -1,259 +1,373 @@
-"""Ablations: networks that differ in one thing, trained on the same clips and measured alike.
+"""The paper's tables and ablations on the puppet: train what is missing, measure, write it down.
 
-Each is `train.py` with the flags in VARIANTS and the steps of steps_of, as a process of its own, in
-RUNS/VARIANT-SEED. A run that is already there goes on where it was, or is taken as it is.
+    python -m study.ablate all                 after `python train.py`: all of it
+    python -m study.ablate table1 figure8      some of it
+
+table1   the video of joint modelling against the backbone's and against more training on video alone
+figure8  where motion and video look in each other, with MVS-RoPE, unsynced, in collision
+a81      what positions in collision do to a network that could make video
+a82      stage 2 with stage 1 before it and without
+a83      two experts against one set of weights
+table5   video to motion
+table6   text to motion
+
+All networks start from the stages of one run of train.py (--from) and differ in one thing. Each is a run of
+train.py in DIR/NAME-SEED: one that is there is taken, one that was cut short goes on. A part is written to
+assets/results.json network by network; what is there and of the same weights is not measured again.
 """
 
+import argparse
+import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import flow
+import train
 from dual_dit import PRESETS, DualDiT
-from flow import Task
-from kit import checkpoints, devices, flops, puppet, validation, weights
-from kit.backbone import PUPPET_DEFAULTS
-from kit.data.batch import rng
-from kit.data.datasets import puppet_motion
+from flow import DROP_CONDITION, Task
+from kit import checkpoints, devices, files, flops, puppet, validation, weights
+from kit.attention import frame_share, latent_share
 from kit.files import whole_file
-from study import measures, pose
-from study.scores import CHUNK, generate_all, scores
+from motion_tokens import decode_smpl
+from study import scores
+from study.measures import summary
+from study.scores import ONE_CLOCK, Columns, Real
 
-SAMPLING = PUPPET_DEFAULTS._replace(steps=12)  # as the README's table was measured
-TRAIN = Path(__file__).parent.parent / "train.py"
-REAL_CLIPS = 1024  # among which the nearest silhouette of a generated video is looked for
-READ_CLIPS = 128  # of them whose elbows and knees say what is usual
-SCORES = (  # of study/scores.py
-    "joint_sync_peak_rate", "joint_iou", "v2m_mpjpe_mm", "m2v_iou", "text_action_accuracy", "jerk_ratio",
-)  # fmt: skip
-GUIDANCE = (1.0, 1.5, 3.0)  # of ω1 and of ω2; ω2 = 1 is guidance by text alone
-GRID = "m2v_iou_{:g}_{:g}"  # the measure's name
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "assets" / "results.json"
+ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
+LOOKS = 16  # times that each of these is validated
+SAMPLING = {"steps": 12}  # of the solver
 
 
-class Variant(NamedTuple):
-    flags: tuple[str, ...]  # of train.py
-    motion: bool = True  # whether it has learned of any
+class Network(NamedTuple):
+    """How a network is trained: from the weights of stage `start`, through stage `stage`."""
+
+    start: int
+    stage: int
+    ablate: str | None = None
+    frames: int | None = None  # None: growing clips, as train.py has them
 
 
-VARIANTS = {
-    "echomotion": Variant(()),
-    "unsynced": Variant(("--unsynced",)),
-    "shared noise": Variant(("--shared-noise",)),
-    "stage 2 alone": Variant(("--stage", "2")),
-    "video tuning": Variant(("--stage", "2", "--video-only"), motion=False),
+NETWORKS = {
+    "echomotion": Network(1, 2),
+    "video-tuning": Network(0, 0),  # on as many clips as echomotion's stage 2
+    "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
+    "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # what the ablations are held against
+    "unsynced": Network(1, 2, "unsynced", puppet.FRAMES),
+    "collision": Network(1, 2, "collision", puppet.FRAMES),
+    "one-stage": Network(0, 2, "one-stage", puppet.FRAMES),
+    "single-stream": Network(0, 2, "single-stream", puppet.FRAMES),
 }
 
 
-class Plan(NamedTuple):
-    """What all runs share."""
+class Start(NamedTuple):
+    """The run that all networks start from."""
 
-    steps: int  # of echomotion, both stages
+    folder: Path
+    steps: dict[int, int]  # of its stages
     batch: int
-    frames: int
-    stage_1_share: float  # of these steps
+
+    def weights(self, stage: int) -> Path:
+        return self.folder / f"stage-{stage}.safetensors"
+
+
+class Plan(NamedTuple):
+    start: Start
+    seeds: int
+    clips: int  # measured on
+    steps: int | None  # of the last stage
+    runs: Path
+    out: Path
     device: str
-    init: str | None = None  # weights whose video expert both experts of all networks start from
+
+
+def start_of(folder: Path) -> Start:
+    """FileNotFoundError or ValueError unless it is a run of all stages and keeps what each ended with."""
+    for name in ("run.json", "stage-0.safetensors", "stage-1.safetensors", "weights.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no {folder / name}: train all stages with `python train.py --out {folder}`"
+            )
+    options = json.loads((folder / "run.json").read_text())["options"]
+    if options["wan"] or options["stage"] is not None or options["ablate"]:
+        raise ValueError(f"{folder} is not a run of all of the puppet's stages: choose another --from")
+    steps = train.stage_steps("puppet", None, options["steps"], False)
+    if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
+        raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
+    return Start(folder, steps, options["batch"])
 
 
 # ---------------------------------------------------------------- training
 
 
+def arithmetic(stage: int, steps: int, frames: int | None = None) -> float:
+    """FLOPs of a stage for each clip of a batch, over its tasks and growing clips."""
+    config, size = PRESETS["puppet"], (puppet.SIZE, puppet.SIZE)
+
+    @cache
+    def costs(length: int) -> float:
+        both = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)
+        video, motion, pair = (
+            flops.step_flops(config, tokens, False)
+            for tokens in (both._replace(motion=0), both._replace(video=0), both)
+        )
+        dropped = DROP_CONDITION * (video + motion) + (1 - DROP_CONDITION) * 2 * pair
+        return {0: video, 1: motion, 2: (pair + dropped) / 3}[stage]
+
+    return sum(costs(step.frames) for step in train.schedule({stage: steps}, frames))
+
+
 def steps_of(name: str, plan: Plan) -> int:
-    """Steps of a variant: as many clips in pairs for video tuning, as many FLOPs for stage 2 alone."""
-    first = round(plan.steps * plan.stage_1_share)
-    if name == "video tuning":
-        return plan.steps - first
-    if name == "stage 2 alone":
-        config = PRESETS["puppet"]
-        both = flops.tokens_of(config, plan.frames, (puppet.SIZE, puppet.SIZE), 8, puppet.TEXT_LEN)
-        alone, pair = (flops.step_flops(config, tokens, False) for tokens in (both._replace(video=0), both))
-        return plan.steps - first + round(first * alone / pair)
-    return plan.steps
+    """Steps of a network's own stage."""
+    if NETWORKS[name].frames:
+        return plan.steps or ABLATION_STEPS
+    steps = plan.steps or plan.start.steps[2]
+    if name == "video-tuning-flops":
+        both = arithmetic(1, plan.start.steps[1]) + arithmetic(2, steps)
+        return round(steps * both / arithmetic(0, steps))
+    return steps
 
 
-def trained(name: str, seed: int, plan: Plan, runs: Path, threads: int) -> Path:
-    """The weights of a variant, trained now unless they are there; ValueError if they are of another plan."""
-    out = runs / f"{name.replace(' ', '-')}-{seed}"
-    options = {"steps": steps_of(name, plan), "batch": plan.batch, "frames": plan.frames, "seed": seed}
-    options |= {"init": str(Path(plan.init)), "init_motion": "copy"} if plan.init else {"init": None}
+def trained(name: str, seed: int, plan: Plan) -> Path:
+    """The folder of a network, trained now unless it is there; ValueError if that is of another plan."""
+    network, steps, out = NETWORKS[name], steps_of(name, plan), plan.runs / f"{name}-{seed}"
+    if name == "echomotion" and seed == 0 and steps == plan.start.steps[2]:
+        return plan.start.folder  # the run itself
+    options = {"init": str(plan.start.weights(network.start)), "stage": network.stage, "steps": steps}
+    options |= {"batch": plan.start.batch, "frames": network.frames, "ablate": network.ablate}
+    options |= {"seed": seed + 1}  # 0 is the run's own: its stages have seen those clips
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
-    if not checkpoints.folder_of(out, options["steps"]).is_dir():  # weights of earlier steps may be there
-        given = {key.replace("_", "-"): value for key, value in options.items() if value is not None}
-        flags = [text for key, value in given.items() for text in (f"--{key}", str(value))]
-        flags += ["--validate-every", "0", "--resume", "auto", "--keep", "1", "--device", plan.device]
-        print(f"{name}, seed {seed}", flush=True)
-        command = [sys.executable, str(TRAIN), *VARIANTS[name].flags, *flags, "--out", str(out)]
-        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode:
-            raise ValueError(f"training stopped: {' '.join(command)}")
-    return out / "weights.safetensors"
+    if not checkpoints.folder_of(out, steps).is_dir():  # weights of earlier steps may be there
+        looks = max(1, steps // LOOKS) if network.frames else 0
+        options |= {"validate_every": looks, "keep": 1, "device": plan.device, "resume": "auto", "out": out}
+        given = [(key.replace("_", "-"), value) for key, value in options.items() if value is not None]
+        command = [sys.executable, str(ROOT / "train.py"), *(x for k, v in given for x in (f"--{k}", str(v)))]
+        print(f"{name}, seed {seed}: {steps} steps", flush=True)
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        if code or not checkpoints.folder_of(out, steps).is_dir():
+            raise ValueError(f"training stopped; the same command goes on: {' '.join(command)}")
+    return out
+
+
+def all_seeds(name: str, plan: Plan) -> list[Path]:
+    return [trained(name, seed, plan) for seed in range(plan.seeds)]
 
 
 # ---------------------------------------------------------------- measuring
 
-
-class HeldOut(NamedTuple):
-    """Real clips that every variant is measured on."""
-
-    clips: puppet.Clips
-    motion: Tensor  # (b f 235)
-    video: Tensor  # (b 3 f h w)
-    bank: puppet.Clips  # other real clips
-    shapes: Tensor  # (n f h w) their silhouettes
-    bends: Tensor  # (m 4) of their elbows and knees
-    bf16: bool  # whether networks run in it
+Measure = Callable[[DualDiT, puppet.Codec], Columns]
 
 
-def held_out(count: int, frames: int) -> HeldOut:
-    clips, bank = measures.held_out(count, frames=frames), measures.held_out(REAL_CLIPS, "bank", frames)
-    video, others = (puppet.render(c.joints, c.betas, c.shirt)[0] for c in (clips, bank))
-    bends = pose.read_pose(others[:READ_CLIPS]).bend.flatten(0, 1)
-    bf16 = devices.has_bf16_units(torch.device("cpu"))
-    return HeldOut(clips, puppet_motion(clips), video, bank, puppet.silhouette(others), bends, bf16)
+def opened(folder: Path, plan: Plan) -> tuple[DualDiT, puppet.Codec]:
+    """The network of a run's folder, or of a file, and its codec."""
+    model, extra = weights.load_weights(weights_of(folder), plan.device)
+    return model, puppet.Codec.from_state(extra)
 
 
-def of_video(video: Tensor, real: HeldOut) -> dict[str, float]:
-    """What a video shows by itself: anatomy, likeness to a real clip, steadiness, sharpness."""
-    shape, others = (x.flatten(1).float() for x in (puppet.silhouette(video), real.shapes))
-    common = shape @ others.mT
-    nearest = common / (shape.sum(1, keepdim=True) + others.sum(1) - common).clamp_min(1)
-    read = pose.anatomy(pose.read_pose(video), real.bends)
-    return {
-        **{f"video_{name}": value for name, value in read.items()},
-        "video_nearest_iou": nearest.amax(dim=1).mean().item(),
-        "video_jerk_ratio": unsteadiness(video) / unsteadiness(real.video),
-        "video_sharpness": sharpness(video) / sharpness(real.video),
+def weights_of(path: Path) -> Path:
+    return path / "weights.safetensors" if path.is_dir() else path
+
+
+def over_seeds(found: Sequence[Columns]) -> dict[str, dict[str, float]]:
+    return {name: summary(torch.stack([columns[name] for columns in found])) for name in found[0]}
+
+
+def write(plan: Plan, part: str, name: str, paths: Sequence[Path], steps: int, measured: Callable) -> None:
+    """results[part][name] in plan.out: measured() and what it is of, unless that is there already."""
+    digests = [hashlib.sha256(weights_of(path).read_bytes()).hexdigest()[:12] for path in paths]
+    entry = {
+        "seeds": len(paths),
+        "clips": plan.clips,
+        "steps": steps,
+        "trained_clips": steps * plan.start.batch,
     }
+    entry |= {"weights": digests}
+    results = json.loads(plan.out.read_text()) if plan.out.is_file() else {}
+    there = results.setdefault(part, {}).get(name, {})
+    if all(there.get(key) == value for key, value in entry.items()):
+        print(f"{part}, {name}: as before")
+        return
+    print(f"{part}, {name}", flush=True)
+    results[part][name] = entry | measured()
+    with whole_file(plan.out) as temporary:
+        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
-def unsteadiness(video: Tensor) -> float:
-    """Mean size of the third difference of pixels over frames: flicker, and limbs that jump."""
-    return video.diff(n=3, dim=2).abs().mean().item()
+def measure(plan: Plan, part: str, name: str, paths: Sequence[Path], steps: int, columns: Measure) -> None:
+    """Write a measure of networks that differ by their seeds."""
+    write(
+        plan, part, name, paths, steps,
+        lambda: {"measures": over_seeds([columns(*opened(path, plan)) for path in paths])},
+    )  # fmt: skip
 
 
-def sharpness(video: Tensor) -> float:
-    """Mean difference of neighbouring pixels: the proxy for aesthetics, as far as a puppet has any."""
-    return (video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean()).item()
+@cache
+def real_clips(count: int) -> Real:
+    return scores.held_out(count)
 
 
-@torch.no_grad()
-def errors(model: DualDiT, codec: puppet.Codec, tasks: Sequence[Task], real: HeldOut) -> dict[str, float]:
-    """Squared velocity errors of tasks, by modality: what is trained, and steadier than any sample."""
-    text = puppet.encode_text(real.clips.caption)
-    motion = (real.motion - model.motion_mean) / model.motion_std
-    given, generator, found = (codec.encode(real.video), motion), rng("ablation"), defaultdict(list)
-    noise = [torch.randn(x.shape, generator=generator) for x in given]
-    for task, level in product(tasks, validation.TIMES):
-        t = torch.full((len(motion),), level)
-        for columns in zip(*(x.split(CHUNK) for x in (*given, text, *noise, t, t)), strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=real.bf16):
-                loss = flow.loss(model, *columns[:3], task, flow.Draw(*columns[3:]))
-            for modality, error in loss._asdict().items():
-                if error is not None:
-                    found[f"error_{task.name.lower()}_{modality}"] += error.tolist()
-    return {name: statistics.mean(values) for name, values in found.items()}
+# ---------------------------------------------------------------- the parts
 
 
-class Measured(NamedTuple):
-    """Of one network."""
+def table1(plan: Plan) -> None:
+    real, first = real_clips(plan.clips), plan.start.weights(0)
 
-    values: dict[str, float]  # by name
-    attention: Tensor | None = None  # (layers f t) motion -> video
+    def video(task: Task, **sampling: float) -> Measure:
+        made = lambda *network: scores.generate(*network, real, task, **SAMPLING, **sampling)[0]
+        return lambda *network: scores.of_video(made(*network), real)
 
+    def coded(_: DualDiT, codec: puppet.Codec) -> Columns:
+        return scores.of_video(codec.decode(codec.encode(real.video.to(plan.device))).cpu(), real)
 
-def measured(model: DualDiT, codec: puppet.Codec, motion: bool, real: HeldOut) -> Measured:
-    """Measures of a network; one without motion has those of its videos only."""
-    sampling = SAMPLING._asdict() | {"bf16": real.bf16}
-    tasks = (Task.VIDEO_ONLY, *(validation.TASKS[2] if motion else ()))
-    values = errors(model, codec, tasks, real)
-    if not motion:
-        given = (real.video, real.motion)
-        video, _ = generate_all(model, codec, real.clips, Task.VIDEO_ONLY, *given, **sampling)
-        return Measured(values | of_video(video, real))
-    found = scores(model, codec, real.clips, real.bank, **sampling)
-    share = {"attention_41_share_best": max(found.values["attention_41_share"])}
-    values = share | values | {name: found.values[name] for name in SCORES} | of_video(found.video, real)
-    return Measured(values, found.attention)
-
-
-def guidance_grid(model: DualDiT, codec: puppet.Codec, real: HeldOut) -> dict[str, float]:
-    """IoU of motion to video over ω1 and ω2."""
-    shape, found = puppet.silhouette(real.video), {}
-    given = (model, codec, real.clips, Task.MOTION_TO_VIDEO, real.video, real.motion, real.bf16)
-    for w1, w2 in product(GUIDANCE, GUIDANCE):
-        sampling = SAMPLING._replace(guidance_text=w1, guidance_condition=w2)._asdict()
-        video, _ = generate_all(*given, **sampling)
-        found[GRID.format(w1, w2)] = measures.iou(puppet.silhouette(video), shape).mean().item()
-    return found
+    measure(plan, "table1", "real", [first], 0, coded)
+    measure(plan, "table1", "backbone", [first], plan.start.steps[0], video(Task.VIDEO_ONLY))
+    for name in ("echomotion", "video-tuning", "video-tuning-flops"):
+        paths, steps = all_seeds(name, plan), steps_of(name, plan)
+        if name == "echomotion":
+            measure(plan, "table1", "echomotion-one-clock", paths, steps, video(Task.JOINT, **ONE_CLOCK))
+            measure(plan, "table1", "echomotion", paths, steps, video(Task.JOINT))
+        else:
+            measure(plan, "table1", name, paths, steps, video(Task.VIDEO_ONLY))
 
 
-def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each measure over seeds."""
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    return {
-        name: {"mean": statistics.mean(column), "std": statistics.stdev(column) if len(column) > 1 else 0.0}
-        for name, column in columns.items()
-    }
+def figure8(plan: Plan) -> None:
+    for name in ("mvs-rope", "unsynced", "collision"):
+        paths = all_seeds(name, plan)
+
+        def measured(paths: Sequence[Path] = paths) -> dict:
+            real = real_clips(plan.clips)
+            to_video, to_motion = zip(
+                *(scores.maps(*opened(path, plan), real) for path in paths), strict=True
+            )
+            shares = {
+                f"{side}_{layer}": share[:, None]  # one value a seed
+                for side, share_of, of in (
+                    ("motion_to_video", frame_share, to_video), ("video_to_motion", latent_share, to_motion)
+                )
+                for layer, share in enumerate(torch.stack([share_of(x) for x in of]).T)
+            }  # fmt: skip
+            return {
+                "measures": {key: summary(value) for key, value in shares.items()},
+                "chance": 1 / to_motion[0].shape[1],
+                "motion_to_video": mean_map(to_video),
+                "video_to_motion": mean_map(to_motion),
+            }
+
+        write(plan, "figure8", name, paths, steps_of(name, plan), measured)
 
 
-def ablate(plan: Plan, seeds: Sequence[int], clips: int, runs: Path, out: Path, jobs: int) -> dict:
-    """Train and measure all variants -> what is written to `out`: {"plan", "variants": {name: measures}}.
-
-    `jobs` of them train at a time. "real" are real videos, through the codec. "attention" (layers f t) is the
-    mean over seeds.
-    """
-    networks, threads = list(product(VARIANTS, seeds)), max(1, torch.get_num_threads() // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda network: trained(*network, plan, runs, threads), networks)
-        files = dict(zip(networks, found, strict=True))
-    real, variants = held_out(clips, plan.frames), {}
-    for name, variant in VARIANTS.items():
-        rows, maps = [], []
-        for seed in seeds:
-            model, extra = weights.load_weights(files[name, seed])
-            codec = puppet.Codec.from_state(extra)
-            if not variants:  # what can be reached
-                variants["real"] = spread([of_video(codec.decode(codec.encode(real.video)), real)])
-            values, attention = measured(model, codec, variant.motion, real)
-            grid = guidance_grid(model, codec, real) if name == "echomotion" else {}
-            rows.append(values | grid)
-            maps += [] if attention is None else [attention]
-        variants[name] = {"seeds": list(seeds), "steps": steps_of(name, plan), **spread(rows)}
-        if maps:
-            variants[name]["attention"] = torch.stack(maps).mean(0).round(decimals=4).tolist()
-        result = {"plan": plan._asdict() | {"clips": clips}, "variants": variants}
-        with whole_file(out) as temporary:  # after each variant: measuring all takes long
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+def mean_map(maps: Sequence[Tensor]) -> list:
+    return torch.stack(maps).mean(0).double().round(decimals=4).tolist()
 
 
-def cell(found: dict, measure: str) -> str:
-    """Mean ± standard deviation over seeds."""
-    return f"{found[measure]['mean']:.3g} ± {found[measure]['std']:.2g}" if measure in found else ""
+STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")
 
 
-def print_table(result: dict) -> None:
-    """A line a measure, a column a variant; then the guidance grid."""
-    variants, whole = result["variants"], result["variants"]["echomotion"]
-    rows = [name for name, x in whole.items() if isinstance(x, dict)]
-    grid = [GRID.format(w1, w2) for w1, w2 in product(GUIDANCE, GUIDANCE)]
-    print(f"{'':29}" + "".join(f"{name:>16}" for name in variants))
-    for measure in [name for name in rows if name not in grid]:
-        print(f"{measure:29}" + "".join(f"{cell(found, measure):>16}" for found in variants.values()))
-    print(f"\n{'motion to video, IoU':29}" + "".join(f"{f'ω1 = {w1:g}':>16}" for w1 in GUIDANCE))
-    for w2 in GUIDANCE:
-        name = f"ω2 = {w2:g}" + (", text alone" if w2 == 1 else "")
-        print(f"{name:29}" + "".join(f"{cell(whole, GRID.format(w1, w2)):>16}" for w1 in GUIDANCE))
+def curve(folder: Path, kinds: Sequence[str]) -> tuple[list[int], list[float]]:
+    """Steps, and the loss of stage 2 on held-out clips at each: of some of STAGE_2, the mean over tasks."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    tasks = len({kind.partition("/")[0] for kind in kinds})
+    return list(rows), [sum(row[kind] for kind in kinds) / tasks for row in rows.values()]
+
+
+def curves(part: str, names: Sequence[str], kinds: Sequence[str]) -> Callable[[Plan], None]:
+    """A part that compares networks by their losses over training."""
+
+    def run(plan: Plan) -> None:
+        for name in names:
+            paths = all_seeds(name, plan)
+
+            def measured(paths: Sequence[Path] = paths) -> dict:
+                found = [curve(path, kinds) for path in paths]
+                points = [
+                    summary(torch.tensor(at)[:, None]) for at in zip(*(y for _, y in found), strict=True)
+                ]
+                means, errors = ([point.get(k) for point in points] for k in ("mean", "error_seeds"))
+                shown = {"steps": found[0][0], "mean": means, "error_seeds": errors}
+                return {"measures": {"loss": points[-1], "first_loss": points[0]}, "curve": shown}
+
+            held = plan._replace(clips=validation.SAMPLES)
+            write(held, part, name, paths, steps_of(name, plan), measured)
+
+    return run
+
+
+def table5(plan: Plan) -> None:
+    real, paths = real_clips(plan.clips), all_seeds("echomotion", plan)
+
+    def found(*network: DualDiT | puppet.Codec) -> Columns:
+        motion = scores.generate(*network, real, Task.VIDEO_TO_MOTION, **SAMPLING)[1]
+        return scores.of_pose(decode_smpl(motion)["joints"], real)
+
+    mean = lambda *_: scores.of_pose(scores.mean_motion(real), real)
+    measure(plan, "table5", "mean-motion", [plan.start.weights(0)], 0, mean)
+    measure(plan, "table5", "echomotion", paths, steps_of("echomotion", plan), found)
+
+
+def table6(plan: Plan) -> None:
+    real, alone, paths = real_clips(plan.clips), plan.start.weights(1), all_seeds("echomotion", plan)
+    steps = steps_of("echomotion", plan)
+
+    def motion(task: Task, **sampling: float) -> Measure:
+        made = lambda *network: scores.generate(*network, real, task, **SAMPLING, **sampling)[1]
+        return lambda *network: scores.of_motion(made(*network), real)
+
+    measure(plan, "table6", "real", [alone], 0, lambda *_: scores.of_motion(real.motion, real))
+    measure(plan, "table6", "stage-1", [alone], plan.start.steps[1], motion(Task.MOTION_ONLY))
+    measure(plan, "table6", "echomotion-one-clock", paths, steps, motion(Task.JOINT, **ONE_CLOCK))
+    measure(plan, "table6", "echomotion", paths, steps, motion(Task.JOINT))
+
+
+PARTS: dict[str, Callable[[Plan], None]] = {  # the cheapest first
+    "table5": table5,
+    "table6": table6,
+    "a81": curves("a81", ("mvs-rope", "collision"), ("joint/video",)),
+    "a82": curves("a82", ("mvs-rope", "one-stage"), STAGE_2),
+    "a83": curves("a83", ("one-stage", "single-stream"), STAGE_2),  # both without a stage 1
+    "figure8": figure8,
+    "table1": table1,
+}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m study.ablate", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("parts", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=f"{', '.join(PARTS)} or all")
+    what = "a run of all stages, that all networks start from (%(default)s)"
+    add("--from", dest="start", type=Path, default=train.RUN, metavar="RUN", help=what)
+    add("--seeds", type=files.count, default=3, metavar="N", help="networks of each (%(default)s)")
+    add("--clips", type=files.count, default=256, metavar="N", help="to measure on (%(default)s)")
+    what = f"of the last stage; default: table 1 and 5 to 6 as RUN, others {ABLATION_STEPS}"
+    add("--steps", type=files.count, metavar="N", help=what)
+    add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="of networks (%(default)s)")
+    add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
+    if args.clips < 2:
+        raise ValueError(f"--clips must be at least 2, to have a standard error, got {args.clips}")
+    plan = Plan(start_of(args.start), args.seeds, args.clips, args.steps, args.runs, args.out, args.device)
+    plan.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
+    devices.use_fast_attention(torch.device(args.device))
+    for part in PARTS if "all" in args.parts else args.parts:
+        PARTS[part](plan)
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,11 +1,11 @@
 """The measures: how good are trained weights on puppet clips they have never seen?
 
-    python -m study.evaluate [--weights FILE] [--clips 64] [--json FILE] [--attention FILE.png]
-    python -m study.evaluate ablate [--steps 5000] [--seeds 3] [--runs DIR]  the paper's claims at small scale
-    python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE            video to motion on 3DPW (pw3d.py)
+    python -m study.evaluate [--weights FILE] [--clips 64] [--one-clock] [--json FILE] [--attention FILE.png]
+    python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE    video to motion on 3DPW (study/pw3d.py)
 
-Each measure stands beside its baseline (what knowing nothing gives) and its ceiling (what the codec, or
-real motion, gives).
+Each measure stands with its standard error over clips, its baseline (what knowing nothing gives) and its
+ceiling (what the codec, or real clips, give). Motion is made first, then video; --one-clock adds what comes
+out when both are made at once, as in the paper.
 """
 
 import argparse
@@ -14,87 +14,120 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import flow
+from dual_dit import DualDiT
+from flow import Task
 from kit import devices, files, plots, puppet, weights
-from kit.attention import frame_share
+from kit.attention import frame_map, frame_share, frame_share_by_group, latent_map, latent_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.files import whole_file
-from motion_tokens import GROUPS
-from study import ablate, pw3d
-from study.measures import held_out
-from study.scores import scores
+from motion_tokens import decode_smpl
+from study import pw3d, scores
+from study.measures import summary
+from study.scores import ONE_CLOCK, Columns, Real
 
-BANK_CLIPS = 2048  # real clips that stand for "the data": mean motion, nearest neighbours
-
-
-def table(r: dict) -> list[tuple]:
-    """Rows of what is printed: measure, ours, baseline and what it is, ceiling and what it is."""
-    mean, pairs, real, codec, chance = "mean motion", "shuffled pairs", "real motion", "codec", "chance"
-    # fmt: off
-    rows = [
-        ("video→motion MPJPE, mm ↓", r["v2m_mpjpe_mm"], r["v2m_mean_baseline_mm"], mean, 0, real),
-        ("video→motion PA-MPJPE, mm ↓", r["v2m_pa_mpjpe_mm"], r["v2m_pa_mean_baseline_mm"], mean, 0, real),
-        ("motion→video IoU ↑", r["m2v_iou"], r["m2v_iou_shuffled"], pairs, r["codec_iou"], codec),
-        ("motion→video PSNR, dB ↑", r["m2v_psnr"], r["m2v_psnr_shuffled"], pairs, r["codec_psnr"], codec),
-        ("joint IoU ↑", r["joint_iou"], r["joint_iou_shuffled"], pairs, r["codec_iou"], codec),
-        ("joint sync at 0 ↑", r["joint_sync_peak_rate"], r["joint_sync_shuffled"], pairs,
-         r["codec_sync_peak_rate"], codec),
-        ("text: right action ↑", r["text_action_accuracy"], r["text_chance"], chance, r["text_real"], real),
-        ("bone-length variation ↓", r["bone_cv"], None, "", r["bone_cv_real"], real),
-        ("joints against FK, mm ↓", r["fk_error_mm"], None, "", 0, real),
-        ("jerk / real jerk", r["jerk_ratio"], None, "", 1, real),
-    ]
-    # fmt: on
-    for layer, value in enumerate(shares := r["attention_41_share"]):
-        name = f"4:1 attention share, layer {layer} ↑"
-        rows.append((name, value, r["attention_chance"], chance, 1, "all on its latent"))
-    best = shares.index(max(shares))
-    for group in GROUPS:
-        name, value = f"  of layer {best}'s {group} tokens ↑", r[f"attention_41_share_{group}"][best]
-        rows.append((name, value, r["attention_chance"], chance, 1, "all on its latent"))
-    return rows
+# what is printed, by measure: its name, which way is better, baseline and ceiling if there are any
+ROWS = {
+    "mpjpe_mm": ("MPJPE, mm ↓", "mean motion", ""),
+    "pa_mpjpe_mm": ("PA-MPJPE, mm ↓", "mean motion", ""),
+    "iou": ("IoU ↑", "shuffled pairs", "codec"),
+    "psnr": ("PSNR, dB ↑", "shuffled pairs", "codec"),
+    "in_step": ("in step ↑", "shuffled pairs", "codec"),
+    "right_action": ("right action ↑", "chance", "real"),
+    "frechet_cm2": ("Fréchet distance, cm² ↓", "", "real"),
+    "usual_poses": ("usual poses ↑", "", "real"),
+    "jerk": ("jerk, of real", "", "real"),
+    "bone_variation": ("bone-length variation ↓", "", "real"),
+    "fk_error_mm": ("joints against FK, mm ↓", "", "real"),
+    "limbs_whole": ("limbs whole ↑", "", "codec"),
+    "limbs_missing": ("limbs missing ↓", "", "codec"),
+    "length_variation": ("length variation ↓", "", "codec"),
+    "odd_bends": ("odd bends ↓", "", "codec"),
+    "plausible_postures": ("plausible postures ↑", "", "codec"),
+    "flicker": ("flicker, of real ↓", "", "codec"),
+    "dynamic_degree": ("dynamic degree, of real", "", "codec"),
+    "sharpness": ("sharpness, of real", "", "codec"),
+    "prompt_following": ("prompt following ↑", "chance", "codec"),
+}
+Found = dict[str, dict[str, Columns]]  # task -> "ours", "baseline", "ceiling" -> measures
 
 
-def print_table(rows: list[tuple]) -> None:
-    print(f"{'measure':33}{'ours':>9}{'baseline':>10} {'':16}{'ceiling':>9}")
-    for name, value, baseline, baseline_name, ceiling, ceiling_name in rows:
-        low = "" if baseline is None else f"{baseline:.3g}"
-        print(f"{name:33}{value:>9.3g}{low:>10} {baseline_name:16}{ceiling:>9.3g} {ceiling_name}")
+def measured(
+    model: DualDiT, codec: puppet.Codec, real: Real, one_clock: bool = False, **sampling: float
+) -> Found:
+    """All three tasks sampled and measured, and what stands beside each."""
+    device = model.motion_mean.device
+    coded = codec.decode(codec.encode(real.video.to(device))).cpu()
+    chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
+    make = lambda task, **other: scores.generate(model, codec, real, task, **(sampling | other))
+    found = {}
+    _, motion = make(Task.VIDEO_TO_MOTION)
+    found["video to motion"] = {
+        "ours": scores.of_pose(decode_smpl(motion)["joints"], real),
+        "baseline": scores.of_pose(scores.mean_motion(real), real),
+    }
+    video, _ = make(Task.MOTION_TO_VIDEO)
+    found["motion to video"] = {
+        "ours": scores.of_likeness(video, real),
+        "baseline": scores.of_likeness(video.roll(1, 0), real),
+        "ceiling": scores.of_likeness(coded, real),
+    }
+    ways = {"joint": {}} | ({"joint, one clock": ONE_CLOCK} if one_clock else {})
+    for name, other in ways.items():
+        video, motion = make(Task.JOINT, **other)
+        parts = (scores.of_pair, (video, motion)), (scores.of_motion, (motion,)), (scores.of_video, (video,))
+        found[name] = {
+            "ours": {k: v for of, made in parts for k, v in of(*made, real).items()},
+            "baseline": scores.of_pair(video.roll(1, 0), motion, real)
+            | {"right_action": chance, "prompt_following": chance},
+            "ceiling": scores.of_pair(coded, real.motion, real)
+            | scores.of_motion(real.motion, real)
+            | scores.of_video(coded, real),
+        }
+    return found
+
+
+def print_table(found: Found) -> None:
+    print(f"{'measure':42}{'ours':>9} {'':8}{'baseline':>9} {'':16}{'ceiling':>8}")
+    for task, sides in found.items():
+        for measure, values in sides["ours"].items():
+            name, baseline, ceiling = ROWS[measure]
+            ours = summary(values[None])
+            low, high = (
+                f"{side[measure].mean():.3g}" if (side := sides.get(kind, {})) and measure in side else ""
+                for kind in ("baseline", "ceiling")
+            )
+            line = f"{task + ': ' + name:42}{ours['mean']:9.3g} ±{ours['error']:<7.2g}"
+            print(f"{line}{low:>9} {baseline:16}{high:>8} {ceiling}".rstrip())
+
+
+def print_attention(to_video: Tensor, to_motion: Tensor) -> None:
+    """Shares of what motion gives to its own latent (layers f i T), and of the other way (layers T f)."""
+    ways = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
+    print(f"\n4:1 attention, chance {1 / to_video.shape[-1]:.2f}")
+    for layer, (there, back) in enumerate(zip(*ways, strict=True)):
+        print(f"layer {layer}    motion→video {there:.3f}    video→motion {back:.3f}")
+    best = int(ways[0].argmax())
+    for group, share in frame_share_by_group(to_video).items():
+        print(f"  of layer {best}'s {group} tokens {share[best]:.3f}")
 
 
 def options() -> argparse.Namespace:
     parser = files.Parser(prog="python -m study.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FILE")
-    add("--clips", type=int, default=64, metavar="N", help="held-out clips (default %(default)s)")
+    add("--clips", type=files.count, default=64, metavar="N", help="held-out clips (default %(default)s)")
+    add("--one-clock", action="store_true", help="sample video and motion at once too, as in the paper")
     usual = PUPPET_DEFAULTS
-    add("--steps", type=int, default=usual.steps, help="solver steps (default %(default)s)")
+    add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
     add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
-    what = "of motion in joint sampling (default %(default)s)"
-    add("--lead", type=float, default=usual.lead, metavar="SHARE", help=what)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
-    verbs = parser.add_subparsers(dest="verb", metavar="ablate")
-    what = "train networks that differ in one thing, and measure them alike"
-    add = verbs.add_parser("ablate", help=what, description=what).add_argument
-    what = "of training (default %(default)s)"
-    add("--steps", dest="training_steps", type=int, default=5000, metavar="N", help=what)
-    add("--batch", type=int, default=16, metavar="N", help="clips a step (default %(default)s)")
-    add("--frames", type=int, default=puppet.FRAMES, metavar="N", help="of a clip (default %(default)s)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each (default %(default)s)")
-    # what the parser above has read is not to be forgotten
-    add("--clips", type=int, default=argparse.SUPPRESS, metavar="N", help="as above")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains")
-    what = "networks that train at a time (default %(default)s)"
-    add("--jobs", type=int, default=1, metavar="N", help=what)
-    what = "start all from this network's video expert, such as one of train.py --video-only"
-    add("--init", metavar="FILE", help=what)
-    what = "trained networks, and where to put them (default %(default)s)"
-    add("--runs", type=Path, default=Path("runs/ablation"), metavar="DIR", help=what)
-    add("--out", type=Path, metavar="FILE", help="default: ablation.json in --runs")
     return parser.parse_args()
 
 
@@ -105,30 +138,29 @@ def main() -> None:
     args = options()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
-    if args.verb == "ablate":
-        for name in ("jobs", "seeds"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        size = args.training_steps, args.batch, args.frames
-        plan = ablate.Plan(*size, STAGE_1_SHARE, args.device, args.init)
-        out = args.out or args.runs / "ablation.json"
-        out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-        result = ablate.ablate(plan, range(args.seeds), args.clips, args.runs, out, args.jobs)
-        ablate.print_table(result)
-        return
-    model, extra = weights.load_weights(args.weights)
-    given = ("steps", "solver", "guidance_text", "guidance_condition", "lead")
-    sampling = PUPPET_DEFAULTS._asdict() | {name: getattr(args, name) for name in given}
-    clips, bank = held_out(args.clips), held_out(BANK_CLIPS, "bank")
-    bf16 = devices.has_bf16_units(torch.device("cpu"))
-    result = scores(model, puppet.Codec.from_state(extra), clips, bank, bf16, **sampling)
-    print_table(table(result.values))
+    devices.use_fast_attention(torch.device(args.device))
+    model, extra = weights.load_weights(args.weights, args.device)
+    codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
+    how = {name: getattr(args, name) for name in ("steps", "solver", "guidance_text", "guidance_condition")}
+    found = measured(model, codec, real, args.one_clock, **how)
+    to_video, to_motion = scores.attention(model, codec, real)
+    print_table(found)
+    print_attention(to_video, to_motion)
     if args.json:
+        numbers = {
+            task: {side: {k: summary(v[None]) for k, v in of.items()} for side, of in sides.items()}
+            for task, sides in found.items()
+        }
+        numbers["attention"] = {
+            "motion_to_video": frame_share(frame_map(to_video)).tolist(),
+            "video_to_motion": latent_share(latent_map(to_motion)).tolist(),
+            "chance": 1 / to_video.shape[-1],
+        }
         with whole_file(args.json) as temporary:
-            temporary.write_text(json.dumps(result.values, indent=2) + "\n")
+            temporary.write_text(json.dumps(numbers, indent=2) + "\n")
     if args.attention:
-        maps = result.attention
-        plots.attention_picture(args.attention, maps, frame_share(maps), "motion → video attention")
+        shown = frame_map(to_video)
+        plots.attention_picture(args.attention, shown, frame_share(shown), "motion → video attention")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The measures of study/evaluate.py: of motion, of video, of both together (4:1 is kit/attention.py's)."""
+"""The measures, a value a clip: of motion, of video, of both together (4:1 is kit/attention.py's)."""
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kit import puppet
@@ -8,6 +10,19 @@ from kit.data.batch import rng
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
+FEATURES = 32  # dimensions of the joints' space in which distributions are compared
+PARTS = 16  # that the jackknife leaves out in turn
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    """Values (seeds clips) -> their mean and its standard errors, over clips and, if several, over seeds."""
+    clips, seeds = values.double().mean(0), values.double().mean(1)
+    found = {"mean": values.double().mean().item(), "error": _error(clips)}
+    return found | ({"error_seeds": _error(seeds)} if len(seeds) > 1 else {})
+
+
+def _error(x: Tensor) -> float:
+    return (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
 
 
 def held_out(count: int, stream: str = "held out", frames: int = puppet.FRAMES) -> puppet.Clips:
@@ -57,15 +72,47 @@ def nearest_action(joints: Tensor, bank: puppet.Clips) -> Tensor:
     return bank.action[distance.argmin(dim=1)]
 
 
-def bone_variation(joints: Tensor, parents: Tensor) -> float:
-    """Standard deviation over mean of each bone's length within a clip, averaged."""
+def bone_variation(joints: Tensor, parents: Tensor) -> Tensor:
+    """Standard deviation over mean of each bone's length within a clip, averaged: (b f j 3) -> (b,)."""
     bones = (joints[:, :, 1:] - joints[:, :, parents[1:]]).norm(dim=-1)  # (b f bone)
-    return (bones.std(dim=1) / bones.mean(dim=1)).mean().item()
+    return (bones.std(dim=1) / bones.mean(dim=1)).mean(dim=1)
 
 
-def jerk(joints: Tensor) -> float:
-    """Mean size of the third difference of positions over frames."""
-    return joints.diff(n=3, dim=1).norm(dim=-1).mean().item()
+def jerk(joints: Tensor) -> Tensor:
+    """Mean size of the third difference of positions over frames: (b f j 3) -> (b,)."""
+    return joints.diff(n=3, dim=1).norm(dim=-1).mean(dim=(1, 2))
+
+
+def usual_poses(body_pose: Tensor, real: Tensor) -> Tensor:
+    """Share of joints (b,) turned by no more than all but one in a hundred real ones; axis-angle (b f j 3)."""
+    usual = real.norm(dim=-1).flatten(0, 1).quantile(0.99, dim=0)
+    return (body_pose.norm(dim=-1) <= usual).float().mean(dim=(1, 2))
+
+
+def frechet(joints: Tensor, real: Tensor) -> Tensor:
+    """Fréchet distance of two sets of motions (n f j 3), cm² a joint -> (parts,) jackknife pseudo-values.
+
+    Normal distributions are fitted to the joints, facing the camera, in the largest FEATURES principal
+    components of the real ones. The mean of the pseudo-values is the distance less the bias of few samples,
+    their spread its error.
+    """
+    x, y = (100 * facing_camera(part).flatten(1).double() for part in (joints, real))  # cm
+    middle, scale = y.mean(0), (y.shape[1] / 3) ** 0.5
+    axes = torch.linalg.svd(y - middle, full_matrices=False).Vh[:FEATURES].mT / scale
+    x, y = (x - middle) @ axes, (y - middle) @ axes
+    parts = min(PARTS, len(x))
+    part = torch.arange(len(x)) % parts
+    whole = _frechet(x, y)
+    return torch.stack([parts * whole - (parts - 1) * _frechet(x[part != i], y) for i in range(parts)])
+
+
+def _frechet(x: Tensor, y: Tensor) -> Tensor:
+    """|difference of means|² + tr(A + B - 2·(A^½ B A^½)^½) of features (n d) with covariances A and B."""
+    a, b = (torch.cov(z.mT, correction=len(z) > 1).view(x.shape[1], -1) for z in (x, y))
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    common = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
+    return (x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * common
 
 
 # ---------------------------------------------------------------- measures of video
@@ -88,9 +135,28 @@ def iou_by_offset(video: Tensor, motion: Tensor) -> Tensor:
     return torch.stack([iou(video[:, ours], motion[:, theirs]) for ours, theirs in overlaps], dim=1)
 
 
-def peak_rate(by_offset: Tensor) -> float:
-    """Share of clips whose IoU is highest at offset 0."""
-    return (by_offset.argmax(dim=1) == OFFSETS.index(0)).float().mean().item()
+def in_step(by_offset: Tensor) -> Tensor:
+    """Whether a clip's IoU is highest at offset 0: (b,), 1 or 0."""
+    return (by_offset.argmax(dim=1) == OFFSETS.index(0)).float()
+
+
+def change(video: Tensor, n: int) -> Tensor:
+    """Mean size of the n-th difference over frames, (b,): how much moves (1), how much flickers (3)."""
+    return video.diff(n=n, dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+
+def sharpness(video: Tensor) -> Tensor:
+    """Mean difference of neighbouring pixels, (b,): the proxy for aesthetics, as far as a puppet has any."""
+    return sum(video.diff(dim=axis).abs().mean(dim=(1, 2, 3, 4)) for axis in (-1, -2))
+
+
+def outlines(shape: Tensor) -> Tensor:
+    """Silhouettes (b f h w) bool -> (b n), at half the size and with each clip's middle column in the middle."""
+    columns = shape.float().sum(dim=(1, 2))  # (b w)
+    middle = (columns * torch.arange(columns.shape[1])).sum(1) / columns.sum(1).clamp_min(1)
+    shifts = (shape.shape[-1] // 2 - middle.round()).int().tolist()
+    rolled = torch.stack([clip.roll(shift, -1) for clip, shift in zip(shape, shifts, strict=True)])
+    return rearrange(F.avg_pool2d(rolled.float(), 2), "b f h w -> b (f h w)")
 
 
 def silhouettes_of_motion(motion: Tensor, shirt: Tensor) -> Tensor:

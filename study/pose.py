@@ -208,39 +208,24 @@ def _read(video: Tensor) -> Pose:
 # ---------------------------------------------------------------- what a pose says of a video
 
 
-def anatomy(pose: Pose, bends: Tensor) -> dict[str, float]:
-    """How sound the bodies in videos are; `bends` (n 4) are real ones, in the order of Pose.bend.
+def anatomy(pose: Pose, bends: Tensor) -> dict[str, Tensor]:
+    """How sound the body in each video is, (b,) each; `bends` (n 4) are real ones, in the order of Pose.bend.
 
     limbs_whole: share of segments that are in one piece; limbs_missing: in none. length_variation: deviation
     over mean of a forearm's or shin's length within a clip (not 0 for real clips: they are foreshortened).
     odd_bends: share of elbows and knees bent as only one in a hundred real ones is. Where there is nothing to
-    measure, both are 1.
+    measure, both are 1. plausible_postures: share of frames in which a bend is seen and none is odd.
     """
     low, high = torch.nanquantile(bends, 0.005, dim=0), torch.nanquantile(bends, 0.995, dim=0)
-    odd = ((pose.bend < low) | (pose.bend > high)).sum() / pose.bend.isfinite().sum()
+    odd, bent = (pose.bend < low) | (pose.bend > high), pose.bend.isfinite()  # (b f 4)
     length = (pose.points[:, :, 1::2] - pose.points[:, :, ::2]).norm(dim=-1)  # (b f 4)
     length = torch.where(pose.seen[:, :, 1::2], length, torch.nan)
     mean = length.nanmean(dim=1, keepdim=True)
     variation = (length - mean).square().nanmean(dim=1).sqrt() / mean[:, 0]
     return {
-        "limbs_whole": (pose.pieces == 1).float().mean().item(),
-        "limbs_missing": (pose.pieces == 0).float().mean().item(),
-        "length_variation": variation.nanmean().nan_to_num(1.0).item(),
-        "odd_bends": odd.nan_to_num(1.0).item(),
+        "limbs_whole": (pose.pieces == 1).float().mean(dim=(1, 2)),
+        "limbs_missing": (pose.pieces == 0).float().mean(dim=(1, 2)),
+        "length_variation": variation.nanmean(dim=1).nan_to_num(1.0),
+        "odd_bends": (odd.sum(dim=(1, 2)) / bent.sum(dim=(1, 2))).nan_to_num(1.0),
+        "plausible_postures": (bent.any(-1) & ~odd.any(-1)).float().mean(dim=1),
     }
-
-
-if __name__ == "__main__":
-    from kit import puppet
-    from kit.body import JOINT_NAMES
-
-    clips = puppet.clips(range(32))
-    pose = read_pose(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
-    real = puppet.project(clips.joints)[0][:, :, [JOINT_NAMES.index(name) for name in POINTS]]
-    for k, name in enumerate(POINTS):
-        found = (pose.points - real).norm(dim=-1)[:, :, k][pose.seen[:, :, k]]
-        print(
-            f"{name:12} seen in {pose.seen[:, :, k].float().mean():4.0%}, error {found.mean():.2f} px, "
-            f"95% below {found.quantile(0.95):.2f}"
-        )
-    print(anatomy(pose, pose.bend.flatten(0, 1)))

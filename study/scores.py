@@ -1,5 +1,6 @@
-"""How good a network is on held-out puppet clips: what study/evaluate.py prints."""
+"""What a network makes of held-out puppet clips, and what the measures say of it, a value a clip."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,131 +9,139 @@ from tqdm import tqdm
 
 from dual_dit import DualDiT
 from flow import Task
-from kit import puppet
-from kit.attention import frame_map, frame_share, frame_share_by_group, motion_to_video
+from kit import devices, puppet
+from kit.attention import frame_map, latent_map, motion_to_video, video_to_motion
+from kit.backbone import PUPPET_DEFAULTS
 from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
 from sample import denoise
-from study.measures import (
-    OFFSETS,
-    bone_variation,
-    centred,
-    iou,
-    iou_by_offset,
-    jerk,
-    mpjpe,
-    nearest_action,
-    pa_mpjpe,
-    peak_rate,
-    psnr,
-    silhouettes_of_motion,
-)
+from study import measures, pose
 
-CHUNK = 16  # puppet clips at a time
+CHUNK = {"cpu": 16, "cuda": 128}  # clips at a time
+BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
+READ_CLIPS = 128  # of them whose elbows and knees say what is usual
+ONE_CLOCK = {"lead": 0.0}  # as the paper samples; by default motion is made first
+Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
 
 
-class Scores(NamedTuple):
-    """Of one network on some clips."""
+class Real(NamedTuple):
+    """Real clips that everything is measured on, and others, the bank, that it is compared with."""
 
-    values: dict[str, float | list[float]]  # by plain name; baselines and ceilings among them
-    attention: Tensor  # (layers f t) motion -> video
-    video: Tensor  # (b 3 f h w) made together with motion, from text
+    clips: puppet.Clips
+    motion: Tensor  # (b f 235)
+    video: Tensor  # (b 3 f h w)
+    bank: puppet.Clips
+    outlines: Tensor  # (n ...) of the bank's silhouettes
+    bends: Tensor  # (m 4) of the bank's elbows and knees
 
 
-def generate_all(
-    model: DualDiT,
-    codec: puppet.Codec,
-    clips: puppet.Clips,
-    task: Task,
-    video: Tensor,
-    motion: Tensor,
-    bf16: bool,
-    **sampling,
-) -> tuple[Tensor, Tensor | None]:
-    """Samples, some at a time, of these clips' captions, given their video or motion if the task is.
+def held_out(count: int, frames: int = puppet.FRAMES) -> Real:
+    clips, bank = measures.held_out(count, frames=frames), measures.held_out(BANK_CLIPS, "bank", frames)
+    video = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
+    outlines, bends = [], []
+    for start in range(0, BANK_CLIPS, CHUNK["cuda"]):  # all of the bank's videos take much memory
+        part = slice(start, start + CHUNK["cuda"])
+        other = puppet.render(bank.joints[part], bank.betas[part], bank.shirt[part])[0]
+        outlines.append(measures.outlines(puppet.silhouette(other)))
+        bends += [pose.read_pose(other).bend.flatten(0, 1)] if start < READ_CLIPS else []
+    return Real(clips, puppet_motion(clips), video, bank, torch.cat(outlines), torch.cat(bends))
 
-    -> video (n 3 f h w), motion (n f 235) or None.
+
+# ---------------------------------------------------------------- made by a network, on its own device
+
+
+def generate(
+    model: DualDiT, codec: puppet.Codec, real: Real, task: Task, **sampling: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Samples of the clips' captions, given their video or motion where the task is, on the CPU.
+
+    -> video (n 3 f h w), motion (n f 235), None if absent.
     """
-    latents, parts = codec.encode(video), []
-    for start in tqdm(range(0, len(video), CHUNK), desc=task.name.lower()):
-        part = slice(start, start + CHUNK)
-        text, null_text = (
-            puppet.encode_text(texts) for texts in (clips.caption[part], [""] * len(latents[part]))
-        )
-        given = {"latents": latents[part], "motion": motion[part], "grid": latents.shape[2:], "seed": start}
-        made, moved = denoise(model, task, text, null_text, **given, bf16=bf16, **sampling)
-        parts.append((codec.decode(made), moved))
-    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
+    device, parts = model.motion_mean.device, []
+    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": devices.has_bf16_units(device)} | sampling
+    for part in tqdm(list(chunks(real, device)), desc=task.name.lower(), leave=False):
+        latents, motion = codec.encode(real.video[part].to(device)), real.motion[part].to(device)
+        text = puppet.encode_text(real.clips.caption[part])
+        given = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
+        made, moved = denoise(model, task, text, puppet.encode_text([""]), **given, **sampling)
+        parts.append((None if made is None else codec.decode(made.float()).cpu(), moved))
+    return tuple(None if x[0] is None else torch.cat(x).float().cpu() for x in zip(*parts, strict=True))
 
 
-def attention_of_clips(
-    model: DualDiT, codec: puppet.Codec, clips: puppet.Clips, video: Tensor, motion: Tensor
-) -> Tensor:
-    """motion_to_video, some clips at a time; video (b 3 f h w), motion (b f 235) not normalised."""
-    given = codec.encode(video), (motion - model.motion_mean) / model.motion_std
-    columns = (x.split(CHUNK) for x in (*given, puppet.encode_text(clips.caption)))
-    masses = [
-        motion_to_video(model, *part, Task.VIDEO_TO_MOTION, seed=i) * len(part[0])
-        for i, part in enumerate(zip(*columns, strict=True))
-    ]
-    return torch.stack(masses).sum(0) / len(video)
+def chunks(real: Real, device: torch.device) -> Iterator[slice]:
+    for start in range(0, len(real.video), CHUNK[device.type]):
+        yield slice(start, min(start + CHUNK[device.type], len(real.video)))
 
 
-def scores(
-    model: DualDiT, codec: puppet.Codec, clips: puppet.Clips, bank: puppet.Clips, bf16: bool, **sampling
-) -> Scores:
-    """Sample all three tasks for these clips and measure; `bank` has other real clips, "the data"."""
-    body, now = puppet.body(), OFFSETS.index(0)
-    real_motion = puppet_motion(clips)
-    real_video = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
-    given = (real_video, real_motion, bf16)
-    _, v2m = generate_all(model, codec, clips, Task.VIDEO_TO_MOTION, *given, **sampling)
-    m2v, _ = generate_all(model, codec, clips, Task.MOTION_TO_VIDEO, *given, **sampling)
-    joint_video, joint_motion = generate_all(model, codec, clips, Task.JOINT, *given, **sampling)
-    coded = codec.decode(codec.encode(real_video))
-    real_shape, coded_shape, m2v_shape, joint_shape = (
-        puppet.silhouette(x) for x in (real_video, coded, m2v, joint_video)
-    )
-    motion_shape = silhouettes_of_motion(joint_motion, clips.shirt)
-    offsets, shuffled = (iou_by_offset(x, motion_shape) for x in (joint_shape, joint_shape.roll(1, 0)))
-    v2m_joints = decode_smpl(v2m)["joints"]
-    # phases and speeds differ: the mean motion is the mean pose, standing still
-    mean_joints = centred(bank.joints).mean(dim=(0, 1)).expand_as(clips.joints)
-    smpl = decode_smpl(joint_motion)
+def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
+    """Where motion looks in video as it is made from video, (layers f i T), and the other way, (layers T f)."""
+    device, totals = model.motion_mean.device, [0.0, 0.0]
+    for part in chunks(real, device):
+        motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
+        text = puppet.encode_text(real.clips.caption[part]).to(device)
+        given = model, codec.encode(real.video[part].to(device)), motion, text
+        for k, (look, task) in enumerate(
+            ((motion_to_video, Task.VIDEO_TO_MOTION), (video_to_motion, Task.MOTION_TO_VIDEO))
+        ):
+            totals[k] = totals[k] + look(*given, task, seed=part.start).cpu() * len(motion) / len(real.video)
+    return tuple(totals)
+
+
+def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
+    """The same as shares of what goes to the other modality: (layers f T) and (layers T f)."""
+    to_video, to_motion = attention(model, codec, real)
+    return frame_map(to_video), latent_map(to_motion)
+
+
+# ---------------------------------------------------------------- what the measures say
+
+
+def of_video(video: Tensor, real: Real) -> Columns:
+    """What a video shows by itself, under the paper's names for it (docs/results.md)."""
+    nearest = torch.cdist(measures.outlines(puppet.silhouette(video)), real.outlines).argmin(dim=1)
+    return {
+        **pose.anatomy(pose.read_pose(video), real.bends),
+        "flicker": measures.change(video, 3) / measures.change(real.video, 3).mean(),
+        "dynamic_degree": measures.change(video, 1) / measures.change(real.video, 1).mean(),
+        "sharpness": measures.sharpness(video) / measures.sharpness(real.video).mean(),
+        "prompt_following": (real.bank.action[nearest] == real.clips.action).float(),
+    }
+
+
+def of_motion(motion: Tensor, real: Real) -> Columns:
+    """What a motion (b f 235) made from text shows by itself."""
+    smpl, body = decode_smpl(motion), puppet.body()
     joints = smpl["joints"]
     posed = body.joints(smpl["global_orient"], smpl["body_pose"], smpl["betas"][:, None], smpl["transl"])
-    mass = attention_of_clips(model, codec, clips, real_video, real_motion)
-    attention = frame_map(mass)
-
-    def right(joints: Tensor) -> float:
-        return (nearest_action(joints, bank) == clips.action).float().mean().item()
-
-    values = {
-        "v2m_mpjpe_mm": mpjpe(v2m_joints, clips.joints).mean().item(),
-        "v2m_mean_baseline_mm": mpjpe(mean_joints, clips.joints).mean().item(),
-        "v2m_pa_mpjpe_mm": pa_mpjpe(v2m_joints, clips.joints).mean().item(),
-        "v2m_pa_mean_baseline_mm": pa_mpjpe(mean_joints, clips.joints).mean().item(),
-        "m2v_iou": iou(m2v_shape, real_shape).mean().item(),
-        "m2v_iou_shuffled": iou(m2v_shape, real_shape.roll(1, 0)).mean().item(),
-        "codec_iou": iou(coded_shape, real_shape).mean().item(),
-        "m2v_psnr": psnr(m2v, real_video).mean().item(),
-        "m2v_psnr_shuffled": psnr(m2v, real_video.roll(1, 0)).mean().item(),
-        "codec_psnr": psnr(coded, real_video).mean().item(),
-        "joint_iou": offsets[:, now].mean().item(),
-        "joint_iou_shuffled": shuffled[:, now].mean().item(),
-        "joint_sync_peak_rate": peak_rate(offsets),
-        "joint_sync_shuffled": peak_rate(shuffled),
-        "codec_sync_peak_rate": peak_rate(iou_by_offset(coded_shape, real_shape)),
-        "text_action_accuracy": right(joints),
-        "text_chance": 1 / len(puppet.ACTIONS),
-        "text_real": right(clips.joints),
-        "bone_cv": bone_variation(joints, body.parents),
-        "bone_cv_real": bone_variation(clips.joints, body.parents),
-        "fk_error_mm": 1000 * (posed - joints).norm(dim=-1).mean().item(),
-        "jerk_ratio": jerk(joints) / jerk(clips.joints),
-        "attention_41_share": frame_share(attention).tolist(),
-        "attention_chance": 1 / attention.shape[-1],
+    return {
+        "frechet_cm2": measures.frechet(joints, real.bank.joints),
+        "usual_poses": measures.usual_poses(smpl["body_pose"], real.bank.body_pose),
+        "right_action": (measures.nearest_action(joints, real.bank) == real.clips.action).float(),
+        "jerk": measures.jerk(joints) / measures.jerk(real.clips.joints).mean(),
+        "bone_variation": measures.bone_variation(joints, body.parents),
+        "fk_error_mm": 1000 * (posed - joints).norm(dim=-1).mean(dim=(1, 2)),
     }
-    for group, share in frame_share_by_group(mass).items():
-        values[f"attention_41_share_{group}"] = share.tolist()
-    return Scores(values, attention, joint_video)
+
+
+def of_pair(video: Tensor, motion: Tensor, real: Real) -> Columns:
+    """How well a video and a motion fit each other."""
+    shown = measures.silhouettes_of_motion(motion, real.clips.shirt)
+    by_offset = measures.iou_by_offset(puppet.silhouette(video), shown)
+    return {"iou": by_offset[:, measures.OFFSETS.index(0)], "in_step": measures.in_step(by_offset)}
+
+
+def of_pose(joints: Tensor, real: Real) -> Columns:
+    """Errors of joints (b f j 3) that are to be the clips' own."""
+    found = joints, real.clips.joints
+    return {"mpjpe_mm": measures.mpjpe(*found), "pa_mpjpe_mm": measures.pa_mpjpe(*found)}
+
+
+def of_likeness(video: Tensor, real: Real) -> Columns:
+    """How near a video is to the clips' own."""
+    shapes = puppet.silhouette(video), puppet.silhouette(real.video)
+    return {"iou": measures.iou(*shapes), "psnr": measures.psnr(video, real.video)}
+
+
+def mean_motion(real: Real) -> Tensor:
+    """Joints that know nothing of a clip; phases and paces differ: it is the mean pose, standing still."""
+    return measures.centred(real.bank.joints).mean(dim=(0, 1)).expand_as(real.clips.joints)
