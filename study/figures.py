@@ -1,13 +1,13 @@
-"""The README's figures: `python -m study.figures [NAME ...] [--out DIR]` draws them into assets/.
+"""Pictures: `python -m study.figures [NAME ...] [--out DIR]` draws them into assets/.
 
-blocks       the dual block
-lattice      where MVS-RoPE puts video and motion, and where they would be without it
-alignment    which latent a motion frame finds by position alone, with MVS-RoPE and without
-ablation     which latents motion frames have learned to look at, with MVS-RoPE and without
-tasks        the three tasks, sampled
-trajectory   both modalities on their way from noise to sample
-guidance     motion to video over ω1 and ω2
-curves       the losses of a run (--run RUN)
+drawn from the code       blocks (the network), lattice (where MVS-RoPE puts video and motion), alignment
+                          (which latent a motion frame finds by position alone)
+sampled (--weights)       tasks
+from assets/results.json  table1, figure8, a81, a82, a83
+from networks (--runs)    collision (samples of a81's networks)
+from one run (--run)      curves (its losses)
+
+Without names: all but the last two. `--docs` instead writes the tables of README.md and docs/results.md.
 """
 
 import argparse
@@ -24,15 +24,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import files, pictures, plots, puppet, weights
-from kit.attention import frame_share
-from kit.backbone import PUPPET_DEFAULTS
-from kit.data.batch import rng
+from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.data.datasets import puppet_motion
-from motion_tokens import MOTION_DIM, decode_smpl
+from motion_tokens import decode_smpl
 from rope import (
     FRAMES_PER_LATENT,
     TOKENS_PER_FRAME,
@@ -42,9 +39,12 @@ from rope import (
     video_positions,
 )
 from sample import denoise
+from study import tables
 
-ASSETS = Path(__file__).parent.parent / "assets"
-ABLATION = ASSETS / "ablation.json"
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "assets"
+RESULTS = ASSETS / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 INK, VIDEO, MOTION, SHARED = (
     "#{:02x}{:02x}{:02x}".format(*colour)
     for colour in (pictures.INK, *(pictures.SIDE_COLOURS[side] for side in ("left", "right", "middle")))
@@ -53,8 +53,6 @@ CLIP, SEED = 7, 0  # the puppet clip that conditions, and the noise
 PROMPT = "a person in a red shirt waves the left hand"
 SHOWN = 10  # motion tokens of a frame in the lattice
 TILE = 128  # pixels of a frame
-TIMES = 7  # columns of the trajectory
-OMEGAS = ((1.0, 1.5, 3.0, 6.0), (0.0, 1.0, 1.5, 3.0))  # ω1, ω2
 
 
 class World(NamedTuple):
@@ -62,6 +60,11 @@ class World(NamedTuple):
 
     model: DualDiT
     codec: puppet.Codec
+
+
+def opened(file: Path) -> World:
+    model, extra = weights.load_weights(file)
+    return World(model, puppet.Codec.from_state(extra))
 
 
 # ---------------------------------------------------------------- drawn from the code's own numbers
@@ -191,16 +194,6 @@ def alignment(path: Path) -> None:
     plots.save_figure(figure, path)
 
 
-def ablation(path: Path) -> None:
-    """Learned attention of motion to video, a row with MVS-RoPE and one without, from ABLATION."""
-    found = json.loads(ABLATION.read_text())["variants"]
-    rows = {"MVS-RoPE": "echomotion", "unsynced": "unsynced"}
-    maps = torch.cat([torch.tensor(found[name]["attention"]) for name in rows.values()])
-    names = [f"{row}, layer {i}" for row in rows for i in range(len(maps) // len(rows))]
-    title = f"learned motion → video attention, mean of {len(found['unsynced']['seeds'])} seeds"
-    plots.attention_picture(path, maps, frame_share(maps), title, names)
-
-
 # ---------------------------------------------------------------- sampled
 
 
@@ -248,103 +241,154 @@ def tasks(path: Path, world: World) -> None:
     pictures.write_video(path, torch.cat(parts, dim=2), puppet.FPS)
 
 
-def trajectory(path: Path, world: World) -> None:
-    """Middle frames of both states x_t at some times of one joint sample, motion ahead of video."""
-    model, frame = world.model, puppet.FRAMES // 2
-    generator = rng("sample", SEED)
-    video = torch.randn((1, model.config.channels, 5, 8, 8), generator=generator)
-    motion = torch.randn((1, puppet.FRAMES, MOTION_DIM), generator=generator)
-    text = puppet.encode_text([PROMPT]), puppet.encode_text([""])
-    options = PUPPET_DEFAULTS._asdict()
-    states = flow.sample(model, video, motion, *text, Task.JOINT, keep_trajectory=True, **options).trajectory
-    times = flow.clocks(PUPPET_DEFAULTS.steps, PUPPET_DEFAULTS.shift, PUPPET_DEFAULTS.lead)
-    figure = plots.blank_figure(7.2, 2.4)
-    panels = figure.subplots(2, TIMES)
-    for column, step in enumerate(torch.linspace(0, len(times) - 1, TIMES).round().long().tolist()):
-        x_video, x_motion = states[step]
-        shown = (
-            skeleton(x_motion[0] * model.motion_std + model.motion_mean, 2 * TILE)[frame],
-            picture(world, x_video[0])[frame],
-        )
-        for row, (panel, image, t) in enumerate(
-            zip(panels[:, column], shown, times[step][::-1], strict=True)
-        ):
-            panel.imshow(image.numpy())
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.set_title(f"t = {t:.2f}", fontsize=8, color=(MOTION, VIDEO)[row])
-    for panel, name, colour in zip(panels[:, 0], ("motion", "video"), (MOTION, VIDEO), strict=True):
-        panel.set_ylabel(name, fontsize=9, color=colour)
+def collision(path: Path, runs: Path) -> None:
+    """The same prompt and noise by the two networks of A.8.1, frame by frame."""
+    rows, titles = [], []
+    for name in ("mvs-rope", "collision"):
+        world = opened(runs / f"{name}-0" / "weights.safetensors")
+        rows.append(picture(world, sampled(world, Task.JOINT, PROMPT)[0]))
+        titles.append(tables.name_of("a81", name))
+    pictures.contact_sheet(path, rows, titles)
+
+
+# ---------------------------------------------------------------- from assets/results.json
+
+
+def table1(path: Path, results: dict) -> None:
+    """A panel a measure, a point a network with its standard error; dotted: real video."""
+    found = results["table1"]
+    names = [name for name in found if name != "real"]
+    columns = tables.TABLE_1
+    figure = plots.blank_figure(8.6, 4.4)
+    panels = figure.subplots(3, 3, sharey=True).flat
+    for panel, (measure, title) in zip(panels, columns.items(), strict=True):
+        panel.set_title(title, fontsize=9)
+        for y, name in enumerate(names):
+            cell = found[name]["measures"][measure]
+            colour = MOTION if name.startswith("echomotion") else SHARED
+            error = tables.error_of(cell)
+            panel.errorbar(cell["mean"], -y, xerr=error, fmt="o", markersize=4, color=colour, capsize=2)
+        panel.axvline(found["real"]["measures"][measure]["mean"], color=VIDEO, linestyle=(0, (2, 2)))
+        panel.set_yticks([-y for y in range(len(names))], [tables.name_of("table1", n) for n in names])
+        panel.set_ylim(0.5 - len(names), 0.5)
+        panel.tick_params(labelsize=7)
+        panel.grid(color="0.92")
+        panel.set_axisbelow(True)
+    figure.suptitle("Videos of the same prompts, by themselves; dotted: real ones", fontsize=10)
     plots.save_figure(figure, path)
 
 
-def guidance(path: Path, world: World) -> None:
-    """The middle frame of the same motion and noise, over ω1 (text) and ω2 (motion)."""
-    clip, frame = puppet.clips([CLIP]), puppet.FRAMES // 2
-    figure = plots.blank_figure(4.6, 4.3)
-    panels = figure.subplots(len(OMEGAS[1]), len(OMEGAS[0]))
-    for row, w2 in enumerate(OMEGAS[1]):
-        for column, w1 in enumerate(OMEGAS[0]):
-            weights_of = {"guidance_text": w1, "guidance_condition": w2}
-            video, _ = sampled(world, Task.MOTION_TO_VIDEO, clip.caption[0], **weights_of)
-            panel = panels[row, column]
-            panel.imshow(picture(world, video)[frame].numpy())
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.set_title(f"ω1 = {w1:g}" if row == 0 else "", fontsize=9)
-            panel.set_ylabel(f"ω2 = {w2:g}" if column == 0 else "", fontsize=9)
-    figure.suptitle(f"motion → video, “{clip.caption[0]}”", fontsize=10)
+def figure8(path: Path, results: dict) -> None:
+    """A column a variant: above, where motion looks in video, below, where video looks in motion."""
+    found = results["figure8"]
+    figure = plots.blank_figure(2.6 * len(found) + 0.8, 4.6)
+    panels = figure.subplots(2, len(found), squeeze=False, sharex=True, sharey=True)
+    for row, (side, way) in enumerate(
+        (("motion_to_video", "motion → video"), ("video_to_motion", "video → motion"))
+    ):
+        layer = tables.best_layer(results, side)
+        maps = {name: np.array(network[side][layer]) for name, network in found.items()}
+        maps = {name: x if row else x.T for name, x in maps.items()}  # (T f): latents upwards
+        top = max(x.max() for x in maps.values())
+        for panel, (name, shown) in zip(panels[row], maps.items(), strict=True):
+            heat = panel.imshow(shown, cmap="magma", vmin=0, vmax=top, origin="lower", aspect="auto")
+            frames = shown.shape[1]
+            panel.plot([0, frames - 1], [0, (frames - 1) / 4], color="white", linestyle=(0, (2, 3)))
+            panel.set(xticks=range(0, frames, 4), yticks=range(len(shown)))
+            share = found[name]["measures"][f"{side}_{layer}"]
+            title = f"{tables.name_of('figure8', name)}: {tables.cell(share)}"
+            panel.set_title(title, fontsize=9)
+            panel.tick_params(labelsize=7)
+        panels[row, 0].set_ylabel(f"{way}, layer {layer}\nlatent frame t", fontsize=8)
+        figure.colorbar(heat, ax=panels[row], fraction=0.02, pad=0.02).ax.tick_params(labelsize=7)
+    chance = next(iter(found.values()))["chance"]
+    figure.supxlabel("motion frame f", fontsize=8)
+    figure.suptitle(
+        f"Share of attention that keeps the 4:1 clock (chance {chance:.2f}; dotted: t = f/4)", fontsize=10
+    )
     plots.save_figure(figure, path)
+
+
+CURVES = {
+    "a81": "Error of the video in joint modelling",
+    "a82": "Loss of stage 2",
+    "a83": "Loss of stage 2, from stage 0",
+}
+
+
+def curves(part: str) -> Callable[[Path, dict], None]:
+    """Losses over the clips trained on: mean over seeds, and its standard error as a band."""
+
+    def draw(path: Path, results: dict) -> None:
+        figure = plots.blank_figure(5.4, 3.4)
+        panel = figure.subplots()
+        for (name, network), colour in zip(results[part].items(), (MOTION, VIDEO), strict=True):
+            shown = network["curve"]
+            x = np.array(shown["steps"]) * network["trained_clips"] / network["steps"]
+            mean, error = (np.array(shown[key], float) for key in ("mean", "error_seeds"))
+            panel.plot(x, mean, color=colour, label=tables.name_of(part, name), linewidth=1.5)
+            panel.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        panel.set(xlabel="clips of stage 2", ylabel="velocity error, held-out clips", title=CURVES[part])
+        panel.grid(color="0.92")
+        panel.legend(frameon=False)
+        plots.save_figure(figure, path)
+
+    return draw
 
 
 # ---------------------------------------------------------------- the command line
 
-
-DRAWN: dict[str, Callable[[Path], None]] = {
-    "blocks": blocks, "lattice": lattice, "alignment": alignment, "ablation": ablation,
-}  # fmt: skip
-SAMPLED: dict[str, Callable[[Path, World], None]] = {
-    "tasks": tasks, "trajectory": trajectory, "guidance": guidance,
-}  # fmt: skip
+DRAWN: dict[str, Callable[[Path], None]] = {"blocks": blocks, "lattice": lattice, "alignment": alignment}
+READ: dict[str, Callable[[Path, dict], None]] = {
+    "table1": table1,
+    "figure8": figure8,
+    **{part: curves(part) for part in CURVES},
+}
+NAMES = (*DRAWN, "tasks", *READ, "collision", "curves")
 
 
 def options() -> argparse.Namespace:
-    parser = files.Parser(prog="python -m study.figures", description=__doc__.splitlines()[0])
-    names = (*DRAWN, *SAMPLED, "curves")
-    what = f"{', '.join(names)}; default: all, curves if --run is given"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=what)
-    what = "for what is sampled; default: the shipped puppet"
-    parser.add_argument(
-        "--weights", type=Path, default=ASSETS / "puppet.safetensors", metavar="FILE", help=what
-    )
-    parser.add_argument("--run", type=Path, metavar="RUN", help="whose losses are drawn")
-    parser.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
+    parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all but the last two")
+    add("--weights", type=Path, default=SHIPPED, metavar="FILE", help="of tasks; default: the shipped puppet")
+    add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
+    add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="study.ablate's (%(default)s)")
+    add("--run", type=Path, metavar="RUN", help="whose losses are drawn")
+    add("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
+    add("--docs", action="store_true", help="write the tables of README.md and docs/results.md instead")
     args = parser.parse_args()
     for name in args.names:
-        if name not in names:
-            parser.error(f"no figure {name!r}: choose from {', '.join(names)}")
-    args.names = args.names or [*DRAWN, *SAMPLED, *(["curves"] if args.run else [])]
+        if name not in NAMES:
+            parser.error(f"no figure {name!r}: choose from {', '.join(NAMES)}")
     return args
 
 
 def main() -> None:
     args = options()
+    results = json.loads(args.results.read_text()) if args.results.is_file() else {}
+    if args.docs:
+        for page in PAGES:
+            tables.fill(page, results)
+        return
     if "curves" in args.names and not args.run:
         raise ValueError("curves are of a run: add --run RUN, a folder that train.py has written")
     if not args.out.is_dir():
         raise FileNotFoundError(f"{args.out}: no such folder; create it first")
-    world = None
-    for name in args.names:
+    for name in args.names or (*DRAWN, "tasks", *(part for part in READ if part in results)):
         path = args.out / f"{name}.{'gif' if name == 'tasks' else 'png'}"
         if name in DRAWN:
             DRAWN[name](path)
-        elif name in SAMPLED:
-            if world is None:
-                model, extra = weights.load_weights(args.weights)
-                world = World(model, puppet.Codec.from_state(extra))
-            SAMPLED[name](path, world)
-        else:
+        elif name == "tasks":
+            tasks(path, opened(args.weights))
+        elif name == "collision":
+            collision(path, args.runs)
+        elif name == "curves":
             plots.loss_picture(args.run / "metrics.jsonl", path)
+        elif name in results:
+            READ[name](path, results)
+        else:
+            raise ValueError(f"{args.results} has no {name}: measure it, `python -m study.ablate {name}`")
         print(f"wrote {path}")
 
 

@@ -84,7 +84,7 @@ def jerk(joints: Tensor) -> Tensor:
 
 
 def usual_poses(body_pose: Tensor, real: Tensor) -> Tensor:
-    """Share of joints (b,) turned by no more than all but one in a hundred real ones; axis-angle (b f j 3)."""
+    """Share of joints (b,) turned by no more than all but one in a hundred real ones; (b f j 3) radians."""
     usual = real.norm(dim=-1).flatten(0, 1).quantile(0.99, dim=0)
     return (body_pose.norm(dim=-1) <= usual).float().mean(dim=(1, 2))
 
@@ -108,7 +108,7 @@ def frechet(joints: Tensor, real: Tensor) -> Tensor:
 
 def _frechet(x: Tensor, y: Tensor) -> Tensor:
     """|difference of means|² + tr(A + B - 2·(A^½ B A^½)^½) of features (n d) with covariances A and B."""
-    a, b = (torch.cov(z.mT, correction=len(z) > 1).view(x.shape[1], -1) for z in (x, y))
+    a, b = (torch.cov(z.mT, correction=int(len(z) > 1)).view(x.shape[1], -1) for z in (x, y))
     values, vectors = torch.linalg.eigh(a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     common = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
@@ -151,7 +151,7 @@ def sharpness(video: Tensor) -> Tensor:
 
 
 def outlines(shape: Tensor) -> Tensor:
-    """Silhouettes (b f h w) bool -> (b n), at half the size and with each clip's middle column in the middle."""
+    """Silhouettes (b f h w) bool -> (b n), at half the size, each clip in the middle."""
     columns = shape.float().sum(dim=(1, 2))  # (b w)
     middle = (columns * torch.arange(columns.shape[1])).sum(1) / columns.sum(1).clamp_min(1)
     shifts = (shape.shape[-1] // 2 - middle.round()).int().tolist()

@@ -19,7 +19,7 @@ from study import measures, pose
 
 CHUNK = {"cpu": 16, "cuda": 128}  # clips at a time
 BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
-READ_CLIPS = 128  # of them whose elbows and knees say what is usual
+READ_CLIPS = 64  # of them whose elbows and knees say what is usual
 ONE_CLOCK = {"lead": 0.0}  # as the paper samples; by default motion is made first
 Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
 
@@ -74,7 +74,7 @@ def chunks(real: Real, device: torch.device) -> Iterator[slice]:
 
 
 def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
-    """Where motion looks in video as it is made from video, (layers f i T), and the other way, (layers T f)."""
+    """Where motion made from video looks in it, (layers f i T), and the other way round, (layers T f)."""
     device, totals = model.motion_mean.device, [0.0, 0.0]
     for part in chunks(real, device):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std

@@ -1,0 +1,128 @@
+"""The tables of README.md and docs/results.md, written from assets/results.json between their markers.
+
+A block begins with the line <!-- NAME --> and ends with <!-- /NAME -->; NAME is one of BLOCKS.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+MISSING = "not yet measured"
+NAMES = {
+    "real": "real video, through the codec",
+    "backbone": "backbone (stage 0)",
+    "video-tuning": "video tuning, as many clips",
+    "video-tuning-flops": "video tuning, as much arithmetic",
+    "echomotion-one-clock": "EchoMotion, one clock",
+    "echomotion": "EchoMotion, motion first",
+    "mvs-rope": "MVS-RoPE",
+    "unsynced": "unsynced",
+    "collision": "collision",
+    "one-stage": "stage 2 alone",
+    "single-stream": "one set of weights",
+    "mean-motion": "mean motion",
+    "stage-1": "text → motion alone (stage 1)",
+}
+# what a part calls a network whose name says something else there
+OTHER_NAMES = {
+    ("a82", "mvs-rope"): "stages 1 and 2",
+    ("a83", "one-stage"): "two experts",
+    ("table5", "echomotion"): "EchoMotion",
+    ("table6", "real"): "other real motions",
+}
+TABLE_1 = {
+    "limbs_whole": "limbs whole ↑",
+    "limbs_missing": "missing ↓",
+    "length_variation": "length variation ↓",
+    "odd_bends": "odd bends ↓",
+    "flicker": "flicker",
+    "dynamic_degree": "dynamic degree",
+    "sharpness": "sharpness",
+    "prompt_following": "prompt ↑",
+    "plausible_postures": "posture ↑",
+}
+COLUMNS = {
+    "table1": TABLE_1,
+    "table5": {"pa_mpjpe_mm": "PA-MPJPE, mm ↓", "mpjpe_mm": "MPJPE, mm ↓"},
+    "table6": {
+        "frechet_cm2": "Fréchet distance, cm² ↓",
+        "usual_poses": "usual poses ↑",
+        "right_action": "right action ↑",
+        "jerk": "jerk, of real",
+    },
+}
+COLUMNS |= {part: {"first_loss": "at the start", "loss": "at the end ↓"} for part in ("a81", "a82", "a83")}
+
+
+def name_of(part: str, network: str) -> str:
+    return OTHER_NAMES.get((part, network), NAMES[network])
+
+
+def error_of(found: dict[str, float]) -> float:
+    """The larger of the standard errors over clips and over seeds."""
+    return max(found["error"], found.get("error_seeds", 0.0))
+
+
+def cell(found: dict[str, float]) -> str:
+    """Mean ± standard error, both to the error's two digits: 0.597 ± 0.012."""
+    error = error_of(found)
+    if not error:
+        return f"{found['mean']:.3g}"
+    digits = max(0, 1 - int(f"{error:e}".partition("e")[2]))
+    return f"{found['mean']:.{digits}f} ± {error:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def table(results: dict, part: str) -> str:
+    """A row a network: its measures, seeds and the clips it was trained on in its last stage."""
+    rows = []
+    for network, found in results[part].items():
+        trained = f"{found['trained_clips']:,}" if found["steps"] else ""
+        cells = [cell(found["measures"][column]) for column in COLUMNS[part]]
+        rows.append([name_of(part, network), *cells, str(found["seeds"]), trained])
+    clips = next(iter(results[part].values()))["clips"]
+    head = ["", *COLUMNS[part].values(), "seeds", "clips trained on"]
+    return markdown(head, rows) + f"\n\nOn {clips} held-out clips, ± the standard error."
+
+
+def shares(results: dict, part: str = "figure8") -> str:
+    """Both ways, the layer that MVS-RoPE makes most of, and all layers' mean."""
+    rows = []
+    for network, found in results[part].items():
+        row = [name_of(part, network)]
+        for side in ("motion_to_video", "video_to_motion"):
+            layers = [key for key in found["measures"] if key.startswith(side)]
+            row.append(cell(found["measures"][f"{side}_{best_layer(results, side)}"]))
+            row.append(f"{sum(found['measures'][key]['mean'] for key in layers) / len(layers):.3f}")
+        rows.append([*row, f"{found['chance']:.3f}", str(found["seeds"])])
+    ways = [f"{way}, {what}" for way in ("motion→video", "video→motion") for what in ("best layer", "mean")]
+    return markdown(["", *ways, "chance", "seeds"], rows)
+
+
+def best_layer(results: dict, side: str) -> int:
+    """Where MVS-RoPE's share is largest."""
+    found = results["figure8"]["mvs-rope"]["measures"]
+    means = {key: value["mean"] for key, value in found.items() if key.startswith(side)}
+    return int(max(means, key=means.get).rpartition("_")[2])
+
+
+BLOCKS: dict[str, Callable[[dict, str], str]] = {**dict.fromkeys(COLUMNS, table), "figure8": shares}
+
+
+def filled(text: str, results: dict) -> str:
+    """The text with every block as the results have it."""
+
+    def block(found: re.Match) -> str:
+        name = found[1]
+        inside = BLOCKS[name](results, name) if results.get(name) else MISSING
+        return f"<!-- {name} -->\n{inside}\n<!-- /{name} -->"
+
+    return re.sub(rf"<!-- ({'|'.join(BLOCKS)}) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
+
+
+def fill(path: Path, results: dict) -> None:
+    path.write_text(filled(path.read_text(), results))
