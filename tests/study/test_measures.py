@@ -77,18 +77,59 @@ def test_bone_variation_is_deviation_over_mean_within_a_clip():
     ends = torch.tensor([[[1, 3], [1, 3]], [[1, 2], [1, 4]]]).float()
     joints = torch.zeros(2, 2, 3, 3)
     joints[:, :, 1:, 0] = ends
-    expected = (0 + 0 + 0 + math.sqrt(2) / 2) / 4
-    assert measures.bone_variation(joints, parents) == pytest.approx(expected)
+    expected = [0, math.sqrt(2) / 4]
+    assert measures.bone_variation(joints, parents).tolist() == pytest.approx(expected)
     turn = torch.from_numpy(Rotation.from_rotvec([(0, 0, 0), (0, 0, 1)]).as_matrix()).float()
     turned = torch.einsum("fik,bfjk->bfji", turn, joints[:1])  # bones that turn keep their length
-    assert measures.bone_variation(turned, parents) == pytest.approx(0, abs=1e-6)
+    assert measures.bone_variation(turned, parents).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("power", "expected"), ((3, 6.0), (2, 0.0)), ids=("cubic", "even acceleration"))
 def test_jerk_is_the_third_difference(power, expected):
     joints = torch.zeros(2, 8, 24, 3)
     joints[..., 1] = (torch.arange(8.0) ** power).view(8, 1)
-    assert measures.jerk(joints) == pytest.approx(expected, abs=1e-5)
+    assert measures.jerk(joints).tolist() == pytest.approx([expected] * 2, abs=1e-5)
+
+
+def test_usual_poses_are_within_what_99_of_100_real_ones_do():
+    # catches a range over all joints together: an elbow may bend further than a spine
+    real = torch.zeros(1, 100, 2, 3)
+    real[0, :, 0, 1], real[0, :, 1, 2] = torch.arange(100.0) / 100, torch.arange(100.0) / 10
+    made = torch.tensor([[[[0.5, 0, 0], [0, 5.0, 0]]], [[[5.0, 0, 0], [0, 0, 20.0]]]])
+    assert measures.usual_poses(made, real).tolist() == [1, 0]
+
+
+def motions(n: int, shift: float, size: float, seed: int) -> torch.Tensor:
+    """Joints (n 1 24 3) that face the camera, one coordinate of one joint random."""
+    joints = torch.zeros(n, 1, 24, 3)
+    joints[:, :, 1, 0], joints[:, :, 2, 0] = 0.1, -0.1
+    joints[:, 0, 20, 1] = shift + size * randn(n, seed=seed)
+    return joints
+
+
+def test_frechet_is_what_it_is_for_two_normal_distributions():
+    # |μ - ν|² + (σ - τ)², in cm², a joint; catches metres, a lost mean, covariances for deviations
+    real = motions(4000, 0.0, 0.02, 1)
+    found = measures.frechet(motions(2000, 0.10, 0.05, 2), real)
+    assert found.mean().item() == pytest.approx((10**2 + 3**2) / 24, rel=0.05)
+    error = measures.summary(found[None])["error"]
+    assert 0 < error < 0.2
+
+
+def test_frechet_of_the_same_distribution_is_zero_within_its_error_however_few():
+    # catches the bias of few samples, which would favour whatever is measured on more of them
+    bank = puppet.clips(range(400)).joints
+    few = measures.summary(measures.frechet(puppet.clips(range(1000, 1040)).joints, bank)[None])
+    assert abs(few["mean"]) < 4 * few["error"] + 1
+    still = bank[:40].mean(dim=1, keepdim=True).expand(-1, 17, -1, -1)
+    assert measures.frechet(still, bank).mean() > few["mean"] + 4 * few["error"]
+
+
+def test_summary_by_hand():
+    found = measures.summary(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]))
+    # clips: 2, 3, 4; seeds: 2, 4
+    assert found == {"mean": 3.0, "error": pytest.approx(3**-0.5), "error_seeds": pytest.approx(1.0)}
+    assert "error_seeds" not in measures.summary(torch.ones(1, 3))
 
 
 # ---------------------------------------------------------------- measures of video
@@ -117,12 +158,26 @@ def test_iou_by_offset_peaks_where_the_motion_was_put(lag):
     by_offset = measures.iou_by_offset(video, motion)
     expected = torch.tensor([[float(offset == lag) for offset in measures.OFFSETS]])
     torch.testing.assert_close(by_offset, expected)
-    assert measures.peak_rate(by_offset) == (lag == 0)
+    assert measures.in_step(by_offset).tolist() == [float(lag == 0)]
 
 
-def test_peak_rate_is_a_share_of_clips():
-    by_offset = torch.eye(9)[[4, 4, 4, 0]]
-    assert measures.peak_rate(by_offset) == 0.75
+def test_change_and_sharpness_are_differences_of_pixels_a_clip():
+    video = torch.zeros(2, 3, 5, 4, 6)
+    video[1] = torch.arange(5.0).view(5, 1, 1) ** 3  # of t³ the third difference is 6, the first 1 7 19 37
+    assert measures.change(video, 3).tolist() == [0, 6] and measures.change(video, 1).tolist() == [0, 16]
+    video[0] = torch.arange(6.0) + 2 * torch.arange(4.0)[:, None]
+    assert measures.sharpness(video).tolist() == [3, 0]
+
+
+def test_outlines_forgive_place_and_nothing_else():
+    # catches a shift by frames, which would make a walk a march on the spot
+    shape = torch.zeros(3, 5, 8, 16, dtype=torch.bool)
+    shape[0, :, 2:6, 2:4], shape[1, :, 2:6, 10:12], shape[2, :, 0:4, 2:4] = True, True, True
+    found = measures.outlines(shape)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    for f in range(5):
+        shape[1, f] = shape[1, f].roll(f, -1)
+    assert not torch.equal(measures.outlines(shape)[1], found[0])
 
 
 # ---------------------------------------------------------------- on real clips
@@ -136,4 +191,9 @@ def test_measures_of_the_real_thing_are_perfect():
     assert measures.mpjpe(smpl["joints"], clips.joints).max() < 0.01
     shape = puppet.silhouette(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
     assert measures.iou(measures.silhouettes_of_motion(motion, clips.shirt), shape).min() > 0.99
-    assert measures.bone_variation(smpl["joints"], puppet.body().parents) < 1e-5
+    assert measures.bone_variation(smpl["joints"], puppet.body().parents).max() < 1e-5
+
+
+def test_held_out_clips_are_not_those_of_the_bank():
+    one, other = measures.held_out(4), measures.held_out(4, "bank")
+    assert not torch.equal(one.joints, other.joints)
