@@ -5,9 +5,8 @@ drawn from the code       blocks (the network), lattice (where MVS-RoPE puts vid
 sampled (--weights)       tasks
 from assets/results.json  table1, figure8, a81, a82, a83
 from networks (--runs)    collision (samples of a81's networks)
-from one run (--run)      curves (its losses)
 
-Without names: all but the last two. `--docs` instead writes the tables of README.md and docs/results.md.
+Without names: all but the last. `--docs` instead writes the tables of README.md and docs/results.md.
 """
 
 import argparse
@@ -344,17 +343,16 @@ READ: dict[str, Callable[[Path, dict], None]] = {
     "figure8": figure8,
     **{part: curves(part) for part in CURVES},
 }
-NAMES = (*DRAWN, "tasks", *READ, "collision", "curves")
+NAMES = (*DRAWN, "tasks", *READ, "collision")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all but the last two")
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all but the last")
     add("--weights", type=Path, default=SHIPPED, metavar="FILE", help="of tasks; default: the shipped puppet")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
     add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="study.ablate's (%(default)s)")
-    add("--run", type=Path, metavar="RUN", help="whose losses are drawn")
     add("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
     add("--docs", action="store_true", help="write the tables of README.md and docs/results.md instead")
     args = parser.parse_args()
@@ -371,8 +369,6 @@ def main() -> None:
         for page in PAGES:
             tables.fill(page, results)
         return
-    if "curves" in args.names and not args.run:
-        raise ValueError("curves are of a run: add --run RUN, a folder that train.py has written")
     if not args.out.is_dir():
         raise FileNotFoundError(f"{args.out}: no such folder; create it first")
     for name in args.names or (*DRAWN, "tasks", *(part for part in READ if part in results)):
@@ -383,8 +379,6 @@ def main() -> None:
             tasks(path, opened(args.weights))
         elif name == "collision":
             collision(path, args.runs)
-        elif name == "curves":
-            plots.loss_picture(args.run / "metrics.jsonl", path)
         elif name in results:
             READ[name](path, results)
         else:

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from kit import plots
 from rope import TOKENS_PER_FRAME
 from study import figures, tables
 
@@ -156,14 +155,6 @@ def test_alignment_shows_the_logits_of_positions(synced):
     assert all(abs(peak - f / 4) <= 0.5 for f, peak in enumerate(peaks)) == synced
 
 
-def test_curves_are_a_runs_losses(tmp_path, monkeypatch):
-    rows = [f'{{"step": {k}, "stage": 2, "task": "joint", "loss": {1 / (k + 1)}}}' for k in range(9)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    draw(monkeypatch, "curves", "--run", tmp_path, "--out", tmp_path)
-    plots.loss_picture(tmp_path / "metrics.jsonl", tmp_path / "other.png")
-    assert (tmp_path / "curves.png").read_bytes() == (tmp_path / "other.png").read_bytes()
-
-
 def test_lattice_draws_the_positions_of_the_code(tmp_path, monkeypatch):
     figures.lattice(tmp_path / "as_it_is.png")
     shifted = figures.motion_positions
@@ -177,10 +168,8 @@ def test_lattice_draws_the_positions_of_the_code(tmp_path, monkeypatch):
     ("arguments", "words"),
     (
         (("blocs",), "no figure 'blocs': choose from blocks"),
-        (("curves",), "add --run RUN"),
         (("table1", "--results", "nowhere"), "nowhere has no table1: measure it"),
         (("blocks", "--out", "nowhere"), "nowhere: no such folder"),
-        (("curves", "--run", "nowhere"), "nowhere/metrics.jsonl: no such file"),
         (("tasks", "--weights", "nowhere"), "nowhere"),
     ),
 )
