@@ -255,7 +255,7 @@ def collision(path: Path, runs: Path) -> None:
 
 def table1(path: Path, results: dict) -> None:
     """A panel a measure, a point a network with its standard error; dotted: real video."""
-    found = results["table1"]
+    found = tables.networks(results, "table1")
     names = [name for name in found if name != "real"]
     columns = tables.TABLE_1
     figure = plots.blank_figure(8.6, 4.4)
@@ -279,7 +279,7 @@ def table1(path: Path, results: dict) -> None:
 
 def figure8(path: Path, results: dict) -> None:
     """A column a variant: above, where motion looks in video, below, where video looks in motion."""
-    found = results["figure8"]
+    found = tables.networks(results, "figure8")
     figure = plots.blank_figure(2.6 * len(found) + 0.8, 4.6)
     panels = figure.subplots(2, len(found), squeeze=False, sharex=True, sharey=True)
     for row, (side, way) in enumerate(
@@ -319,9 +319,10 @@ def curves(part: str) -> Callable[[Path, dict], None]:
     """Losses over the clips trained on: mean over seeds, and its standard error as a band."""
 
     def draw(path: Path, results: dict) -> None:
+        found = tables.networks(results, part)
         figure = plots.blank_figure(5.4, 3.4)
         panel = figure.subplots()
-        for (name, network), colour in zip(results[part].items(), (MOTION, VIDEO), strict=True):
+        for (name, network), colour in zip(found.items(), (MOTION, VIDEO), strict=False):
             shown = network["curve"]
             x = np.array(shown["steps"]) * network["trained_clips"] / network["steps"]
             mean, error = (np.array(shown[key], float) for key in ("mean", "error_seeds"))

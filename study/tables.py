@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MISSING = "not yet measured"
-NAMES = {
+NAMES = {  # in the order of rows
     "real": "real video, through the codec",
     "backbone": "backbone (stage 0)",
     "video-tuning": "video tuning, as many clips",
     "video-tuning-flops": "video tuning, as much arithmetic",
+    "mean-motion": "mean motion",
+    "stage-1": "text → motion alone (stage 1)",
     "echomotion-one-clock": "EchoMotion, one clock",
     "echomotion": "EchoMotion, motion first",
     "mvs-rope": "MVS-RoPE",
@@ -20,8 +22,6 @@ NAMES = {
     "collision": "collision",
     "one-stage": "stage 2 alone",
     "single-stream": "one set of weights",
-    "mean-motion": "mean motion",
-    "stage-1": "text → motion alone (stage 1)",
 }
 # what a part calls a network whose name says something else there
 OTHER_NAMES = {
@@ -58,6 +58,11 @@ def name_of(part: str, network: str) -> str:
     return OTHER_NAMES.get((part, network), NAMES[network])
 
 
+def networks(results: dict, part: str) -> dict[str, dict]:
+    """What has been measured of a part, in the order of NAMES."""
+    return {name: results[part][name] for name in NAMES if name in results[part]}
+
+
 def error_of(found: dict[str, float]) -> float:
     """The larger of the standard errors over clips and over seeds."""
     return max(found["error"], found.get("error_seeds", 0.0))
@@ -80,7 +85,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def table(results: dict, part: str) -> str:
     """A row a network: its measures, seeds and the clips it was trained on in its last stage."""
     rows = []
-    for network, found in results[part].items():
+    for network, found in networks(results, part).items():
         trained = f"{found['trained_clips']:,}" if found["steps"] else ""
         cells = [cell(found["measures"][column]) for column in COLUMNS[part]]
         rows.append([name_of(part, network), *cells, str(found["seeds"]), trained])
@@ -92,7 +97,7 @@ def table(results: dict, part: str) -> str:
 def shares(results: dict, part: str = "figure8") -> str:
     """Both ways, the layer that MVS-RoPE makes most of, and all layers' mean."""
     rows = []
-    for network, found in results[part].items():
+    for network, found in networks(results, part).items():
         row = [name_of(part, network)]
         for side in ("motion_to_video", "video_to_motion"):
             layers = [key for key in found["measures"] if key.startswith(side)]
