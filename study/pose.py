@@ -85,7 +85,9 @@ def connected(mask: Tensor) -> Tensor:
     size = mask.shape[-2] * mask.shape[-1]
     numbers = torch.arange(1.0, size + 1, device=mask.device).view(mask.shape[1:]) * mask
     while True:  # the largest number of a piece spreads through it, a pixel a round
-        spread = F.max_pool2d(numbers[:, None], 3, stride=1, padding=1)[:, 0] * mask
+        x = F.pad(numbers, (1, 1, 1, 1))
+        x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
+        spread = torch.maximum(torch.maximum(x[:, :-2], x[:, 1:-1]), x[:, 2:]) * mask
         if torch.equal(spread, numbers):
             return numbers.long()
         numbers = spread
