@@ -134,29 +134,33 @@ def blocks(path: Path) -> None:
     plots.save_figure(figure, path)
 
 
+LATTICES = {  # (synced, apart): title, what a motion token's position is
+    (True, True): ("MVS-RoPE", "(f/4, H+i, W+i)"),
+    (False, True): ("unsynced: another clock", "(f, H+i, W+i)"),
+    (True, False): ("collision: video's places", "(f/4, i, i)"),
+}
+
+
 def lattice(path: Path) -> None:
     """Positions of 3 latents of 6x6 tokens and of the first tokens of 9 motion frames."""
     t, h, w = 3, 6, 6
     frames = FRAMES_PER_LATENT * (t - 1) + 1
-    figure = plots.blank_figure(8.6, 4.4)
-    for panel, synced in enumerate((True, False), start=1):
-        axes = figure.add_subplot(1, 2, panel, projection="3d")
+    figure = plots.blank_figure(10.8, 4.0)
+    for panel, ((synced, apart), (title, name)) in enumerate(LATTICES.items(), start=1):
+        axes = figure.add_subplot(1, 3, panel, projection="3d")
         axes.set_box_aspect((1, 1.5, 1), zoom=0.95)
         video = video_positions(t, h, w).numpy()
-        motion = motion_positions(frames, h, w, synced=synced).numpy()
+        motion = motion_positions(frames, h, w, synced=synced, apart=apart).numpy()
         motion = rearrange(motion, "(f i) xyz -> f i xyz", f=frames)[:, :SHOWN]
         axes.scatter(*video[:, [1, 0, 2]].T, s=10, color=VIDEO, depthshade=False, label="video (t, h, w)")
         for f, line in enumerate(motion):
             size, faint = (9, 1.0) if f % FRAMES_PER_LATENT == 0 else (4, 0.5)
             axes.plot(*line[:, [1, 0, 2]].T, color=MOTION, linewidth=0.8, alpha=faint)
             axes.scatter(*line[:, [1, 0, 2]].T, s=size, color=MOTION, depthshade=False, alpha=faint)
-        name = "(f/4, H+i, W+i)" if synced else "(f, i, i)"
         axes.plot([], [], color=MOTION, marker="o", markersize=3, label=f"motion {name}, i < {SHOWN} of 51")
-        title = "MVS-RoPE: one clock, no collisions" if synced else "unsynced: another clock, collisions"
         axes.set_title(title, fontsize=10, y=0.98)
-        axes.set(
-            xlabel="h", ylabel="t", zlabel="w", yticks=range(0, t if synced else frames, 1 if synced else 2)
-        )
+        ticks = range(0, t) if synced else range(0, frames, 2)
+        axes.set(xlabel="h", ylabel="t", zlabel="w", yticks=ticks)
         axes.tick_params(labelsize=6, pad=-2)
         axes.view_init(elev=20, azim=-40)
         axes.legend(loc="lower left", fontsize=8, frameon=False, bbox_to_anchor=(-0.08, -0.12))

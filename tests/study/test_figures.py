@@ -135,8 +135,8 @@ def by_hand(frames: int, synced: bool, latents: int, dim: int = 128) -> torch.Te
         for t in range(latents):
             axes = (
                 [(f / 4 if synced else f) - t],
-                [(8 + token if synced else token)[:, None] - place],
-                [(8 + token if synced else token)[:, None] - place],
+                [(8 + token)[:, None] - place],
+                [(8 + token)[:, None] - place],
             )
             total = 0.0
             for size, (difference,) in zip(sizes, axes, strict=True):
