@@ -155,21 +155,13 @@ def test_all_parts_are_written_and_measured_once(few, trainings, start, tmp_path
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
-    # catches work done again, or old numbers kept beside new weights
-    before = len(trainings)
-    torch.save({}, tmp_path / "runs" / "unsynced-1" / "weights.safetensors")
-    results["figure8"]["unsynced"]["weights"] = ["others"]
-    results["a81"]["collision"]["measures"] = "kept"
-    out.write_text(json.dumps(results))
-    measured = []
-    ablate.PARTS["a81"](ablate.Plan(ablate.start_of(start), 2, 2, None, tmp_path / "runs", out, "cpu"))
-    ablate.write(
-        ablate.Plan(ablate.start_of(start), 2, 2, None, tmp_path / "runs", out, "cpu"), "figure8", "unsynced",
-        [tmp_path / "runs" / f"unsynced-{s}" for s in (0, 1)], 500, lambda: measured.append(1) or {"new": 1},
-    )  # fmt: skip
-    again = json.loads(out.read_text())
-    assert again["a81"]["collision"]["measures"] == "kept" and again["figure8"]["unsynced"]["new"] == 1
-    assert measured == [1] and len(trainings) == before
+    # catches work done again, and old numbers kept beside new weights
+    plan = ablate.Plan(ablate.start_of(start), 2, 2, None, tmp_path / "runs", out, "cpu")
+    paths, measured = ablate.all_seeds("unsynced", plan), []
+    for _ in range(2):
+        ablate.write(plan, "figure8", "unsynced", paths, 500, lambda: measured.append(len(measured)) or {})
+        (paths[1] / "weights.safetensors").write_bytes(b"trained again")
+    assert measured == [0] and len(trainings) == 15  # eight networks of two seeds, one of them the run itself
 
 
 def test_table_1_asks_each_network_for_its_own_kind_of_sample(few, trainings, plan, monkeypatch):

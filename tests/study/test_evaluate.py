@@ -41,7 +41,6 @@ def test_evaluate_writes_every_measure_with_its_error_and_draws_the_maps(
             assert math.isfinite(found["mean"]) and found["error"] >= 0
     assert measures == evaluate.ROWS.keys()
     assert result["joint"]["baseline"]["right_action"]["mean"] == pytest.approx(1 / len(puppet.ACTIONS))
-    # what is made in three clips, two at a time, is of the caption, condition and noise of its own clip
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
 
 
