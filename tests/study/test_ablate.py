@@ -116,13 +116,17 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
         ablate.trained("unsynced", 3, plan._replace(steps=9))
 
 
-def test_training_that_fails_or_stops_ends_the_work(plan, monkeypatch):
-    # catches a table of half trained networks
-    for code in (2, 0):  # refused; stopped by SIGTERM, which train.py takes for an end
-        stopped = subprocess.CompletedProcess([], code)
-        monkeypatch.setattr(ablate.subprocess, "run", lambda *_, stopped=stopped, **__: stopped)
-        with pytest.raises(ValueError, match="training stopped; the same command goes on"):
-            ablate.trained("collision", 0, plan)
+@pytest.mark.parametrize(("code", "saved"), ((2, True), (0, False)), ids=("fails at its end", "SIGTERM"))
+def test_training_that_fails_or_stops_ends_the_work(code, saved, plan, monkeypatch):
+    # catches a table of half trained networks; train.py takes SIGTERM for an end
+    def run(*_, **__) -> subprocess.CompletedProcess:
+        if saved:
+            folder_of(plan.runs / "collision-0", 500).mkdir(parents=True)
+        return subprocess.CompletedProcess([], code)
+
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    with pytest.raises(ValueError, match="training stopped; the same command goes on"):
+        ablate.trained("collision", 0, plan)
 
 
 def test_a_start_without_its_stages_is_refused(start):
