@@ -4,14 +4,12 @@ import json
 import shutil
 import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
-from rope import TOKENS_PER_FRAME
 from study import figures, tables
 
 
@@ -78,7 +76,7 @@ def test_each_figure_is_written_and_the_same_again(few, results, tiny_weights, t
         draw(monkeypatch, *names, *given, "--out", folder)
         pictures.append({path.name: path.read_bytes() for path in folder.iterdir()})
     first, again = pictures
-    drawn = {f"{name}.png" for name in ("blocks", "lattice", "alignment", *figures.READ)}
+    drawn = {f"{name}.png" for name in figures.READ}
     assert first.keys() == drawn | {"tasks.gif"}
     assert all(first[name] == picture for name, picture in again.items() if name in first)
     for path in (*(tmp_path / "first").iterdir(), tmp_path / "again" / "collision.png"):
@@ -125,51 +123,12 @@ def test_results_page_is_in_step_with_the_results():
     assert all(f"<!-- {name} -->" in page for name in tables.BLOCKS)
 
 
-def by_hand(frames: int, synced: bool, latents: int, dim: int = 128) -> torch.Tensor:
-    """Equal content: a pair of channels turned by angles a and b has the product 2·cos(a - b)."""
-    sizes = (dim - 2 * (dim // 6) * 2, dim // 6 * 2, dim // 6 * 2)
-    found = torch.zeros(frames, latents)
-    place = torch.arange(8.0)
-    token = torch.arange(float(TOKENS_PER_FRAME))
-    for f in range(frames):
-        for t in range(latents):
-            axes = (
-                [(f / 4 if synced else f) - t],
-                [(8 + token)[:, None] - place],
-                [(8 + token)[:, None] - place],
-            )
-            total = 0.0
-            for size, (difference,) in zip(sizes, axes, strict=True):
-                rates = 10_000.0 ** (-torch.arange(0, size, 2) / size)
-                angle = torch.as_tensor(difference, dtype=torch.float32)[..., None] * rates
-                total += 2 * angle.cos().sum(-1).mean()
-            found[f, t] = total / dim**0.5
-    return found
-
-
-@pytest.mark.parametrize("synced", (True, False))
-def test_alignment_shows_the_logits_of_positions(synced):
-    found = figures.by_position(9, synced)
-    torch.testing.assert_close(found, by_hand(9, synced, 3), atol=2e-3, rtol=1e-3)
-    peaks = found.argmax(dim=1).tolist()
-    assert all(abs(peak - f / 4) <= 0.5 for f, peak in enumerate(peaks)) == synced
-
-
-def test_lattice_draws_the_positions_of_the_code(tmp_path, monkeypatch):
-    figures.lattice(tmp_path / "as_it_is.png")
-    shifted = figures.motion_positions
-    monkeypatch.setattr(figures, "motion_positions", lambda *a, **k: shifted(*a, **k) + 3)
-    figures.lattice(tmp_path / "shifted.png")
-    pictures = [matplotlib.image.imread(tmp_path / name) for name in ("as_it_is.png", "shifted.png")]
-    assert pictures[0].shape != pictures[1].shape or (pictures[0] != pictures[1]).any()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (("blocs",), "no figure 'blocs': choose from blocks"),
+        (("blocs",), "no figure 'blocs': choose from tasks"),
         (("table1", "--results", "nowhere"), "nowhere has no table1: measure it"),
-        (("blocks", "--out", "nowhere"), "nowhere: no such folder"),
+        (("tasks", "--out", "nowhere"), "nowhere: no such folder"),
         (("tasks", "--weights", "nowhere"), "nowhere"),
     ),
 )
