@@ -343,7 +343,7 @@ PARTS: dict[str, Callable[[Plan], None]] = {  # the cheapest first
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m study.ablate", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m study.ablate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("parts", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=f"{', '.join(PARTS)} or all")
     what = "a run of all stages, that all networks start from (%(default)s)"

@@ -323,7 +323,7 @@ DRAWN = {"frames": frames, "tokens": tokens, "block": block, "recipe": recipe}
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m study.diagrams", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m study.diagrams", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(DRAWN)}; default: all")
     parser.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
     args = parser.parse_args()

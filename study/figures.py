@@ -205,7 +205,7 @@ NAMES = ("tasks", *READ, "collision")
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m study.figures", description=__doc__.splitlines()[0])
+    parser = files.Parser(prog="python -m study.figures", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)}; default: all but the last")
     add("--weights", type=Path, default=SHIPPED, metavar="FILE", help="of tasks; default: the shipped puppet")

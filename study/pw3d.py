@@ -114,7 +114,7 @@ def to_motion(model: DualDiT, latents: Tensor, null_text: Tensor, seed: int, sam
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m study.evaluate pw3d", description=about)
+    parser = files.Parser(prog="python -m study.evaluate pw3d", description=about)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="sequenceFiles and imageFiles of 3DPW")
     add("--wan", type=Path, required=True, metavar="FOLDER")
