@@ -15,7 +15,9 @@ import flow
 from dual_dit import DualDiT
 from flow import Role, Task
 from kit import backbone, files, jobs, output
+from kit.backbone import Backbone
 from kit.data.batch import rng
+from kit.output import Job
 from motion_tokens import MOTION_DIM
 
 TASKS = {
@@ -93,6 +95,25 @@ def denoise(
     return video, None if motion is None else motion * model.motion_std + model.motion_mean
 
 
+def make(
+    world: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
+    out: Path, device: str, looks: bool,
+) -> list[Path]:  # fmt: skip
+    """Text, condition, samples -> files of latents. Each part of the backbone is loaded, used and let go."""
+    text = jobs.texts(world, (job.prompt for job in todo))
+    backbone.free(device)
+    latents = None if pixels is None else world.codec().encode(pixels.to(device))
+    backbone.free(device)
+    model, made = world.transformer(), []
+    for job in todo:
+        prompt, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
+        given = job.task, prompt, text[""], job.seed, world.grid, latents, motion
+        video, moved = denoise(model, *given, progress=progress, **sampling)
+        seen = output.looks(model, job, video, moved, prompt) if looks else None
+        made.append(output.save_latents(out, job, video, moved, seen))
+    return made
+
+
 def main() -> None:
     args = options()
     world = backbone.open_backbone(
@@ -101,37 +122,24 @@ def main() -> None:
     asked = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: asked.get(name, usual) for name, usual in world.defaults._asdict().items()}
     sampling |= {"solver": args.solver, "bf16": world.autocast}
-    out = args.out or output.folder_of(args.decode)
+    out, pictures = args.out or output.folder_of(args.decode), not args.prompts
 
     # what is to be made, and from which conditions
     wanted = jobs.jobs(
         TASKS, args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video
     )
-    todo = [] if args.decode else jobs.missing(out, wanted, args.mesh, keep=bool(args.prompts))
-    pixels = motion = latents = None
+    todo = [] if args.decode else jobs.missing(out, wanted, args.mesh, keep=not pictures)
+    pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
         pixels = jobs.condition_video(args.video, world, args.start)
     if any(job.task is Task.MOTION_TO_VIDEO for job in todo):
         motion = jobs.condition_motion(args.motion, world, args.start, args.loop)
 
-    # each part of the backbone is loaded, used and let go: text encoder, codec, transformer, codec
     made = [args.decode] if args.decode else []
     if todo:
-        text = jobs.texts(world, (job.prompt for job in todo))
+        made = make(world, todo, pixels, motion, sampling, out, args.device, looks=pictures)
         backbone.free(args.device)
-        if pixels is not None:
-            latents = world.codec().encode(pixels.to(args.device))
-            backbone.free(args.device)
-        model = world.transformer()
-        for job in todo:
-            given = model, job.task, text[job.prompt], text[""], job.seed, world.grid, latents, motion
-            progress = functools.partial(tqdm, desc=job.name)
-            video, moved = denoise(*given, progress=progress, **sampling)
-            looks = None if args.prompts else output.looks(model, job, video, moved, text[job.prompt])
-            made.append(output.save_latents(out, job, video, moved, looks))
-        del model
-        backbone.free(args.device)
-    output.write_all(out, made, pixels, world, args.device, pictures=not args.prompts, mesh=args.mesh)
+    output.write_all(out, made, pixels, world, args.device, pictures, args.mesh)
     if todo:
         prompts = {job.name: job.prompt for job in wanted}
         files.write_record(out / "run.json", vars(args), prompts=prompts)

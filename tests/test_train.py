@@ -247,7 +247,7 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
     torch.manual_seed(0)
     model = DualDiT(dataclasses.replace(TINY, channels=16, width=64))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    steps, copies = 200, 2
+    steps, copies = 300, 2
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     given = [x.expand(copies, *x.shape[1:]) for x in (video, motion, text)]
     for _ in range(steps):
