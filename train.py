@@ -224,7 +224,7 @@ def train(args: argparse.Namespace) -> None:
     steps = schedule(stages, shape.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
     torch.manual_seed(args.seed)
-    model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, device)
+    model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
     model.train()
     devices.use_fast_attention(device)
     if args.checkpointing:

@@ -1,4 +1,4 @@
-"""1.3B-shaped blocks beside diffusers and the machine's limit: forward, training, sampling, memory.
+"""1.3B-shaped blocks beside diffusers: forward, training, guided sampling, and the price of motion.
 
 Both sides of a ratio have the same weights, tokens and dtype, and their runs alternate. Where diffusers' time
 is divided by ours, above 1 is good.
@@ -10,20 +10,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flow
 from bench.peer import diffusers_twin
-from bench.timing import Figure, added_bytes, figure, interleaved, random_model, ratio
+from bench.timing import Figure, figure, interleaved, random_model, ratio
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
 from kit.devices import matmul_rate
-from kit.flops import Product, Tokens, all_products, floor_seconds, forward_flops
+from kit.flops import Tokens, forward_flops
 from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
-FORWARD, LIMITS, TRAIN, SAMPLE, MEMORY = 25, 25, 40, 35, 25  # seconds
+FORWARD, MOTION, TRAIN, SAMPLE = 25, 15, 40, 35  # seconds
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 STEPS = 3  # of a sample
 GUIDANCE, SHIFT = 5.0, 5.0  # Wan's own
@@ -54,7 +53,6 @@ SHAPES = (
     Shape(21, 30, 52), Shape(9, 29, 51), Shape(5, 28, 49), Shape(3, 27, 45), Shape(2, 24, 42),
     Shape(1, 15, 27), Shape(1, 10, 18, 256), Shape(1, 6, 10, 64), Shape(1, 4, 7, 16), Shape(1, 2, 4, 4),
 )  # fmt: skip
-LAYERS = 2
 
 
 class Row(NamedTuple):
@@ -66,16 +64,12 @@ class Row(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is measured, and in which time."""
+    """What is measured on a CPU, and in which time."""
 
-    config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=LAYERS)
+    config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
     shapes: tuple[Shape, ...] = SHAPES
     share: float = 1.0  # of the seconds that each measurement is given
     least: int = 3  # rounds of each
-
-    @property
-    def half(self) -> "Setting":
-        return self._replace(share=self.share / 2)
 
     def rounds(self, calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
         return interleaved(calls, budget * self.share, self.least)
@@ -90,26 +84,21 @@ class Setting(NamedTuple):
         return self.shapes[-1]
 
 
-# ---------------------------------------------------------------- 1.3B-shaped blocks beside diffusers
-
-
 class Sides:
     """Ours and diffusers' network on the same weights, with inputs for both."""
 
-    def __init__(self, config: DualDiTConfig, dtype: torch.dtype):
-        self.config, self.dtype = config, dtype
-        self.ours = random_model(config, "cpu", dtype)
-        self.peer = diffusers_twin(self.ours)
+    def __init__(self, config: DualDiTConfig, dtype: torch.dtype, device: str = "cpu", peer: bool = True):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.ours = random_model(config, device, dtype)
+        self.peer = diffusers_twin(self.ours) if peer else None
 
     def inputs(self, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, motion, time and text of one clip."""
         _, ph, pw = self.config.patch
-        video = torch.randn(1, self.config.channels, shape.t, ph * shape.h, pw * shape.w)
-        motion, text = (
-            torch.randn(1, shape.frames, MOTION_DIM),
-            torch.randn(1, shape.text, self.config.text_dim),
-        )
-        return video, motion, torch.full((1,), 0.5), text
+        video = torch.randn(1, self.config.channels, shape.t, ph * shape.h, pw * shape.w, device=self.device)
+        motion = torch.randn(1, shape.frames, MOTION_DIM, device=self.device)
+        text = torch.randn(1, shape.text, self.config.text_dim, device=self.device)
+        return video, motion, torch.full((1,), 0.5, device=self.device), text
 
     def calls(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
         """A forward call of each, video only."""
@@ -138,7 +127,7 @@ class Sides:
         calls, models = self.calls(shape), {"ours": self.ours, "peer": self.peer}
         return {side: functools.partial(step, model, calls[side]) for side, model in models.items()}
 
-    def sampling(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
+    def sampling(self, shape: Shape, steps: int = STEPS) -> dict[str, Callable[[], Tensor]]:
         """A whole sample guided by text: flow.sample, and diffusers' pipeline with Euler's scheduler."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
@@ -148,12 +137,13 @@ class Sides:
         pipeline.set_progress_bar_config(disable=True)
         options = {
             "height": 8 * video.shape[3], "width": 8 * video.shape[4], "num_frames": shape.frames,
-            "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent",
+            "num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent",
             "prompt_embeds": text.to(self.dtype), "negative_prompt_embeds": null_text.to(self.dtype),
         }  # fmt: skip
-        ours = {"steps": STEPS, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
+        ours = {"steps": steps, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
+        given = self.ours, video, None, text, null_text, Task.VIDEO_ONLY
         return {
-            "ours": lambda: flow.sample(self.ours, video, None, text, null_text, Task.VIDEO_ONLY, **ours)[0],
+            "ours": lambda: flow.sample(*given, **ours)[0],
             "peer": lambda: pipeline(latents=video, **options).frames,
         }
 
@@ -166,69 +156,40 @@ def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
 def compared(key: str, dtype: torch.dtype, shape: Shape, times: dict[str, list[float]]) -> list[Row]:
     """diffusers' time over ours."""
     what = f"diffusers / ours, {NAMES[dtype]}, {shape}; ours {figure(times['ours']).median:.3g} s"
-    return [Row(key, what, ratio(times["peer"], times["ours"]))]
+    return [Row(f"{key}_ratio_{NAMES[dtype]}", what, ratio(times["peer"], times["ours"]))]
 
 
 @torch.no_grad()
 def forward(setting: Setting, dtype: torch.dtype) -> list[Row]:
     shape = setting.fitting(dtype, 2, FORWARD)
-    times = setting.rounds(sides(setting.config, dtype).calls(shape), FORWARD)
-    return compared(f"forward_ratio_{NAMES[dtype]}", dtype, shape, times)
+    calls = sides(setting.config, dtype).calls(shape)
+    return compared("forward", dtype, shape, setting.rounds(calls, FORWARD))
 
 
 def training(setting: Setting, dtype: torch.dtype) -> list[Row]:
     shape = setting.fitting(dtype, 6, TRAIN)
-    times = setting.rounds(sides(setting.config, dtype).training(shape), TRAIN)
-    return compared(f"train_ratio_{NAMES[dtype]}", dtype, shape, times)
-
-
-def memory(setting: Setting, dtype: torch.dtype) -> list[Row]:
-    """What forward and backward add to a process that has the networks; no row where that is unknown."""
-    shape = setting.fitting(dtype, 6, MEMORY)
     calls = sides(setting.config, dtype).training(shape)
-    rounds = [[added_bytes(call) for call in calls.values()] for _ in range(setting.least + 1)]
-    if None in rounds[0]:
-        return []
-    ours, peer = zip(*rounds[1:], strict=True)
-    what = (
-        f"diffusers / ours, peak of forward and backward, {shape}; ours {figure(ours).median / 2**30:.2f} GiB"
-    )
-    return [Row("memory_ratio", what, ratio(peer, ours))]
+    return compared("train", dtype, shape, setting.rounds(calls, TRAIN))
 
 
 @torch.no_grad()
 def sampling(setting: Setting, dtype: torch.dtype) -> list[Row]:
     shape = setting.fitting(dtype, 4 * STEPS, SAMPLE)
-    times = setting.rounds(sides(setting.config, dtype).sampling(shape), SAMPLE)
-    return compared("sample_ratio", dtype, shape, times)
+    calls = sides(setting.config, dtype).sampling(shape)
+    return compared("sample", dtype, shape, setting.rounds(calls, SAMPLE))
 
 
 @torch.no_grad()
-def limits(setting: Setting, dtype: torch.dtype) -> list[Row]:
-    """A forward against its matrix products alone, and the price of motion tokens."""
-    shape = setting.fitting(dtype, 3, LIMITS)
-    without, beside = shape.tokens(), shape.tokens(motion=True)
-    counted, both = all_products(setting.config, without), sides(setting.config, dtype)
-    calls = {"ours": both.calls(shape)["ours"], "joint": both.joint(shape)}
-    times = setting.rounds(calls | {str(product): plain(product, dtype) for product in counted}, LIMITS)
-    rounds = range(len(times["ours"]))
-    floors = [floor_seconds(counted, {p: p.flops / times[str(p)][r] for p in counted}) for r in rounds]
-    gflops = sum(p.flops * n for p, n in counted.items()) / figure(floors).median / 1e9
-    flops = [sum(forward_flops(setting.config, tokens).values()) for tokens in (beside, without)]
-    price = flops[0] / flops[1]
-    products_alone = f"time of the matrix products alone ({gflops:.0f} GFLOP/s) / of our forward, {shape}"
-    with_motion = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs"
-    return [
-        Row("floor_share", products_alone, ratio(floors, times["ours"])),
-        Row("motion_overhead", with_motion, ratio(times["joint"], times["ours"], price)),
-    ]
+def motion(setting: Setting, dtype: torch.dtype) -> list[Row]:
+    """What motion tokens cost beyond their share of the arithmetic."""
+    shape, both = setting.fitting(dtype, 3, MOTION), sides(setting.config, dtype)
+    times = setting.rounds({"video": both.calls(shape)["ours"], "joint": both.joint(shape)}, MOTION)
+    price = motion_price(setting.config, shape)
+    what = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs, {shape}"
+    return [Row("motion_overhead", what, ratio(times["joint"], times["video"], price))]
 
 
-def plain(product: Product, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """One product on its own, by torch.matmul or scaled_dot_product_attention."""
-    rows, inner, columns, heads = product
-    if not heads:
-        x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-        return lambda: torch.matmul(x, weight.mT)
-    q, k, v = (torch.randn(1, heads, n, inner, dtype=dtype) for n in (rows, columns, columns))
-    return lambda: F.scaled_dot_product_attention(q, k, v)
+def motion_price(config: DualDiTConfig, shape: Shape) -> float:
+    """FLOPs of a joint call over those of a video-only one."""
+    joint, video = (sum(forward_flops(config, shape.tokens(motion)).values()) for motion in (True, False))
+    return joint / video

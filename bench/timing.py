@@ -1,6 +1,5 @@
 """Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
 
-import ctypes
 import re
 import resource
 import statistics
@@ -53,47 +52,34 @@ def interleaved(
     return {name: each[1:] for name, each in times.items()}
 
 
-def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call after one that warms up (or the only one, where it takes minutes)."""
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int = 3) -> Figure:
+    """Of a call, after one that warms up."""
     times = []
-    for _ in range(repeats + (repeats > 1)):
-        if device == "cuda":
-            torch.cuda.synchronize()
+    for _ in range(repeats + 1):
+        wait(device)
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[repeats > 1 :])
+    return figure(times[1:])
 
 
-def peak_gib(device: str) -> float:
+def peak_gib(device: str | torch.device) -> float:
     """Most memory used so far: of the GPU, or of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def added_bytes(call: Callable[[], object]) -> int | None:
-    """By how much a call raises this process's memory at its peak; None where the system does not tell."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to be used again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        before = _status_bytes("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    call()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    """A field of Linux's record of this process."""
-    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def device_name(device: str | torch.device) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", known)
     return f"{torch.get_num_threads()} threads of {name[1] if name else 'this CPU'}"

@@ -48,6 +48,9 @@ class Body(torch.nn.Module):
                 use_hands=False, use_feet_keypoints=False, create_betas=False, create_global_orient=False,
                 create_body_pose=False, create_transl=False,
             )  # fmt: skip
+        parents = self.smpl.parents
+        del self.smpl.parents  # a buffer; smplx asks it joint by joint, and on a GPU the host would wait
+        self.smpl.parents = parents
         regressor = self.smpl.J_regressor
         # joints are linear in the shape, so the mesh is not needed to place them
         self.register_buffer("joint_template", regressor @ self.smpl.v_template)
@@ -58,7 +61,7 @@ class Body(torch.nn.Module):
 
     @property
     def parents(self) -> Tensor:
-        """(24,) long: each joint's parent, -1 for the pelvis."""
+        """(24,) long, always on the CPU: each joint's parent, -1 for the pelvis."""
         return self.smpl.parents
 
     @property

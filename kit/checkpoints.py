@@ -86,8 +86,9 @@ def load(
         name, _, slot = rest.rpartition("/")
         if kind == "optimizer" and parameters[name] in owners:
             parameter = parameters[name]
-            # a counter, or something of the parameter's shape and slices
-            empty = torch.zeros_like(parameter) if len(stored[key].size) else torch.zeros(())
+            # something of the parameter's shape and slices, or a counter; fused AdamW wants that beside it
+            counter = not len(stored[key].size)
+            empty = torch.zeros((), device=parameter.device) if counter else torch.zeros_like(parameter)
             # Muon's is like its gradient
             empty = whole(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()

@@ -1,5 +1,6 @@
 """What a machine's processor is: the precision, the attention and the number of clips that suit it."""
 
+import functools
 import time
 
 import torch
@@ -47,6 +48,20 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 fused_attention = dual_dit.attention
+
+
+# ---------------------------------------------------------------- from the host to a device
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; the host does not wait until a GPU has read it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@functools.cache
+def constant(numbers: tuple, device: torch.device) -> Tensor:
+    """Numbers that never change, uploaded once: the host waits for each upload."""
+    return torch.tensor(numbers, device=device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -13,6 +13,7 @@ import functools
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -105,21 +106,28 @@ class Objective(nn.Module):
 def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool) -> nn.Module:
     """The objective, with the model on its device as the ranks train it; it takes what flow.loss takes next.
 
-    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors.
+    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. What is on
+    the meta device gets memory, and rank 0's values if that has any; else a checkpoint brings them.
     """
     if kind is None:
         kind = "ddp" if small(model) else "fsdp"
     if world.ranks > 1 and kind == "fsdp":
-        return Objective(model if isinstance(model, FSDPModule) else _shard(model, world, bf16))
-    objective = Objective(model.to(world.device))
+        if not isinstance(model, FSDPModule):
+            _shard(model, world, bf16)
+        _gather_what_runs(model)
+        return Objective(model)
+    model = model.to_empty(device=world.device) if model.motion_mean.is_meta else model.to(world.device)
+    objective = Objective(model)
     if world.ranks == 1:
         return objective
-    # each task leaves another part of the network unused
+    # each task leaves another part of the network unused; all ranks begin with rank 0's values
     return DistributedDataParallel(objective, find_unused_parameters=True)
 
 
-def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
-    """FSDP2 block by block: a block arrives on the device, is sliced, and then the next one comes."""
+def _shard(model: DualDiT, world: World, bf16: bool) -> None:
+    """FSDP2 block by block. Slices are made empty; then each tensor in turn comes whole from rank 0."""
+    values = {} if model.motion_mean.is_meta else model.state_dict()
+    model.to("meta")
     mesh = _mesh(world)
     # inputs keep their dtype: times and positions are fp32. In blocks, autocast's bf16 comes before the
     # gather instead of after it; what is fp32 there under autocast (modulation, norms) is so after rounding.
@@ -132,7 +140,39 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> FSDPModule:
     if world.device.type == "cpu":  # gloo takes an average for a sum
         for module in (model, *model.blocks):
             module.set_force_sum_reduction_for_comms(True)
-    return model
+    model.to_empty(device=world.device)
+    has_values = torch.tensor(float(bool(values)), device=world.device)
+    dist.broadcast(has_values, src=0)
+    for name, mine in model.state_dict().items() if has_values else ():
+        value = torch.empty(mine.shape, dtype=mine.dtype, device=world.device)
+        value = values[name].to(world.device) if world.rank == 0 else value
+        dist.broadcast(value, src=0)
+        if isinstance(mine, DTensor):
+            value = distribute_tensor(value, mesh, mine.placements, src_data_rank=None).to_local()
+        local(mine).copy_(value)
+    # what FSDP notes of parameters when it first runs must also be right for those that train later
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model.requires_grad_(True)
+    fully_shard.state(model)._lazy_init()
+    for p in frozen:
+        p.requires_grad_(False)
+
+
+def _gather_what_runs(model: DualDiT) -> None:
+    """FSDP gathers all of a block; the expert of a modality that is absent from a stage can stay in slices.
+
+    That modality is the one whose expert is frozen. torch has no public way to leave something out.
+    """
+    ends = {"video": model.video, "motion": model.motion}
+    absent = [m for m, end in ends.items() if not any(p.requires_grad for p in end.parameters())]
+    if model.config.shared:  # motion runs through the video expert's blocks
+        absent = []
+    names = {p: name.split(".") for name, p in model.named_parameters()}
+    for module in (model, *model.blocks):
+        group = fully_shard.state(module)._fsdp_param_group
+        group.everything = getattr(group, "everything", group.fsdp_params)
+        running = [x for x in group.everything if not any(m in names[x.sharded_param] for m in absent)]
+        group.fsdp_params = running or group.everything[:1]  # a video-only block in stage 1: nothing runs
 
 
 def _mesh(world: World) -> DeviceMesh:
@@ -163,20 +203,26 @@ def recompute_blocks(model: DualDiT) -> None:
 
 def compile_blocks(model: DualDiT) -> None:
     """torch.compile each block's forward; what FSDP does before and after it stays outside."""
-    # a graph for each task, with and without gradients, until clip lengths become dynamic
+    # a graph for each task until clip lengths become dynamic
     torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.optimize_ddp = False  # it cannot split graphs that are recomputed
     for block in model.blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = functools.partial(_compiled_if_training, block.forward, torch.compile(block.forward))
+
+
+def _compiled_if_training(plain: Callable, compiled: Callable, *inputs: object) -> dict[str, Tensor]:
+    """Validation and pictures are rare: they cost less than graphs of their own."""
+    return (compiled if torch.is_grad_enabled() else plain)(*inputs)
 
 
 # ---------------------------------------------------------------- a step
 
 
 def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Around forward and backward of a microbatch: ranks exchange gradients in a step's last one only."""
-    model = getattr(wrapped, "model", None)
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    """Around forward and backward of a microbatch: DDP exchanges gradients in a step's last one only.
+
+    FSDP does so in each: whole gradients that wait for the last would cost every rank 4 bytes a parameter.
+    """
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
     return contextlib.nullcontext()

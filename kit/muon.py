@@ -34,16 +34,19 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:
         for group in self.param_groups:
             momentum, lr = group["momentum"], group["lr"]
+            whitening = (group["ns_coefficients"], group["ns_steps"], group["eps"])
             trained = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: tuple(p.shape))
             for shape, group_of_shape in groupby(trained, key=lambda p: tuple(p.shape)):
-                same, updates = list(group_of_shape), []
-                for p in same:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                    buffer = self.state[p]["momentum_buffer"]
-                    buffer.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(buffer, momentum))  # Nesterov's
-                whitening = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for p, update in zip(same, orthogonalise(torch.stack(updates), *whitening), strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+                same = list(group_of_shape)
+                gradients, buffers = [p.grad for p in same], [self._buffer(p) for p in same]
+                torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))  # Nesterov's
+                updates = orthogonalise(updates, *whitening).unbind()
+                torch._foreach_mul_(same, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(same, updates, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        """A matrix's momentum, zero at first."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        return self.state[p]["momentum_buffer"]

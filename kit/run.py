@@ -91,17 +91,20 @@ def build(
     sources: Sequence[Source],
     seed: int,
     found: Checkpoint | None,
-    device: torch.device,
+    world: World,
 ) -> tuple[DualDiT, puppet.Codec | None]:
-    """The network, on the CPU, with its motion statistics, and the puppet's codec on `device`.
+    """The network, on the CPU, with its motion statistics, and the puppet's codec on the rank's device.
 
-    From `init`, from the Wan in `folder`, or a new puppet, changed by `ablate`. That of a resumed run has no
-    values yet: checkpoints.load reads them once it is on its device.
+    From `init`, from the Wan in `folder`, or a new puppet, changed by `ablate`. On the meta device, without
+    values, where a run goes on (checkpoints.load reads them once it is on its device), and where rank 0 alone
+    reads a Wan: a node's memory need not hold it once a GPU.
     """
     if found:
-        with torch.device("meta"):
-            model = DualDiT(DualDiTConfig(**found.record["config"]))
-        model, extra = model.to_empty(device="cpu"), checkpoints.load_whole(found.folder, "codec")
+        model = _empty(DualDiTConfig(**found.record["config"]))
+        extra = checkpoints.load_whole(found.folder, "codec")
+    elif folder and world.rank > 0:
+        config = weights.read_config(init) if init else wan.transformer_config(folder)
+        model, extra = _empty(dataclasses.replace(config, **NETWORKS.get(ablate, {}))), {}
     else:
         if init:
             if folder:
@@ -120,8 +123,13 @@ def build(
             mean, std = batches.statistics(sources, seed)
             model.motion_mean.copy_(mean)
             model.motion_std.copy_(std)
-    codec = None if folder else puppet.Codec.from_state({k: v.to(device) for k, v in extra.items()})
+    codec = None if folder else puppet.Codec.from_state({k: v.to(world.device) for k, v in extra.items()})
     return model, codec
+
+
+def _empty(config: DualDiTConfig) -> DualDiT:
+    with torch.device("meta"):
+        return DualDiT(config)
 
 
 def _initial(file: Path, ablate: str | None) -> tuple[DualDiT, dict[str, torch.Tensor], int | None]:

@@ -78,3 +78,11 @@ def verb(monkeypatch, capsys) -> Verb:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, by its path in it; none for a folder that does not exist."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are deselected; pytest's last line says how many."""
+    needs = [item for item in items if item.get_closest_marker("gpu")]
+    if needs and not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=needs)
+        items[:] = [item for item in items if item not in needs]

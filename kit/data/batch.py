@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kit import puppet
 from kit.data.sources import Read, Source
+from kit.devices import upload
 from motion_tokens import motion_statistics
 
 BLOCK = 1024  # positions in which every source has exactly its share
@@ -88,6 +89,8 @@ def _gather(
         mine = [row for row, (source, _) in enumerate(drawn) if source == j]
         parts.append(sources[j].read([drawn[row][1] for row in mine], frames, video, codec, device))
         rows += mine
+    if len(parts) == 1:
+        return parts[0]
     order = torch.tensor(rows).argsort()
     texts = [text for part in parts for text in part.texts]
     return Read(
@@ -153,10 +156,12 @@ def read(
         drawn.append((j, _integer("clip", seed, stage, step, i) if number is None else number))
     motion, video, texts = _gather(sources, drawn, frames, paired, codec, device)
     null_text = sources[0].null_text.float()
-    text = torch.stack([null_text] * len(samples))
-    for row, captions, i in zip(text, texts, samples, strict=True):
+    text = torch.stack([null_text] * (len(samples) + 1))  # the last stays
+    for row, captions, i in zip(text[:-1], texts, samples, strict=True):
         if captions:
-            features = captions[_integer("caption", seed, stage, step, i) % len(captions)]
+            which = _integer("caption", seed, stage, step, i) % len(captions) if len(captions) > 1 else 0
+            features = captions[which]
             row[: len(features)] = features
             row[len(features) :] = 0
-    return Batch(video, (motion - mean) / std, text.to(device), null_text.to(device))
+    text = upload(text, device)
+    return Batch(video, (motion - mean) / std, text[:-1], text[-1])

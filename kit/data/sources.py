@@ -1,5 +1,6 @@
 """What training draws samples from: the puppet world, data sets in memory, caches on disk."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -153,5 +154,10 @@ def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
 
 def _puppet_texts(captions: Iterable[str]) -> list[Tensor]:
     """Features (16 64) of each caption; of a longer one its first 16 words, as tokenizers do."""
-    words = (caption.replace(".", " ").replace(",", " ").split() for caption in captions)
-    return list(puppet.encode_text([" ".join(caption[: puppet.TEXT_LEN]) for caption in words]))
+    return [_features(caption) for caption in captions]
+
+
+@functools.lru_cache(maxsize=4096)
+def _features(caption: str) -> Tensor:
+    words = caption.replace(".", " ").replace(",", " ").split()
+    return puppet.encode_text([" ".join(words[: puppet.TEXT_LEN])])[0]

@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from kit.body import JOINT_NAMES
+from kit.devices import constant
 from kit.puppet.skeleton import GIRTH
 
 SIZE = 64
@@ -47,14 +48,21 @@ CAPSULES = (
 )
 EXTRA_POINTS = ("crown", "nape", "scalp", "nose", "left_toe", "right_toe")
 POINT = {name: index for index, name in enumerate(JOINT_NAMES + EXTRA_POINTS)}
+TAILS, TIPS = (tuple(POINT[c[end]] for c in CAPSULES) for end in (0, 1))
+RADII = tuple(c[2] for c in CAPSULES)
+# by shirt, red, green, blue and coverage of each capsule, the background last: (shirts k+1 4)
+LOOKS = tuple(
+    (*((*(shirt if c[3] == "shirt" else c[3]), 1.0) for c in CAPSULES), (*BACKGROUND, 0.0))
+    for shirt in SHIRTS.values()
+)
 
 
 def project(points: Tensor) -> tuple[Tensor, Tensor]:
     """World points (... 3), metres -> pixels (... 2) as (column, row), and depth from the camera (...)."""
     depth = CAMERA_DISTANCE - points[..., 2]
-    centre = points.new_tensor((0.0, CAMERA_HEIGHT))
+    centre, flipped = (constant(xy, points.device) for xy in ((0.0, CAMERA_HEIGHT), (1.0, -1.0)))
     offset = (points[..., :2] - centre) * FOCAL / rearrange(depth, "... -> ... 1")
-    return SIZE / 2 + offset * offset.new_tensor((1.0, -1.0)), depth
+    return SIZE / 2 + offset * flipped, depth
 
 
 def _points(joints: Tensor) -> Tensor:
@@ -65,18 +73,12 @@ def _points(joints: Tensor) -> Tensor:
     forward = F.normalize(torch.linalg.cross(lateral, up), dim=-1)
     crown, nape, nose = head + 0.08 * up, head + 0.05 * up - 0.05 * forward, head + 0.05 * up + 0.13 * forward
     scalp = crown + 0.04 * up - 0.05 * forward
-    feet, ankles = ([POINT[f"{side}_{part}"] for side in ("left", "right")] for part in ("foot", "ankle"))
-    toes = 1.5 * joints[:, feet] - 0.5 * joints[:, ankles]
+    feet, ankles = (
+        torch.stack([joints[:, POINT[f"{side}_{part}"]] for side in ("left", "right")], dim=1)
+        for part in ("foot", "ankle")
+    )
+    toes = 1.5 * feet - 0.5 * ankles
     return torch.cat((joints, torch.stack((crown, nape, scalp, nose), dim=1), toes), dim=1)
-
-
-def _colours(shirt: Tensor) -> Tensor:
-    """Shirts (b,) -> (b k+1 4): red, green, blue and coverage of each capsule, the background last."""
-    shirts = torch.tensor(tuple(SHIRTS.values()), device=shirt.device)[shirt]
-    rows = [shirts if c[3] == "shirt" else shirts.new_tensor(c[3]).expand_as(shirts) for c in CAPSULES]
-    capsules = F.pad(torch.stack(rows, dim=1), (0, 1), value=1.0)
-    background = repeat(shirts.new_tensor((*BACKGROUND, 0.0)), "c -> b 1 c", b=len(shirt))
-    return torch.cat((capsules, background), dim=1)
 
 
 @torch.no_grad()
@@ -91,27 +93,30 @@ def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor
     points = _points(rearrange(joints, "b f j xyz -> (b f) j xyz"))
     points[..., 2].clamp_(max=CAMERA_DISTANCE - 0.1)  # a wild guess of a model may stand behind the camera
     pixels, depth = project(points)
-    tails, tips = (torch.tensor([POINT[c[end]] for c in CAPSULES], device=device) for end in (0, 1))
+    tails, tips = (constant(ends, device) for ends in (TAILS, TIPS))
     middle = (depth[:, tails] + depth[:, tips]) / 2
-    girth = 1 + betas @ betas.new_tensor(GIRTH)
-    metres = rearrange(girth, "b -> b 1") * betas.new_tensor([c[2] for c in CAPSULES])
+    girth = 1 + betas @ constant(GIRTH, device).type_as(betas)
+    metres = rearrange(girth, "b -> b 1") * constant(RADII, device)
     radius = FOCAL * repeat(metres, "b k -> (b f) k", f=frames) / middle
 
     order = middle.argsort(dim=-1)
     tail, tip = (pixels[:, ends].gather(1, repeat(order, "n k -> n k xy", xy=2)) for ends in (tails, tips))
     radius = radius.gather(1, order)
     with_background = repeat(F.pad(order, (0, 1), value=len(CAPSULES)), "n k -> n k c", c=4)
-    colour = repeat(_colours(shirt), "b k c -> (b f) k c", f=frames).gather(1, with_background)
+    colour = repeat(constant(LOOKS, device)[shirt], "b k c -> (b f) k c", f=frames).gather(1, with_background)
 
     reach = rearrange(radius + SOFT, "n k -> n k 1")
     low = (torch.minimum(tail, tip) - reach).amin(1).floor().clamp(0, SIZE - 1).long()
     high = (torch.maximum(tail, tip) + reach).amax(1).ceil().clamp(1, SIZE).long()
     image = repeat(colour[:, -1], "n c -> n c h w", h=SIZE, w=SIZE).contiguous()
-    step = 8 if device.type == "cpu" else 1024  # frames drawn at once; on a CPU they should fit its cache
+    on_cpu = device.type == "cpu"
+    step = 8 if on_cpu else 1024  # frames drawn at once; on a CPU they should fit its cache
+    rows = columns = slice(0, SIZE)
     for start in range(0, batch * frames, step):
         part = slice(start, start + step)
-        (left, top), (right, bottom) = low[part].amin(0).tolist(), high[part].amax(0).tolist()
-        rows, columns = slice(top, bottom), slice(left, right)
+        if on_cpu:  # only where the body is; for a GPU's answer the host would have to wait
+            (left, top), (right, bottom) = low[part].amin(0).tolist(), high[part].amax(0).tolist()
+            rows, columns = slice(top, bottom), slice(left, right)
         capsules = (tail[part], tip[part], radius[part], colour[part])
         image[part, :, rows, columns] = _draw(*capsules, rows, columns)
     image = rearrange(image, "(b f) c h w -> b c f h w", b=batch)
@@ -149,5 +154,5 @@ def _draw(tail: Tensor, tip: Tensor, radius: Tensor, colour: Tensor, rows: slice
 
 def silhouette(video: Tensor) -> Tensor:
     """Video (b 3 f h w) in [-1, 1] -> (b f h w) bool: where it differs clearly from the background."""
-    background = rearrange(video.new_tensor(BACKGROUND) * 2 - 1, "c -> c 1 1 1")
+    background = rearrange(constant(BACKGROUND, video.device) * 2 - 1, "c -> c 1 1 1")
     return (video - background).square().sum(dim=1) > 0.5

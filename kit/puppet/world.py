@@ -11,6 +11,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from kit.body import JOINT_NAMES
+from kit.devices import constant, upload
 from kit.puppet.actions import STANCE, TABLE
 from kit.puppet.drawing import SHIRTS
 from kit.puppet.skeleton import body
@@ -73,9 +74,13 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"frames must be 4n+1, got {frames}; the nearest is {nearest_frames(frames)}")
     draws = [torch.rand(22, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    pick, colour, phase, speed, strength, turn, x, z, window, *more = torch.stack(draws, dim=1).to(device)
-    shape, pace = more[:10], more[10:]
-    action, shirt = (pick * len(ACTIONS)).long(), (colour * len(COLOURS)).long()
+    drawn = torch.stack(draws, dim=1)  # (22 b)
+    drawn[:2] = (drawn[:2] * torch.tensor([[len(ACTIONS)], [len(COLOURS)]])).floor()
+    names = drawn[:2].int().T.tolist()  # before the upload: the host would wait for a GPU
+    captions = [f"a person in a {COLOURS[worn]} shirt {ACTIONS[done]}" for done, worn in names]
+    drawn = upload(drawn, torch.device(device))
+    action, shirt, phase, speed, strength, turn, x, z, window, *more = drawn
+    action, shirt, shape, pace = action.long(), shirt.long(), more[:10], more[10:]
     betas = (math.sqrt(2) * torch.erfinv(2 * torch.stack(shape, dim=1) - 1)).clamp(-2, 2)
 
     start = (window * (max(FRAMES - frames, 0) + 1)).floor()
@@ -89,16 +94,14 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
     body_pose = matrix_to_axis_angle(pose[:, :, 1:])
     lift = path[..., 1]
     place = torch.stack((0.35 * (2 * x - 1), zero, 0.15 * (2 * z - 1)), dim=-1)
-    level = path * path.new_tensor((1.0, 0.0, 1.0))
+    level = path * constant((1.0, 0.0, 1.0), path.device)
     transl = rearrange(place, "b i -> b 1 i") + einsum(facing, level, "b i k, b f k -> b f i")
     joints = body(device).joints(global_orient, body_pose, rearrange(betas, "b k -> b 1 k"), transl)
     # the lowest of knees, ankles and feet stands on the floor, unless the action lifts it
-    clearance = joints.new_tensor(tuple(CLEARANCE.values()))
-    sole = (joints[:, :, [JOINT[name] for name in CLEARANCE], 1] - clearance).amin(-1)
+    clearance = constant(tuple(CLEARANCE.values()), joints.device)
+    sole = (torch.stack([joints[:, :, JOINT[name], 1] for name in CLEARANCE], dim=-1) - clearance).amin(-1)
     up = F.pad(rearrange(lift - sole, "b f -> b f 1"), (1, 1))
 
-    names = zip(shirt.tolist(), action.tolist(), strict=True)
-    captions = [f"a person in a {COLOURS[worn]} shirt {ACTIONS[done]}" for worn, done in names]
     return Clips(
         caption=captions,
         action=action,

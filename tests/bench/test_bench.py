@@ -23,9 +23,8 @@ TINY = speed.Setting(
     least=1,
 )
 KEYS = {
-    "memory_ratio", "forward_ratio_fp32", "forward_ratio_bf16", "train_ratio_fp32", "train_ratio_bf16",
-    "floor_share", "motion_overhead", "sample_ratio", "iccfg_speedup", "iccfg_default_speedup",
-    "puppet_step_seconds", "puppet_data_ratio", "muon_speedup",
+    "forward_ratio_fp32", "forward_ratio_bf16", "train_ratio_fp32", "train_ratio_bf16", "motion_overhead",
+    "sample_ratio_fp32", "puppet_sample_seconds", "puppet_step_seconds", "puppet_data_ratio",
 }  # fmt: skip
 
 
@@ -49,6 +48,15 @@ def test_calls_take_turns_within_a_budget(monkeypatch, budget, rounds):
     assert times == {"a": [0.25] * rounds, "b": [0.25] * rounds}
 
 
+def test_every_cuda_device_is_waited_for(monkeypatch):
+    # catches "cuda" waited for, but not "cuda:1": its times would be those of launches
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for name in ("cuda", "cuda:1", "cpu"):
+        timing.wait(torch.device(name))
+    assert waited == [torch.device("cuda"), torch.device("cuda:1")]
+
+
 def test_shape_is_the_largest_that_fits_its_time(monkeypatch):
     large, small = speed.Shape(21, 30, 52), speed.Shape(1, 2, 4, 4)
     setting = speed.Setting(shapes=(large, small))
@@ -56,7 +64,6 @@ def test_shape_is_the_largest_that_fits_its_time(monkeypatch):
     for seconds, expected in ((0.9, large), (1.1, small), (1000.0, small)):
         monkeypatch.setattr(speed, "matmul_rate", lambda *_, s=seconds, **__: 6 * counted / s)
         assert setting.fitting(torch.float32, 6, budget=6.0) == expected
-        assert setting.half.fitting(torch.float32, 6, budget=12.0) == expected
 
 
 def test_shapes_keep_the_proportion_of_81_frames_of_480x832():
@@ -65,21 +72,6 @@ def test_shapes_keep_the_proportion_of_81_frames_of_480x832():
     for shape in speed.SHAPES[:6]:
         (video, motion, _), expected = shape.tokens(motion=True), exact.tokens(motion=True)
         assert motion / video == pytest.approx(expected.motion / expected.video, rel=0.01)
-
-
-# ---------------------------------------------------------------- the counted floor
-
-
-def test_floor_of_one_block_by_hand():
-    config = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=1)
-    counted = flops.all_products(config, flops.Tokens(video=100, motion=0, text=7))
-    d, rate, attention_rate = 1536.0, 2e9, 5e8
-    block = 6 * 100 * d * d + 2 * 7 * d * d + 2 * 100 * d * 8960  # projections of tokens and text, FFN
-    ends = 2 * 100 * 64 * d + 7 * 4096 * d + 7 * d * d + 256 * d + d * d + 6 * d * d
-    attended = 2 * (100 * 100 + 100 * 7) * d  # queries by keys, and weights by values
-    expected = 2 * (block + ends) / rate + 2 * attended / attention_rate
-    rates = {product: attention_rate if product.heads else rate for product in counted}
-    assert flops.floor_seconds(counted, rates) == pytest.approx(expected, rel=1e-9)
 
 
 # ---------------------------------------------------------------- the plan
@@ -164,30 +156,11 @@ def test_both_sides_sample_latents_of_one_shape():
     assert ours.shape == theirs.shape and ours.isfinite().all() and theirs.isfinite().all()
 
 
-def test_a_whole_wan_runs_beside_the_peer(verb, monkeypatch, tmp_path):
-    # catches a time under another's name, and networks that are not given the same
-    pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
-    monkeypatch.setitem(commands.PRESETS, "wan2.1-1.3b", TINY.config)
-    monkeypatch.setattr(commands, "has_bf16_units", lambda device: False)
-    results, times = [], iter((8.0, 4.0, 1.0))
-    monkeypatch.setattr(commands, "seconds", lambda call, *_: results.append(call()) or next(times))
-    ended = verb(commands, "wan", "--frames", 5, "--device", "cpu", "--json", tmp_path / "wan.json")
-    assert ended.code == 0, ended.err
-    assert json.loads((tmp_path / "wan.json").read_text()) == {
-        "joint_seconds": 8.0, "video_seconds": 4.0, "diffusers_seconds": 1.0, "ratio": 0.25,
-    }  # fmt: skip
-    joint, plain, theirs = results
-    assert joint[1].shape == (1, 5, 235) and plain[1] is None
-    assert (plain[0] - theirs.sample).norm() / theirs.sample.norm() < 1e-5
-
-
 def test_default_run_has_every_key(capsys, monkeypatch):
     pytest.importorskip("diffusers", reason="pip install -r requirements-wan.txt")
-    for name in ("BATCH", "STEPS"):
-        monkeypatch.setattr(puppet, name, 1)
-    muon = puppet.muon  # torch's own takes long on a CPU without bf16 units
-    monkeypatch.setattr(puppet, "muon", lambda setting, matrices: muon(setting, matrices[:1]))
-    result = commands.bench_all(argparse.Namespace(), TINY)
+    monkeypatch.setattr(puppet, "BATCH", 1)
+    monkeypatch.setattr(speed, "Setting", lambda **_: TINY)
+    result = commands.bench_all(argparse.Namespace())
     assert result.keys() == KEYS | {"spread", "device"} and result["spread"].keys() == KEYS
     for key in KEYS:
         low, high = result["spread"][key]

@@ -1,0 +1,199 @@
+"""Every path runs on one device that is not the CPU, without having one; and how often the host waits for it.
+
+Fake tensors have a device, a dtype and a shape, but no memory, and an operation on two devices raises. The
+device is "cuda" where torch has one; else "meta", which torch's CPU build can differentiate too.
+"""
+
+import collections
+import contextlib
+import functools
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dual_dit
+import flow
+import train
+from dual_dit import PRESETS, DualDiT
+from flow import Draw, Role, Task
+from kit import checkpoints, devices, distributed, puppet, validation
+from kit.data import batch as batches
+from kit.data.sources import open_sources
+from kit.geometry import PUPPET
+from kit.muon import Muon
+from kit.puppet import world as puppet_world
+from sample import denoise
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "meta")
+WORLD = distributed.World(DEVICE, 0, 1)
+
+
+class Watch(TorchDispatchMode):
+    """Answers `.item()` of a fake tensor with a stand-in; notes where the host waits and where it uploads."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.uploads, self.launches = collections.Counter(), collections.Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.launches += 1
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.uploads[place()] += 1
+        if func is not torch.ops.aten._local_scalar_dense.default or not isinstance(args[0], FakeTensor):
+            return func(*args, **kwargs)
+        if args[0].device.type == DEVICE.type:
+            self.waits[place()] += 1
+        if args[0].constant is not None:
+            return args[0].constant.item()
+        return 1.0 if args[0].dtype.is_floating_point else args[0].dtype is torch.bool  # all are finite
+
+
+def place() -> str:
+    """Which function of this repository is running."""
+    root = str(Path(flow.__file__).parent)
+    frames = [
+        f for f in traceback.extract_stack() if f.filename.startswith(root) and "tests" not in f.filename
+    ]
+    own = [f for f in frames if "site-packages" not in f.filename]
+    return f"{Path(own[-1].filename).name}:{own[-1].name}" if own else "?"
+
+
+@pytest.fixture(scope="module")
+def real_codec() -> puppet.Codec:
+    return puppet.Codec.fit(range(1 << 20, (1 << 20) + 8))
+
+
+@pytest.fixture
+def watch(monkeypatch, real_codec):
+    kept = (devices.constant, puppet_world._motion_table, dual_dit.rope_tables)
+    for cached in kept:
+        cached.cache_clear()
+    fresh = functools.cache(puppet.body.__wrapped__)
+    for module in (puppet, puppet_world):
+        monkeypatch.setattr(module, "body", fresh)
+    if DEVICE.type == "meta":  # autocast does not know it, and it has no generator
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        monkeypatch.setattr(flow, "noise_like", lambda x, seeds: torch.randn_like(x))
+    puppet.body("cpu")  # real
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as mode:
+        yield mode
+    for cached in kept:  # what is made of fakes must not stay
+        cached.cache_clear()
+
+
+@pytest.fixture
+def model(watch) -> DualDiT:
+    with DEVICE:
+        return DualDiT(PRESETS["puppet"])
+
+
+@pytest.fixture
+def codec(watch, real_codec) -> puppet.Codec:
+    return puppet.Codec.from_state({name: x.to(DEVICE) for name, x in real_codec.state().items()})
+
+
+def given(task: Task) -> tuple:
+    """Video, motion and text, where the task has them."""
+    video, motion, text = (torch.randn(2, *s, device=DEVICE) for s in ((48, 5, 8, 8), (17, 235), (16, 64)))
+    video = None if task.video is Role.ABSENT else video
+    return video, None if task.motion is Role.ABSENT else motion, text
+
+
+def there(*tensors) -> bool:
+    return all(x is None or x.device.type == DEVICE.type for x in tensors)
+
+
+def open_puppet() -> list:
+    return open_sources(["puppet"], PUPPET, puppet.body())
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("task", Task)
+def test_a_step(model, watch, task, checkpointing):
+    if checkpointing:
+        distributed.recompute_blocks(model)
+    video, motion, text = given(Task.JOINT)
+    draw = Draw(task, torch.zeros(2, dtype=torch.bool), *torch.rand(2, 2), torch.arange(2))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        loss = flow.loss(model, video, motion, text, torch.zeros_like(text), draw)
+    loss.total.backward()
+    assert there(*loss, *(p.grad for p in model.parameters()), distributed.clip(model, 1.0))
+    assert not watch.waits, watch.waits
+
+
+@pytest.mark.parametrize("task", Task)
+def test_a_sample(model, watch, task):
+    video, motion, text = given(task)
+    options = {"steps": 2, "guidance_text": 5.0, "guidance_condition": 1.5, "lead": 0.5}
+    assert there(*flow.sample(model, video, motion, text, torch.zeros_like(text), task, **options))
+    assert not watch.waits, watch.waits
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2))
+def test_a_batch(watch, model, codec, stage):
+    sources, mean, std = open_puppet(), model.motion_mean, model.motion_std
+    for step in (0, 1):  # the first uploads what is kept
+        watch.waits.clear()
+        watch.uploads.clear()
+        batch = batches.read(
+            sources, mean, std, seed=0, stage=stage, step=step, frames=17, batch=4, samples=range(4),
+            device=DEVICE, codec=codec,
+        )  # fmt: skip
+    assert there(*batch)
+    # catches parents that lie on the device (46 waits), a box of pixels, numbers uploaded in every call
+    assert not watch.waits, watch.waits
+    assert watch.uploads == {"devices.py:upload": 2}, watch.uploads  # the clips' draws, the texts
+
+
+def test_the_codec(codec):
+    video = torch.rand(2, 3, 17, 64, 64, device=DEVICE)
+    assert there(codec.encode(video), codec.decode(codec.encode(video)))
+
+
+@pytest.mark.parametrize("task", (Task.JOINT, Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION))
+def test_from_a_condition_on_the_cpu(model, task):
+    video, motion, text = (torch.randn(2, *shape) for shape in ((48, 5, 8, 8), (17, 235), (16, 64)))
+    assert there(denoise(model, task, text, torch.zeros_like(text), 0, (5, 8, 8), video, motion, steps=2)[0])
+
+
+def test_validation(model, codec):
+    _, held = validation.hold_out(open_puppet())
+    held = validation.read_held_out(held, model, 2, 17, codec, WORLD)
+    assert there(held.video, held.motion, held.text, held.null_text)
+    validation.validate(model, held, flow.STAGES[2], 4, False, 1)
+
+
+def test_optimizers_go_on_where_their_parameters_are(model, monkeypatch):
+    # fused AdamW on a GPU takes no counter that lies on the CPU
+    slots = ("exp_avg", "exp_avg_sq", "step")
+    shapes = {f"optimizer/{name}/{slot}": p.shape for name, p in model.named_parameters() for slot in slots}
+    shapes = {key: torch.Size() if key.endswith("step") else shape for key, shape in shapes.items()}
+    stored = {key: collections.namedtuple("Stored", "size")(shape) for key, shape in shapes.items()}
+    monkeypatch.setattr(checkpoints, "_stored", lambda folder: stored)
+    monkeypatch.setattr(checkpoints, "_read", lambda *args, **options: None)
+    opts = train.optimizers(model, "puppet")
+    checkpoints.load(Path(), model, {}, opts, WORLD)
+    assert there(*(value for o in opts for slots in o.state.values() for value in slots.values()))
+
+
+def test_muon_and_the_average_launch_as_much_for_many_tensors_as_for_few():
+    # catches a loop over matrices: the puppet has 120 of them, and a GPU waits for each kernel's launch
+    launches = []
+    for count in (3, 30):
+        matrices = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(count)]
+        for p in matrices:
+            p.grad = torch.randn(8, 4)
+        muon, watch = Muon(matrices, weight_decay=0.01), Watch()
+        muon.step()
+        state = {str(i): p.detach() for i, p in enumerate(matrices)}
+        average = {name: x.clone() for name, x in state.items()}
+        with watch:
+            muon.step()
+            train.follow(average, state, 0.5)
+        launches.append(watch.launches)
+    assert launches[0] == launches[1] < 80
