@@ -168,8 +168,8 @@ def test_fsdp_gathers_only_the_experts_that_run(found):
     # catches the frozen video expert gathered in stage 1, and the motion expert in stage 0
     for each in found("sharded"):
         video, motion, both = (each[stage]["gathered"] for stage in "012")
-        assert video < both and motion < 0.5 * both
-        assert video + motion < 1.2 * both  # the ends' task hint, and a crumb of each block, are in both
+        assert video < both and motion < 0.65 * both
+        assert video + motion < 1.35 * both  # layers of time and text, the task hint, crumbs of blocks: in both
 
 
 def test_one_rank_reads_a_wan_and_all_have_it(found):
