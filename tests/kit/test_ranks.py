@@ -169,7 +169,9 @@ def test_fsdp_gathers_only_the_experts_that_run(found):
     for each in found("sharded"):
         video, motion, both = (each[stage]["gathered"] for stage in "012")
         assert video < both and motion < 0.65 * both
-        assert video + motion < 1.35 * both  # layers of time and text, the task hint, crumbs of blocks: in both
+        assert (
+            video + motion < 1.35 * both
+        )  # layers of time and text, the task hint, crumbs of blocks: in both
 
 
 def test_one_rank_reads_a_wan_and_all_have_it(found):
