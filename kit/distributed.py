@@ -159,25 +159,17 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> None:
 
 
 def _gather_what_runs(model: DualDiT) -> None:
-    """FSDP gathers all of a block; the expert of a modality that is absent from a stage can stay in slices.
+    """FSDP gathers all of a block, but what is frozen there is of a modality that is absent from the stage.
 
-    That modality is the one whose expert is frozen; but Wan's layers of time and text serve both.
-    torch has no public way to leave something out.
+    It stays in slices; torch has no public way to leave something out.
     """
-    ends = {"video": model.video, "motion": model.motion}
-    absent = [m for m, end in ends.items() if not any(p.requires_grad for p in end.parameters())]
-    if model.config.shared:  # motion runs through the video expert's blocks
-        absent = []
-    both = ("text_embedding", "time_embedding", "time_projection")
-    names = {
-        p: [] if any(part in name for part in both) else name.split(".")
-        for name, p in model.named_parameters()
-    }
-    for module in (model, *model.blocks):
-        group = fully_shard.state(module)._fsdp_param_group
+    for block in model.blocks:
+        group = fully_shard.state(block)._fsdp_param_group
         group.everything = getattr(group, "everything", group.fsdp_params)
-        running = [x for x in group.everything if not any(m in names[x.sharded_param] for m in absent)]
-        group.fsdp_params = running or group.everything[:1]  # a video-only block in stage 1: nothing runs
+        trained = [x for x in group.everything if x.sharded_param.requires_grad]
+        if model.config.shared:  # motion runs through the video expert
+            trained = group.everything
+        group.fsdp_params = trained or group.everything[:1]  # a video-only block in stage 1: nothing runs
 
 
 def _mesh(world: World) -> DeviceMesh:
