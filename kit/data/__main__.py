@@ -116,7 +116,7 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
     data = open_dataset(args.spec, shape, body, args.force)
     if not data.names:
         raise ValueError(f"{args.spec}: nothing usable; {'; '.join(data.problems) or 'it is empty'}")
-    cache.prepare(args.out, cache.settings_of(args.spec, data, shape, args.dtype, args.wan, body))
+    cache.prepare(args.out, cache.settings_of(args.spec, data, shape, args.dtype, args.wan, body, args.force))
     encoders = cache.Encoders(
         wan.VideoVAE(args.wan, device=device).encode if data.paired else None,
         wan.TextEncoder(args.wan, dtype, device),

@@ -60,8 +60,13 @@ class Encoders(NamedTuple):
     text: Callable[[list[str]], Tensor]  # prompts -> (b l text_dim), zeros after each prompt's last token
 
 
-def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body) -> dict:
+def settings_of(
+    spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
+) -> dict:
     """What the content of a cache depends on, as it is recorded: but for its sources, see `hashes`."""
+    # only where there are any: caches from before them stay as they are
+    given = {f"{gender} body": body.of(gender).digest() for gender in sorted(body.genders())}
+    given |= {"force": True} if force else {}
     parts = {}
     for part in ("vae", "text_encoder"):
         file = wan / part / "config.json"
@@ -77,7 +82,7 @@ def settings_of(spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path
         "dtype": dtype,
         **parts,
         "body": body.digest(),
-    }
+    } | given
 
 
 def items_of(data: DataSet) -> str:
@@ -96,9 +101,9 @@ def prepare(out: Path, settings: dict) -> None:
         with whole_file(file) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
     known = _read_json(file)
-    changed = [name for name, value in settings.items() if known.get(name) != value]
+    changed = sorted(name for name in known.keys() | settings if known.get(name) != settings.get(name))
     if changed:
-        changes = "; ".join(f"{name} was {known.get(name)}, now {settings[name]}" for name in changed)
+        changes = "; ".join(f"{name} was {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise ValueError(f"{out} was made with other settings ({changes}): use the same, or another --out")
 
 

@@ -199,6 +199,9 @@ def test_other_settings_are_refused_and_leave_the_cache_alone(folder, killed, ve
     assert ended.code == 2
     ended = verb(commands, *command(folder, killed.out)[2:], "--dtype", "fp32")
     assert ended.code == 2 and "(dtype was bf16, now fp32): use the same, or another --out" in ended.err
+    # catches motion that was checked beside motion that was taken as it is
+    ended = verb(commands, *command(folder, killed.out)[2:], "--force")
+    assert ended.code == 2 and "(force was None, now True)" in ended.err
     assert contents(killed.out) == before
 
 
