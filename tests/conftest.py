@@ -11,7 +11,7 @@ import torch
 
 import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
-from kit import files, puppet, weights
+from kit import devices, files, puppet, weights
 from kit.data.datasets import puppet_motion
 from motion_tokens import motion_statistics
 
@@ -51,9 +51,9 @@ def tiny_weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def plain_attention(monkeypatch):
-    """What a verb puts in for its process (kit/devices.py) is taken out again."""
-    monkeypatch.setattr(dual_dit, "attention", dual_dit.attention)
+def plain_attention():
+    """What an earlier verb put in for its process (kit/devices.py) is taken out again."""
+    dual_dit.attention = devices.fused_attention
 
 
 class Ended(NamedTuple):
