@@ -111,9 +111,9 @@ def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
     return [Step(stage, i, n, length(i / n)) for stage, n in stages.items() for i in range(n)]
 
 
-def stage_steps(world: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
+def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
     """Steps of each stage: the defaults, in these proportions if `steps` is given."""
-    usual = STEPS[world]
+    usual = STEPS[kind]
     if stage == 1 and one_stage:
         raise ValueError("--ablate one-stage has no stage 1: leave one of the two out")
     if stage is not None:
@@ -133,11 +133,11 @@ def learning_rate(peak: float, now: Step) -> float:
     return peak * min(1.0, (now.step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
-def optimizers(model: DualDiT, world: str) -> list[torch.optim.Optimizer]:
+def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
     """Muon for the puppet's matrices within blocks, AdamW for everything else; a Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = {"weight_decay": WEIGHT_DECAY[world]}
-    if world == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
+    decay = {"weight_decay": WEIGHT_DECAY[kind]}
+    if kind == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
     matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
     others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
