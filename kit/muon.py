@@ -1,8 +1,8 @@
 """Muon, many matrices at a time: torch's own optimizer with another inner loop.
 
 Muon replaces the momentum of a matrix, U·S·Vᵀ, by nearly U·Vᵀ. torch.optim.Muon does so matrix by matrix and
-always in bf16, which CPUs without bf16 units compute far slower than fp32; here all matrices
-of one shape are one batch, in fp32. `python -m bench` compares the two.
+always in bf16, which CPUs without bf16 units compute far slower than fp32; here all matrices of one shape are
+one batch, in fp32.
 """
 
 from itertools import groupby
