@@ -2,8 +2,8 @@
 
 Video and motion are two streams of tokens. Each has an expert of its own: embeddings, and in every
 block norms, modulation, query/key/value and output projections, cross-attention to the text and a
-feed-forward network, all exactly Wan's. The streams meet in one place only: self-attention runs once
-over both, concatenated.
+feed-forward network, all exactly Wan's; what is made of the time and of the text before the blocks serves
+both. The streams meet in one place only: self-attention runs once over both, concatenated.
 
         video tokens                      motion tokens
     norm, modulate, q k v, rope       norm, modulate, q k v, rope

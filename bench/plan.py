@@ -19,8 +19,7 @@ GIB = 2**30
 PUBLISHED = {"wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}
 # what the paper states of both: parameters, and by what share motion adds to the FLOPs of a call
 PAPER = {"wan2.1-1.3b": (2.6e9, 0.129), "wan2.2-5b": (7.5e9, 0.103)}
-# the paper's run: 32 A100 for four days (it states about 4,000 GPU hours)
-PAPER_GPUS, PAPER_DAYS, PAPER_HOURS = 32, 4, 4000
+PAPER_HOURS = {"wan2.1-1.3b": 2300, "wan2.2-5b": 4000}  # about, of both stages
 A100 = 312e12  # FLOP/s in bf16
 
 
@@ -96,11 +95,9 @@ def plan(args: argparse.Namespace) -> dict:
         f"a step at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s: {seconds:.1f} s with checkpointing; "
         f"{args.steps} steps: {days:.1f} days, {24 * days * args.gpus:.0f} GPU hours"
     )
-    paper = PAPER_GPUS * PAPER_DAYS * 86400 * A100 * args.mfu / total[True]
-    print(
-        f"the paper's {PAPER_GPUS} A100 in {PAPER_DAYS} days (about {PAPER_HOURS} GPU hours by its count) "
-        f"would do {paper:.0f} such steps"
-    )
+    hours = PAPER_HOURS[args.preset]
+    paper = hours * 3600 * A100 * args.mfu / total[True]
+    print(f"the paper's {hours} GPU hours on A100 would do {paper:.0f} such steps")
     result = {
         "parameters": count,
         "motion_adds": price._asdict(),
