@@ -200,7 +200,8 @@ def recompute_blocks(model: DualDiT) -> None:
 
 def compile_blocks(model: DualDiT) -> None:
     """torch.compile each block's forward; what FSDP does before and after it stays outside."""
-    # a graph for each task until clip lengths become dynamic
+    # a graph for each task and clip length: graphs for any length take four times as long to compile
+    torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.optimize_ddp = False  # it cannot split graphs that are recomputed
     for block in model.blocks:
