@@ -29,7 +29,7 @@ from kit.muon import Muon
 from kit.wan import copy_video_to_motion
 
 RUN = Path("runs/puppet")
-STEPS = {"puppet": {0: 1600, 1: 600, 2: 4100}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
+STEPS = {"puppet": {0: 3000, 1: 1000, 2: 9000}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
@@ -60,7 +60,7 @@ def options() -> argparse.Namespace:
     add("--ablate", choices=ABLATIONS, metavar="NAME", help=", ".join(ABLATIONS))
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all")
-    add("--steps", type=files.count, metavar="N", help="in all; default: puppet 6,300, Wan 27,000")
+    add("--steps", type=files.count, metavar="N", help="in all; default: puppet 13,000, Wan 27,000")
     add("--batch", type=files.count, default=16, metavar="N", help="clips a step, of all ranks (%(default)s)")
     # how
     add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
