@@ -144,7 +144,8 @@ def loss(
 
     text and null_text (b l text_dim); a modality that is absent from the task may be None.
     """
-    text = torch.where(draw.drop_text.to(text.device)[:, None, None], null_text, text)
+    drop_text = draw.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
+    text = torch.where(drop_text[:, None, None], null_text, text)
     x_video, t_video, target_video = enter(video, draw.t_video, draw.seeds, draw.task.video)
     x_motion, t_motion, target_motion = enter(motion, draw.t_motion, draw.seeds + 1, draw.task.motion)
     u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, draw.task)
@@ -157,7 +158,7 @@ def enter(
     """A modality in its role: what the network gets of it, at which times (b,), and the velocity to learn."""
     if role is Role.ABSENT:
         return None, None, None
-    t = t.to(x0.device)
+    t = t.to(x0.device, non_blocking=True)
     if role is Role.CLEAN:
         return x0, torch.zeros_like(t), None
     noise = noise_like(x0, seeds)

@@ -13,7 +13,7 @@ import argparse
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,8 @@ def options() -> argparse.Namespace:
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all")
     add("--steps", type=files.count, metavar="N", help="in all; default: puppet 13,000, Wan 27,000")
-    add("--batch", type=files.count, default=16, metavar="N", help="clips a step, of all ranks (%(default)s)")
+    what = "clips a step, of all ranks; default: 16, of the puppet on a GPU 128"
+    add("--batch", type=files.count, metavar="N", help=what)
     # how
     add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
     add("--shift", type=files.positive, help="of noise levels (flow.shift_time); default: puppet 1, Wan 8")
@@ -87,7 +88,10 @@ def options() -> argparse.Namespace:
     # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # the puppet is so small that 16 clips leave a GPU waiting for its host
+    args.batch = args.batch or (128 if args.device.startswith("cuda") and not args.wan else 16)
+    return args
 
 
 # ---------------------------------------------------------------- the schedule
@@ -189,12 +193,11 @@ def update(
 
 
 def gradients(
-    objective: nn.Module, read: Callable[..., batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
+    objective: nn.Module, clips: Iterator[batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
 ) -> Tensor:
     """Forward and backward of the samples in `parts`, part by part -> losses: in all, and of what is made."""
     losses = 0.0
-    for samples in parts:
-        batch = read(samples=samples)
+    for samples, batch in zip(parts, clips, strict=False):  # clips go on with the next step
         with distributed.exchange(objective, last=samples is parts[-1]):
             with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 loss = objective(*batch, drawn.rows(samples.start, samples.stop))
@@ -219,7 +222,7 @@ def train(args: argparse.Namespace) -> None:
 
     # what there is: an earlier part of this run, data, the network
     plan = {name: getattr(args, name) for name in PLAN}
-    found = run.resumed(args.out, args.resume, plan, world)
+    found = run.resumed(args.out, args.resume, plan)
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, shape.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
@@ -239,6 +242,15 @@ def train(args: argparse.Namespace) -> None:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
     stopping, done = distributed.terminated(), first
+    reads = (
+        functools.partial(
+            batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
+            step=first + i, frames=now.frames, batch=args.batch, samples=samples, device=device, codec=codec,
+        )
+        for i, now in enumerate(steps[first:])
+        for samples in parts
+    )  # fmt: skip
+    clips = batches.ahead(reads, device)
 
     for step in range(first, len(steps)):
         now = steps[step]
@@ -250,10 +262,6 @@ def train(args: argparse.Namespace) -> None:
                     checkpoints.load(found.folder, model, ema, opts if now.step else [], world)
             if now.step == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
-            read = functools.partial(
-                batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
-                batch=args.batch, device=device, codec=codec,
-            )  # fmt: skip
             held_out = validation.read_held_out(
                 held if args.validate_every else [], model, now.stage, shape.frames, codec, world
             )
@@ -263,7 +271,6 @@ def train(args: argparse.Namespace) -> None:
         # the gradients of this rank's clips, averaged over the ranks
         start = time.perf_counter()
         drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift, one_t)
-        clips = functools.partial(read, step=step, frames=now.frames)
         losses = gradients(objective, clips, drawn, parts, bf16)
         norm = distributed.clip(model, CLIP_NORM)
 
@@ -311,7 +318,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     args = options()
     if args.verb == "export":
-        found = checkpoints.newest(args.out, distributed.ALONE)
+        found = checkpoints.newest(args.out)
         if not found:
             raise FileNotFoundError(f"nothing to export: no checkpoint in {args.out}; point --out at a run")
         checkpoints.export(found.folder, args.file)

@@ -62,7 +62,7 @@ def training_step(batch: int, device: torch.device, bf16: bool, compiled: bool =
         made.update((part.start, read(samples=part)) for part in parts)
 
     def gradients() -> None:
-        train.gradients(objective, lambda samples: made[samples.start], drawn, parts, bf16)
+        train.gradients(objective, iter(made.values()), drawn, parts, bf16)
         distributed.clip(model, train.CLIP_NORM)
 
     def optimizers() -> None:

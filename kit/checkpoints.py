@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000250/      complete: it has this name only once all of it is on the disk
         __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: every rank's slices, and what is where
-        done.json                       written last: where in the run this is, and a hash of each other file
+        done.json                       written last: where in the run this is
     RUN/checkpoints/.step-00000500      being written; or left by a run that died, and removed when it goes on
 
 The slices are of whole tensors, so a run can go on with another number of ranks. With several nodes RUN
@@ -10,7 +10,6 @@ is on a disk that all of them share.
 """
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
@@ -116,9 +116,15 @@ def _stored(folder: Path) -> dict:
 
 
 def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
-    """Fill tensors from a checkpoint, in place."""
+    """Fill tensors from a checkpoint, in place; ValueError if that is damaged."""
     _accept_one_process()
-    dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    except CheckpointException as error:
+        reason = _root_cause(next(iter(error.failures.values()))[0])
+        raise ValueError(
+            f"{folder} is damaged ({reason}): delete it, and --resume goes on from the one before"
+        ) from error
 
 
 def _accept_one_process() -> None:
@@ -140,6 +146,10 @@ class Writer:
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
+        self.stager = None
+        if world.device.type == "cuda":  # copies to pinned memory are several times faster, and it is kept
+            options = StagingOptions(use_shared_memory=False, use_async_staging=False)
+            self.stager = DefaultStager(options)
         _accept_one_process()
         if world.rank == 0:
             for left in (run / "checkpoints").glob("." + PATTERN):
@@ -151,8 +161,9 @@ class Writer:
         final = folder_of(self.run, record["step"])
         temporary = final.with_name("." + final.name)
         written = dcp.async_save(
-            state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None
-        )
+            state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None,
+            async_stager=self.stager,
+        )  # fmt: skip
         self.pending = self.thread.submit(self.finish, written, temporary, record)
 
     def failed(self) -> bool:
@@ -167,38 +178,30 @@ class Writer:
 
     def finish(self, written: Future, temporary: Path, record: dict) -> None:
         """What remains once the slices are being written, in the writing thread."""
-        rank = self.world.rank
+        self._together(written.result, temporary)
+        publish = functools.partial(self._publish, temporary, record)
+        self._together(publish if self.world.rank == 0 else lambda: None, temporary)
 
-        def hashes() -> dict[str, str]:
-            written.result()
-            mine = [*temporary.glob(f"__{rank}_*"), *([temporary / ".metadata"] if rank == 0 else [])]
-            return {path.name: _hash(path) for path in mine}
-
-        files = {name: value for part in self._together(hashes, temporary) for name, value in part.items()}
-        publish = functools.partial(self._publish, temporary, record | {"files": files})
-        self._together(publish if rank == 0 else lambda: None, temporary)
-
-    def _together(self, task: Callable[[], object], temporary: Path) -> list:
-        """Every rank's result of a task; OSError on all of them if one of them fails."""
-        result = error = None
+    def _together(self, task: Callable[[], object], temporary: Path) -> None:
+        """Do a task on every rank; OSError on all of them if one of them fails."""
+        error = None
         try:
-            result = task()
+            task()
         except CheckpointException as caught:
             error = str(_root_cause(next(iter(caught.failures.values()))[0]))
         except OSError as caught:
             error = str(caught)
-        answers = [(result, error)] * self.world.ranks
+        errors = [error] * self.world.ranks
         if self.group is not None:
-            dist.all_gather_object(answers, (result, error), group=self.group)
-        if errors := [error for _, error in answers if error]:
+            dist.all_gather_object(errors, error, group=self.group)
+        if any(errors):
             free = shutil.disk_usage(temporary.parent).free / 2**20
             if self.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
-                f"cannot save {temporary.with_name(temporary.name[1:])}: {errors[0]} ({free:.0f} MB were "
-                "free); earlier checkpoints are intact, go on from the last with --resume"
+                f"cannot save {temporary.with_name(temporary.name[1:])}: {next(filter(None, errors))} "
+                f"({free:.0f} MB were free); earlier checkpoints are intact: go on with --resume"
             )
-        return [result for result, _ in answers]
 
     def _publish(self, temporary: Path, record: dict) -> None:
         """Marker, name, and only then may an older one go."""
@@ -208,15 +211,10 @@ class Writer:
             os.fsync(file.fileno())
         _sync(temporary)
         final = folder_of(self.run, record["step"])
-        _remove(final)  # a damaged one that the run went back behind
         temporary.rename(final)
         _sync(final.parent)
-        folders = sorted(final.parent.glob(PATTERN))
-        # later ones are damaged: the run went back behind them
-        kept = [folder for folder in folders if folder <= final][-self.keep :]
-        for old in folders:
-            if old not in kept:
-                _remove(old)
+        for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
+            _remove(old)
         if self.weights:
             export(final, self.weights)
         if record["stage_ended"] is not None:
@@ -231,11 +229,9 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _remove(folder: Path) -> None:
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old")  # never half of one under a good name
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    doomed = folder.with_name(f".{folder.name}.old")  # never half of one under a good name
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(folder: Path) -> None:
@@ -245,46 +241,13 @@ def _sync(folder: Path) -> None:
     os.close(handle)
 
 
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------- finding
 
 
-def newest(run: Path, world: World) -> Checkpoint | None:
-    """A run's last whole checkpoint; None if it never saved one.
-
-    Damaged ones are skipped, aloud. Raises ValueError if all are damaged.
-    """
-    folders = sorted((run / "checkpoints").glob(PATTERN), reverse=True)
-    for folder in folders:
-        damage = _damage(folder, world)
-        if not damage:
-            return Checkpoint(folder, json.loads((folder / DONE).read_text()))
-        if world.rank == 0:
-            print(f"{folder} is damaged ({damage}); trying the one before")
-    if folders:
-        raise ValueError(f"all {len(folders)} checkpoints of {run} are damaged: start again in another --out")
-    return None
-
-
-def _damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, if anything; each rank looks at its share of the files."""
-    try:
-        files = json.loads((folder / DONE).read_text())["files"]
-        mine = sorted(files)[world.rank :: world.ranks]
-        wrong = [
-            name for name in mine if not (folder / name).is_file() or _hash(folder / name) != files[name]
-        ]
-        answer = f"{', '.join(wrong)} not as written" if wrong else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        answer = f"{DONE}: {error!r}"
-    answers = [answer] * world.ranks
-    if world.ranks > 1:
-        dist.all_gather_object(answers, answer)
-    return next((answer for answer in answers if answer), None)
+def newest(run: Path) -> Checkpoint | None:
+    """A run's last checkpoint; None if it never saved one."""
+    folders = sorted((run / "checkpoints").glob(PATTERN))
+    return Checkpoint(folders[-1], json.loads((folders[-1] / DONE).read_text())) if folders else None
 
 
 def export(folder: Path, file: Path) -> None:

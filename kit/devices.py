@@ -55,7 +55,7 @@ fused_attention = dual_dit.attention
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device; the host does not wait until a GPU has read it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @functools.cache

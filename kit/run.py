@@ -36,12 +36,12 @@ def check(out: Path, resume: str | None, batch: int, ranks: int, accumulate: int
         raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
 
 
-def resumed(out: Path, resume: str | None, plan: dict[str, object], world: World) -> Checkpoint | None:
+def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. `plan`: options that must be as they were.
 
     FileNotFoundError if there must be one and is none, ValueError if it is of another plan.
     """
-    found = checkpoints.newest(out, world) if resume else None
+    found = checkpoints.newest(out) if resume else None
     if resume == "must" and not found:
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"

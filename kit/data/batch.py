@@ -6,7 +6,8 @@ draws from its own (seed, step, sample), and a rank takes its slice of the numbe
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -165,3 +166,17 @@ def read(
             row[len(features) :] = 0
     text = upload(text, device)
     return Batch(video, (motion - mean) / std, text[:-1], text[-1])
+
+
+def ahead(reads: Iterable[Callable[[], Batch]], device: torch.device) -> Iterator[Batch]:
+    """The batches in their order; where a GPU trains, a thread reads the next one meanwhile."""
+    if device.type != "cuda":
+        yield from (read() for read in reads)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        reads = iter(reads)
+        coming = thread.submit(next(reads))
+        for read in reads:
+            batch, coming = coming.result(), thread.submit(read)
+            yield batch
+        yield coming.result()
