@@ -6,7 +6,8 @@
 
 Without arguments the puppet goes through all three from nothing; a real Wan (--wan FOLDER) through 1 and 2.
 
-    python train.py export --out RUN FILE      the averaged weights of a run's last checkpoint, for sample.py
+    python train.py export --out RUN FILE      the averaged weights of a run's last checkpoint, for sample.py,
+                                               and beside them, as .json, what the run was
 """
 
 import argparse
@@ -87,6 +88,7 @@ def options() -> argparse.Namespace:
     export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="see above")
     # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
+    export.add_argument("--bf16", action="store_true", help="half the size; sampling computes as before")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     args = parser.parse_args()
     # the puppet is so small that 16 clips leave a GPU waiting for its host
@@ -318,11 +320,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     args = options()
     if args.verb == "export":
-        found = checkpoints.newest(args.out)
-        if not found:
-            raise FileNotFoundError(f"nothing to export: no checkpoint in {args.out}; point --out at a run")
-        checkpoints.export(found.folder, args.file)
-        print(f"wrote {args.file}, from {found.folder}")
+        run.export(args.out, args.file, torch.bfloat16 if args.bf16 else torch.float32)
     else:
         train(args)
 

@@ -250,10 +250,10 @@ def newest(run: Path) -> Checkpoint | None:
     return Checkpoint(folders[-1], json.loads((folders[-1] / DONE).read_text())) if folders else None
 
 
-def export(folder: Path, file: Path) -> None:
+def export(folder: Path, file: Path, dtype: torch.dtype = torch.float32) -> None:
     """The averaged weights of a checkpoint, codec and configuration with them, as one safetensors file."""
     record = json.loads((folder / DONE).read_text())
     config, settings = DualDiTConfig(**record["config"]), record["settings"]
     weights.save_weights(
-        file, config, load_whole(folder, "ema"), load_whole(folder, "codec"), settings=settings
+        file, config, load_whole(folder, "ema"), load_whole(folder, "codec"), dtype, settings
     )

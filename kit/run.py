@@ -1,6 +1,9 @@
 """What a training run starts from (its data and network), and the records it leaves."""
 
 import dataclasses
+import json
+import math
+from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from kit.checkpoints import Checkpoint
 from kit.data import batch as batches
 from kit.data.sources import Source, cached_geometry, open_sources
 from kit.distributed import World
-from kit.files import write_record
+from kit.files import whole_file, write_record
 from kit.geometry import Geometry, geometry
 
 # the ablations that change the network; the first two change positions, no weights
@@ -197,6 +200,37 @@ def save_record(
         config=dataclasses.asdict(model.config),
         parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def export(out: Path, file: Path, dtype: torch.dtype) -> None:
+    """The averaged weights of a run's last checkpoint -> file; beside it, as .json, what the run was.
+
+    That is run.json, seconds of all steps, losses on held-out clips, and the mean training loss of each
+    twentieth of the run.
+    """
+    found = checkpoints.newest(out)
+    if not found:
+        raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
+    checkpoints.export(found.folder, file, dtype)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    part, losses = math.ceil(len(steps) / 20), []
+    for first in range(0, len(steps), part):
+        by_task = defaultdict(list)
+        for line in steps[first : first + part]:
+            by_task[line["task"]].append(line["loss"])
+        means = {task: round(sum(x) / len(x), 4) for task, x in sorted(by_task.items())}
+        losses.append({"step": steps[first]["step"], "stage": steps[first]["stage"]} | means)
+    record = json.loads((out / "run.json").read_text()) | {
+        "steps": found.record["step"],
+        "hours": round(sum(line["seconds"] for line in steps) / 3600, 2),
+        "validation": [line for line in lines if "validation" in line],
+        "losses": losses,
+    }
+    summary = file.with_suffix(".json")
+    with whole_file(summary) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {file} and {summary}, from {found.folder}")
 
 
 def complain(seed: int, step: int, task: Task, batch: int, rank: int, stop: bool) -> None:
