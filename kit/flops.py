@@ -7,8 +7,7 @@ memory traffic, not arithmetic.
 import dataclasses
 import functools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from unittest import mock
 
@@ -50,61 +49,26 @@ def dual_blocks(config: DualDiTConfig) -> int:
     return config.layers if config.dual is None else len(config.dual)
 
 
-class Product(NamedTuple):
-    """(rows inner) times (inner columns); or, with heads, attention of `rows` queries on `columns` keys."""
-
-    rows: int
-    inner: int
-    columns: int
-    heads: int = 0
-
-    @property
-    def flops(self) -> int:
-        return (4 * self.heads or 2) * self.rows * self.inner * self.columns
-
-
-def products(config: DualDiTConfig, tokens: Tokens) -> dict[str, Counter[Product]]:
-    """The products of one forward call on one sample, by part, and how often each occurs."""
-    d, head_dim = config.width, config.width // config.heads
-    patch, frames = math.prod(config.patch) * config.channels, tokens.motion // TOKENS_PER_FRAME
-    dual = dual_blocks(config)
-    names = ("projections", "feed-forward", "self-attention", "cross-attention", "ends")
-    projections, ffn, self_attention, cross_attention, ends = parts = tuple(Counter() for _ in names)
-    for n, layers in ((tokens.video, config.layers), (tokens.motion, dual)):
-        if not n:
-            continue
-        projections[Product(n, d, d)] += 6 * layers  # each expert reads the text for itself
-        projections[Product(tokens.text, d, d)] += 2 * layers
-        ffn[Product(n, d, config.ffn)] += layers
-        ffn[Product(n, config.ffn, d)] += layers
-        cross_attention[Product(n, head_dim, tokens.text, config.heads)] += layers
-        ends.update((Product(tokens.text, config.text_dim, d), Product(tokens.text, d, d)))
-        ends.update((Product(1, config.freq_dim, d), Product(1, d, d), Product(1, d, 6 * d)))
-    for n, layers in ((tokens.video + tokens.motion, dual), (tokens.video, config.layers - dual)):
-        if n and layers:
-            self_attention[Product(n, head_dim, n, config.heads)] += layers
-    if tokens.video:
-        ends.update((Product(tokens.video, patch, d), Product(tokens.video, d, patch)))
-    for count, numbers in GROUPS.values() if frames else ():
-        ends[Product(frames * count, d, d)] += 2
-        ends.update((Product(frames * count, numbers, d), Product(frames * count, d, numbers)))
-    return dict(zip(names, parts, strict=True))
-
-
-def all_products(config: DualDiTConfig, tokens: Tokens) -> Counter[Product]:
-    """Of all parts together."""
-    return sum(products(config, tokens).values(), Counter())
-
-
 def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
     """FLOPs of one forward call on one sample, by part; a backward pass costs twice as much again."""
-    parts = products(config, tokens).items()
-    return {name: sum(count * p.flops for p, count in part.items()) for name, part in parts}
-
-
-def floor_seconds(counted: Mapping[Product, int], rates: Mapping[Product, float]) -> float:
-    """What a call takes at least, if each product runs at its rate (FLOP/s) and all else takes no time."""
-    return sum(count * product.flops / rates[product] for product, count in counted.items())
+    d, dual = config.width, dual_blocks(config)
+    video, motion, text = tokens
+    through = config.layers * video + dual * motion  # tokens, times the expert blocks that they pass
+    read = config.layers * bool(video) + dual * bool(motion)  # how often an expert's block reads the text
+    conditioning = text * (config.text_dim + d) * d + (config.freq_dim + 7 * d) * d
+    ends = (
+        conditioning * (bool(video) + bool(motion))
+        + 2 * video * math.prod(config.patch) * config.channels * d
+    )
+    for count, numbers in GROUPS.values():
+        ends += motion // TOKENS_PER_FRAME * count * 2 * (numbers + d) * d
+    return {
+        "projections": 2 * d * d * (6 * through + 2 * text * read),
+        "feed-forward": 4 * d * config.ffn * through,
+        "self-attention": 4 * d * (dual * (video + motion) ** 2 + (config.layers - dual) * video**2),
+        "cross-attention": 4 * d * text * through,
+        "ends": 2 * ends,
+    }
 
 
 def step_flops(config: DualDiTConfig, tokens: Tokens, checkpointing: bool) -> int:
