@@ -145,9 +145,7 @@ def read(
     paired = stage != 1
     sources = [source for source in sources if source.paired or not paired]
     if not sources:
-        raise ValueError(
-            f"stage {stage} needs video, and no data set has any: add paired clips, or --stage 1"
-        )
+        raise ValueError(f"stage {stage} needs video, and no data set has any: add paired clips")
     if frames > (shortest := min(source.frames for source in sources)):
         raise ValueError(f"{frames} frames are asked for, but there is a data set of {shortest}")
     drawn = []
