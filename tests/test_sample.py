@@ -363,7 +363,7 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
     ),
     "NaN in motion": (
         lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", trans=np.full((17, 3), np.nan))),
-        "transl holds NaN",
+        "hold NaN",
     ),
     "16 frames of motion": (
         lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", 16)),

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from kit import files, pictures, puppet, wan
 from kit.body import Body
 from kit.data import cache
 from kit.data.clips import Sample, assumed_camera, unseen
-from kit.data.datasets import DataSet, open_dataset, parse, read_item
+from kit.data.datasets import DataSet, open_dataset, parse, read_all, read_item
 from kit.geometry import Geometry, geometry
 from kit.puppet.skeleton import PARENTS
 
@@ -62,10 +61,9 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
         print(*cache.compared(cached, body), sep="\n")
     else:
-        data, count = open_dataset(spec, shape, body, force), 0
-        rejected = list(data.problems)
-        for item in tqdm(range(len(data.names)), desc=spec, unit="item"):
-            count += len(read_item(data, item, lambda sample: sample.name, rejected))
+        data = open_dataset(spec, shape, body, force)
+        names, rejected = read_all(data, lambda sample: sample.name, title=spec)
+        count = len(names)
         say(data)
     print(*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected", sep="\n")
     return count

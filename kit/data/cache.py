@@ -151,11 +151,9 @@ def hashes(data: DataSet, item: int) -> dict[str, str]:
     return {part: _hash(source) for part, source in data.sources(item).items()}
 
 
-def _hash(source: str | bytes | Path) -> str:
+def _hash(source: str | Path) -> str:
     if isinstance(source, str):
-        source = source.encode(errors="surrogateescape")
-    if isinstance(source, bytes):
-        return hashlib.blake2b(source, digest_size=8).hexdigest()
+        return hashlib.blake2b(source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     with suppress(OSError):
         if source.is_file():  # a pipe would be waited for
             with open(source, "rb") as file:

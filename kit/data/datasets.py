@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kit import puppet
 from kit.body import Body
@@ -104,6 +105,14 @@ def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: li
         reason = " ".join(str(error).split())
         rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
         return []
+
+
+def read_all(data: DataSet, use: Callable[[Sample], T], title: str = "") -> tuple[list[T], list[str]]:
+    """What `use` makes of each sample of a data set, and what is wrong with it; a title shows progress."""
+    made, rejected = [], list(data.problems)
+    for item in tqdm(range(len(data.names)), desc=title, unit="item", disable=not title):
+        made += read_item(data, item, use, rejected)
+    return made, rejected
 
 
 # ---------------------------------------------------------------- the kinds

@@ -79,10 +79,17 @@ def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Ent
     if len(known) < len(names):
         problems.append(f"{len(names) - len(known)} clips of HumanAct12 left out: no AMASS source")
     for name in known:
+        source, start, end = clips[name.removeprefix("M")]
         try:
-            found += _entries_of(name, clips[name.removeprefix("M")], folder / "texts" / f"{name}.txt")
+            if not 0 <= start < end:
+                raise ValueError(f"{name}: frames {start} to {end} in index.csv are no span")
+            parts = read_captions(folder / "texts" / f"{name}.txt", end - start)
         except (ValueError, OSError) as error:
             problems.append(str(error))
+            continue
+        for (first, after), captions in parts.items():
+            seconds = (start + first) / FPS, (start + after) / FPS
+            found.append(Entry(name, source, *seconds, name.startswith("M"), captions))
     return found, problems
 
 
@@ -134,16 +141,6 @@ def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[
     if not parts:
         raise ValueError(f"{path} holds no caption, expected lines of {LINE}")
     return parts
-
-
-def _entries_of(name: str, clip: Clip, texts: Path) -> list[Entry]:
-    if not 0 <= clip.start < clip.end:
-        raise ValueError(f"{name}: frames {clip.start} to {clip.end} in index.csv are no span")
-    mirrored = name.startswith("M")
-    return [
-        Entry(name, clip.source, (clip.start + start) / FPS, (clip.start + end) / FPS, mirrored, captions)
-        for (start, end), captions in read_captions(texts, clip.end - clip.start).items()
-    ]
 
 
 def _read_index(path: Path, amass: Path) -> dict[str, Clip]:

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from kit import puppet
 from kit.body import Body
 from kit.data import cache
-from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_item
+from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_all
 from kit.geometry import PUPPET, Geometry
 from kit.pictures import from_frames
 from kit.wan.names import TEXT_TOKENS
@@ -105,10 +104,8 @@ def _puppet_source(where: str, geometry: Geometry) -> Source:
 
 def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
     """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
-    data, samples = open_dataset(spec, geometry, body), []
-    rejected = list(data.problems)
-    for item in tqdm(range(len(data.names)), desc=spec, unit="item", disable=rank > 0):
-        samples += read_item(data, item, lambda sample: sample, rejected)
+    data = open_dataset(spec, geometry, body)
+    samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]

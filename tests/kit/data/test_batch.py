@@ -153,18 +153,12 @@ def test_every_block_has_the_exact_shares(weights):
 
 def test_mixing_leaves_each_sources_epochs_whole():
     sources = [numbered(300, weight=2), numbered(70, weight=1)]
+    places = [locate(sources, 3, position) for position in range(4 * batches.BLOCK)]
+    assert {j for j, _ in places[:16]} == {0, 1}
     for j, count in ((0, 300), (1, 70)):
-        places = [locate(sources, 3, position) for position in range(4 * batches.BLOCK)]
         numbers = [number for source, number in places if source == j]
         for start in range(0, len(numbers) - count + 1, count):
             assert sorted(numbers[start : start + count]) == list(range(count))
-
-
-def test_sources_are_mixed_within_a_batch_and_keep_their_places():
-    sources = [numbered(10), numbered(10, offset=1000)]
-    expected = [1000 * j + number for j, number in (locate(sources, 0, position) for position in range(64))]
-    assert drawn(sources, range(1), batch=64) == expected
-    assert {number >= 1000 for number in expected[:8]} == {True, False}
 
 
 @pytest.mark.parametrize("stage", (0, 2))

@@ -42,9 +42,7 @@ def body():
 
 
 def load(path: Path, body: Body) -> Motion:
-    found = read_motion_file(path, body)
-    assert found.frames is None and found.intrinsics is None
-    return found.motion
+    return read_motion_file(path, body).motion
 
 
 def random_motion(frames: int = FRAMES, fps: float = 20.0) -> Motion:
@@ -97,8 +95,9 @@ def test_amass_variants(tmp_path, body, width, joints_kept):
     fields["betas"] = fields["betas"][: 16 if width == 156 else 10]
     fields["markers_latent_vids"] = np.array({"ARIEL": 1}, dtype=object)  # so in SMPL-X's release
     np.savez(tmp_path / "a.npz", poses=poses, gender=np.array(b"male"), **rate, **fields)
-    motion = load(tmp_path / "a.npz", body)
-    assert (motion.fps, motion.gender) == (120.0, "male")
+    motion, frames, _, notes = read_motion_file(tmp_path / "a.npz", body)
+    assert (motion.fps, motion.gender, frames) == (120.0, "male", None)
+    assert ("betas are SMPL-X's" in str(notes)) == (width == 165)
     expected = np.zeros((FRAMES, 23, 3), dtype=np.float32)
     expected[:, :joints_kept] = poses[:, 3 : 3 + 3 * joints_kept].reshape(FRAMES, joints_kept, 3)
     np.testing.assert_array_equal(motion.body_pose, expected)
