@@ -157,8 +157,7 @@ def read(
     text = torch.stack([null_text] * (len(samples) + 1))  # the last stays
     for row, captions, i in zip(text[:-1], texts, samples, strict=True):
         if captions:
-            which = _integer("caption", seed, stage, step, i) % len(captions) if len(captions) > 1 else 0
-            features = captions[which]
+            features = captions[_integer("caption", seed, stage, step, i) % len(captions)]
             row[: len(features)] = features
             row[len(features) :] = 0
     text = upload(text, device)

@@ -46,14 +46,6 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
 
 
-class Clip(NamedTuple):
-    """A line of index.csv."""
-
-    source: Path | None  # None: not in AMASS
-    start: int  # frame of the file, at 20 a second
-    end: int  # the first frame after it
-
-
 def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Entry], list[str]]:
     """List a split ("train", "val", "test") -> its entries and, a line each, why others were left out.
 
@@ -74,7 +66,7 @@ def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Ent
     if unknown := [name for name in names if name.removeprefix("M") not in clips]:
         count = len(unknown)
         raise ValueError(f"{folder / split}.txt has {count} names that index.csv lacks, as {unknown[0]}")
-    known = [name for name in names if clips[name.removeprefix("M")].source]
+    known = [name for name in names if clips[name.removeprefix("M")][0]]
     found, problems = [], []
     if len(known) < len(names):
         problems.append(f"{len(names) - len(known)} clips of HumanAct12 left out: no AMASS source")
@@ -143,12 +135,15 @@ def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[
     return parts
 
 
-def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
-    """index.csv -> clips by name. ValueError for lines that are malformed or lead out of the AMASS folder."""
+def _read_index(path: Path, amass: Path) -> dict[str, tuple[Path | None, int, int]]:
+    """index.csv -> by name: the file (None: not in AMASS), its first frame, at 20 a second, the one after.
+
+    ValueError for lines that are malformed or lead out of the AMASS folder.
+    """
     reader = csv.DictReader(_read_text(path).splitlines())
     if not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise ValueError(f"{path} has {reader.fieldnames}, expected the columns {', '.join(COLUMNS)}")
-    clips: dict[str, Clip] = {}
+    clips = {}
     there = {place.name.casefold(): place.name for place in amass.iterdir()}  # MoSh is Mosh on some disks
     for row in reader:
         source, start, end, name = (row[column] or "" for column in COLUMNS)
@@ -165,7 +160,7 @@ def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
         folder = amass / next(iter(names), dataset)
         file = None if dataset == NO_AMASS else folder.joinpath(*place[1:]).with_suffix(".npz")
         skipped = SKIPPED.get(dataset, 0)
-        clips[name.removesuffix(".npy")] = Clip(file, skipped + int(start), skipped + int(end))
+        clips[name.removesuffix(".npy")] = file, skipped + int(start), skipped + int(end)
     if not clips:
         raise ValueError(f"{path} has no lines, expected one for each clip")
     return clips
