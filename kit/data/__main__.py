@@ -19,7 +19,7 @@ from torch import Tensor
 from kit import files, pictures, puppet, wan
 from kit.body import Body
 from kit.data import cache
-from kit.data.clips import Sample, assumed_camera, unseen
+from kit.data.clips import Sample, assumed_camera
 from kit.data.datasets import DataSet, open_dataset, parse, read_all, read_item
 from kit.geometry import Geometry, geometry
 from kit.puppet.skeleton import PARENTS
@@ -124,11 +124,8 @@ def preview(path: Path, samples: Sequence[Sample]) -> None:
     titles = []
     for sample in samples:
         title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
-        if sample.video is not None:
-            size = sample.video.shape[1:3]
-            why = unseen(sample.motion, sample.camera or assumed_camera(*size), *size)
-            title += "" if sample.camera else " (no camera in the file: a usual one is assumed)"
-            title += f" (no skeleton is seen: {why[0]})" if why else ""
+        if sample.video is not None and sample.camera is None:
+            title += " (no camera in the file: a usual one is assumed)"
         titles.append(title)
     pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
 

@@ -19,9 +19,12 @@ from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
 MAX_FPS = 1000.0  # hertz; the fastest AMASS captures are 250
-MAX_BETA = 20.0  # standard deviations of the shape space
-MAX_DISTANCE = 1000.0  # metres from the origin
-MAX_ANGLE = 100.0  # radians; some captures count the turns of a spinning person
+LIMITS = {  # of a number; some captures count the turns of a spinning person
+    "global_orient": (100.0, "radians: is it in degrees?"),
+    "body_pose": (100.0, "radians: is it in degrees?"),
+    "betas": (20.0, "deviations of the shape space"),
+    "transl": (1000.0, "metres: is it in millimetres?"),
+}
 SAME_FRAME = 1e-4  # frames; times nearer to a frame than this mean that frame
 LEFT_HIP, RIGHT_HIP = JOINT_NAMES.index("left_hip"), JOINT_NAMES.index("right_hip")
 # a quarter turn about x, (x, y, z) -> (x, -z, y): a person who faces +z then faces -y, as in AMASS
@@ -68,19 +71,15 @@ def check_motion(motion: Motion, source: str) -> None:
     f = len(motion.body_pose)
     shapes = {"global_orient": (f, 3), "body_pose": (f, 23, 3), "betas": (10,), "transl": (f, 3)}
     for name, shape in shapes.items():
-        value = getattr(motion, name)
+        value, (limit, unit) = getattr(motion, name), LIMITS[name]
         if tuple(value.shape) != shape or f == 0:
             raise ValueError(f"{source}: {name} is {tuple(value.shape)}, expected {shape}, a frame at least")
         if not value.isfinite().all():
             raise ValueError(f"{source}: {name} holds NaN or infinity; cut or repair those frames")
+        if (reach := value.abs().max()) > limit:
+            raise ValueError(f"{source}: {name} up to {reach:.3g}, expected at most {limit:g} {unit}")
     if not 0 < motion.fps <= MAX_FPS:
         raise ValueError(f"{source}: {motion.fps} frames a second, expected above 0 and at most {MAX_FPS:g}")
-    if (beta := motion.betas.abs().max()) > MAX_BETA:
-        raise ValueError(f"{source}: betas reach {beta:.3g}, expected at most {MAX_BETA:g}")
-    if (distance := motion.transl.abs().max()) > MAX_DISTANCE:
-        raise ValueError(f"{source}: transl reaches {distance:.3g}, expected metres; is it in millimetres?")
-    if (angle := _pose(motion).abs().max()) > MAX_ANGLE:
-        raise ValueError(f"{source}: rotations reach {angle:.3g}, expected radians; is it in degrees?")
     if motion.gender not in GENDERS:
         raise ValueError(f"{source}: gender is {motion.gender!r}, expected one of {', '.join(GENDERS)}")
 

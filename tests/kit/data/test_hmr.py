@@ -351,7 +351,7 @@ def test_betas_of_any_count(tmp_path, who):
         file = pickled(tmp_path / "a.pkl", {0: track | {"betas": betas}})
         np.testing.assert_allclose(read(file).motion.betas, expected, atol=1e-6)
     for betas, reason in (
-        (np.full(10, 300.0), "betas reach 300, expected at most 20"),
+        (np.full(10, 300.0), "betas up to 300, expected at most 20"),
         (np.ones(8), "betas are (8,), expected 10 or more"),
         (np.ones((7, 10)), "7 betas, expected 21 as of the pose"),
     ):

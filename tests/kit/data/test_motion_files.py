@@ -118,7 +118,7 @@ BAD = [
     ({"trans": GOOD["trans"] * 1e4}, "millimetres"),
     ({"betas": None}, "betas are None"),
     ({"betas": GOOD["betas"][:9]}, "betas are"),
-    ({"betas": GOOD["betas"] * 100}, "betas reach"),
+    ({"betas": GOOD["betas"] * 100}, "betas up to"),
     ({"betas": np.array(["x"] * 16)}, "could not convert"),
     ({"mocap_framerate": np.array(0.0)}, "frames a second"),
     ({"mocap_framerate": np.array(np.nan)}, "frames a second"),
