@@ -38,7 +38,7 @@ from motion_tokens import encode_smpl
 
 T = TypeVar("T")
 OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
-NUMBER = r"\d+\.?\d*"
+NUMBER = r"\d+\.?\d*|\.\d+"
 LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
 PUPPET_CAMERA = Camera(
@@ -193,7 +193,8 @@ def _windows(
         has = f"{name} has {count} frames at {geometry.fps:g} fps"
         raise ValueError(f"{has}, fewer than {frames}: ask for fewer --frames")
     for start in range(0, count - frames + 1, frames):
-        orient, pose, transl = (x[start : start + frames] for x in (motion[0], motion[1], motion.transl))
+        rows = slice(start, start + frames)
+        orient, pose, transl = motion.global_orient[rows], motion.body_pose[rows], motion.transl[rows]
         part = motion._replace(global_orient=orient, body_pose=pose, transl=transl)
         yield Sample(name, captions, motion_vector(canonical(part, body), body), None, None)
 

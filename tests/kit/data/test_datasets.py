@@ -68,7 +68,7 @@ def humanml3d(amass):
         ("puppet@2", ("puppet", "", 2.0)),
         ("amass:/x:y@0.25", ("amass", "/x:y", 0.25)),
         ("clips:a/b c@d@axes=opencv@smooth=0.2@3", ("clips", "a/b c@d", 3.0)),
-        ("clips:a/b c@d@3@axes=opencv@smooth=0.2", ("clips", "a/b c@d", 3.0)),
+        ("clips:a/b c@d@3@axes=opencv@smooth=.2", ("clips", "a/b c@d", 3.0)),
     ],
 )
 def test_a_name_its_weight_and_its_options(spec, expected):
