@@ -18,7 +18,8 @@ import sample
 from kit import backbone, devices, jobs, output, pictures, puppet, weights
 from kit.attention import attention_to_latents
 from kit.conditions import read_motion, read_video
-from kit.data.motion_files import Motion, load_amass, save_amass
+from kit.data.hmr import read_motion_file
+from kit.data.motion_files import Motion, save_amass
 from motion_tokens import decode_smpl
 
 PLAIN = ("--device", "cpu", "--steps", 2)
@@ -185,7 +186,7 @@ def test_sampling_imports_nothing_slow_that_it_does_not_use(tiny_weights, tmp_pa
 
 def test_shown_conditions_are_the_puppet_clips(made):
     clip = puppet.clips([jobs.CONDITION_CLIP])
-    motion = load_amass(made / "m2v.npz", puppet.body())
+    motion = read_motion_file(made / "m2v.npz", puppet.body()).motion
     torch.testing.assert_close(motion.transl, clip.transl[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(motion.betas, clip.betas[0], atol=1e-4, rtol=0)
     video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
@@ -268,7 +269,8 @@ def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(world, t
 
 def test_mesh_and_bvh_are_of_the_sampled_motion(made, tiny_weights, tmp_path):
     out = run_sample(tiny_weights, tmp_path, "--task", "joint", "--mesh", "npz")
-    body, motion = puppet.body(), load_amass(out / "joint.npz", puppet.body())
+    body = puppet.body()
+    motion = read_motion_file(out / "joint.npz", body).motion
     vertices = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)[0]
     with np.load(out / "joint-mesh.npz") as file:
         # AMASS files have no hand joints
@@ -361,7 +363,7 @@ REFUSED = {  # arguments, made in a folder of their own, and what the message mu
     ),
     "NaN in motion": (
         lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", trans=np.full((17, 3), np.nan))),
-        "transl holds NaN",
+        "hold NaN",
     ),
     "16 frames of motion": (
         lambda d: ("--task", "m2v", "--motion", motion_of(d / "m.npz", 16)),

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from kit import files, pictures, puppet, wan
 from kit.body import Body
 from kit.data import cache
-from kit.data.clips import Sample, assumed_camera, unseen
-from kit.data.datasets import DataSet, open_dataset, parse, read_item
+from kit.data.clips import Sample, assumed_camera
+from kit.data.datasets import DataSet, open_dataset, parse, read_all, read_item
 from kit.geometry import Geometry, geometry
 from kit.puppet.skeleton import PARENTS
 
@@ -60,27 +59,14 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
         cached = cache.open_cache(where)
         damaged = cache.damaged_samples(cached)
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
-        print("\n".join(compared(cached, body)))
+        print(*cache.compared(cached, body), sep="\n")
     else:
-        data, count = open_dataset(spec, shape, body, force), 0
-        rejected = list(data.problems)
-        for item in tqdm(range(len(data.names)), desc=spec, unit="item"):
-            count += len(read_item(data, item, lambda sample: sample.name, rejected))
+        data = open_dataset(spec, shape, body, force)
+        names, rejected = read_all(data, lambda sample: sample.name, title=spec)
+        count = len(names)
         say(data)
-    print("\n".join([*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected"]))
+    print(*rejected, f"{spec}: {count} samples accepted, {len(rejected)} rejected", sep="\n")
     return count
-
-
-def compared(cached: cache.Cache, body: Body) -> list[str]:
-    """What has changed in a cache's sources since, where they are still there."""
-    spec, folder = str(cached.settings.get("data")), cached.folder
-    if cached.sources is None:
-        return [f"{folder} is of an older version, which kept no hashes: not compared with {spec}"]
-    try:
-        data = open_dataset(spec, cached.shape, body)
-    except (ValueError, OSError) as error:
-        return [f"not compared with what it was made of: {error}"]
-    return cache.changed_samples(cached, data) or [f"{spec} is as it was when it was cached"]
 
 
 def say(data: DataSet) -> None:
@@ -104,7 +90,7 @@ def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = Fal
     say(data)
     if samples:
         preview(out, samples)
-    print("\n".join([*rejected, f"{out}: {len(samples)} of {len(data.names)} items"]))
+    print(*rejected, f"{out}: {len(samples)} of {len(data.names)} items", sep="\n")
     return len(samples)
 
 
@@ -125,9 +111,8 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
         return None
     say(data)
     made = cache.open_cache(args.out)
-    print(
-        "\n".join([*made.rejected, f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"])
-    )
+    counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
+    print(*made.rejected, counts, sep="\n")
     return len(made.samples)
 
 
@@ -138,14 +123,10 @@ def preview(path: Path, samples: Sequence[Sample]) -> None:
     """Write a contact sheet (.png): a row of frames for each sample, its skeleton drawn over them."""
     titles = []
     for sample in samples:
-        about = " | ".join(sample.captions) or "no text"
+        title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
         if sample.video is not None and sample.camera is None:
-            about += " (no camera in the file: a usual one is assumed)"
-        if sample.video is not None:
-            camera = sample.camera or assumed_camera(*sample.video.shape[1:3])
-            why = unseen(sample.motion, camera, *sample.video.shape[1:3])
-            about += f" (no skeleton is seen: {why[0]})" if why else ""
-        titles.append(f"{sample.name}: {about}")
+            title += " (no camera in the file: a usual one is assumed)"
+        titles.append(title)
     pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
 
 
@@ -157,13 +138,12 @@ def overlay(sample: Sample) -> Tensor:
         drawn = pictures.draw_skeleton(joints[shown], PARENTS, pictures.fitted(joints), HEIGHT)
     else:
         height, width = sample.video.shape[1:3]
-        camera = sample.camera or assumed_camera(height, width)
+        project = (sample.camera or assumed_camera(height, width)).project
         ground = pictures.resized(sample.video[shown], HEIGHT)
         rows, columns = ground.shape[1:3]
         side = max(rows, columns)  # skeletons are drawn on squares
         ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
-        scaled = side * height / rows
-        drawn = pictures.draw_skeleton(joints[shown], PARENTS, camera.project, side, scaled, ground)
+        drawn = pictures.draw_skeleton(joints[shown], PARENTS, project, side, side * height / rows, ground)
         drawn = drawn[:, :rows, :columns]
     frames = drawn.new_zeros(len(joints), *drawn.shape[1:])
     frames[shown] = drawn

@@ -146,9 +146,7 @@ def read(
     paired = stage != 1
     sources = [source for source in sources if source.paired or not paired]
     if not sources:
-        raise ValueError(
-            f"stage {stage} needs video, and no data set has any: add paired clips, or --stage 1"
-        )
+        raise ValueError(f"stage {stage} needs video, and no data set has any: add paired clips")
     if frames > (shortest := min(source.frames for source in sources)):
         raise ValueError(f"{frames} frames are asked for, but there is a data set of {shortest}")
     drawn = []
@@ -160,8 +158,7 @@ def read(
     text = torch.stack([null_text] * (len(samples) + 1))  # the last stays
     for row, captions, i in zip(text[:-1], texts, samples, strict=True):
         if captions:
-            which = _integer("caption", seed, stage, step, i) % len(captions) if len(captions) > 1 else 0
-            features = captions[which]
+            features = captions[_integer("caption", seed, stage, step, i) % len(captions)]
             row[: len(features)] = features
             row[len(features) :] = 0
     text = upload(text, device)

@@ -8,16 +8,15 @@ Shards are written whole, one after the other, so that a killed run goes on with
 rank makes its share of them. The index is written by whoever finds that no shard is missing. A shard keeps
 hashes of its items' sources: where a caption or a file has changed since, it is made again.
 
-In a shard, sample k has the tensors "k.motion" (f 235) fp32; where it has video, "k.latents" (c t h w) and,
-if its camera is known, "k.intrinsics" (3 3) and "k.position" (3,); and for each caption "k.text.0",
-"k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of the empty prompt.
+In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c t h w), and
+for each caption "k.text.0", "k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of
+the empty prompt.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from kit.body import Body
 from kit.data.clips import Sample
-from kit.data.datasets import DataSet, read_item
+from kit.data.datasets import DataSet, open_dataset, read_item
 from kit.files import whole_file
 from kit.geometry import Geometry
 from kit.pictures import from_frames
@@ -40,10 +39,6 @@ from motion_tokens import MOTION_DIM
 VERSION = 1
 SHARD_ITEMS = 16  # few, so that a killed run loses little
 INDEX, SETTINGS = "index.json", "settings.json"
-FIELDS = {  # what readers rely on
-    SETTINGS: {"paired": bool, "body": str, "fps": (int, float)} | dict.fromkeys(Geometry._fields[1:], int),
-    INDEX: {"shards": int, "rejected": list},
-}
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -64,15 +59,6 @@ def settings_of(
     spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
 ) -> dict:
     """What the content of a cache depends on, as it is recorded: but for its sources, see `hashes`."""
-    # only where there are any: caches from before them stay as they are
-    given = {f"{gender} body": body.of(gender).digest() for gender in sorted(body.genders())}
-    given |= {"force": True} if force else {}
-    parts = {}
-    for part in ("vae", "text_encoder"):
-        file = wan / part / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file}: expected a Wan in the Diffusers layout")
-        parts[part] = fingerprint(wan / part)
     return {
         "version": VERSION,
         "data": spec,
@@ -80,9 +66,12 @@ def settings_of(
         "paired": data.paired,
         **shape._asdict(),
         "dtype": dtype,
-        **parts,
+        "vae": fingerprint(wan / "vae"),
+        "text_encoder": fingerprint(wan / "text_encoder"),
         "body": body.digest(),
-    } | given
+        **{f"{gender} body": body.of(gender).digest() for gender in sorted(body.genders())},
+        **({"force": True} if force else {}),
+    }
 
 
 def items_of(data: DataSet) -> str:
@@ -96,8 +85,8 @@ def prepare(out: Path, settings: dict) -> None:
     file = out / SETTINGS
     if not file.exists():
         names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-        if strange := sorted(names - {SETTINGS}):  # another rank may have been faster
-            raise ValueError(f"{out} holds {strange[0]} but no {SETTINGS}: choose an empty folder with --out")
+        if names - {SETTINGS}:  # another rank may have been faster
+            raise ValueError(f"{out} is not empty and has no {SETTINGS}: choose an empty folder with --out")
         with whole_file(file) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
     known = _read_json(file)
@@ -108,32 +97,38 @@ def prepare(out: Path, settings: dict) -> None:
 
 
 def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> bool:
-    """Write this rank's missing shards -> whether all shards are there now; then the index is, too."""
+    """Write this rank's shards that are missing or whose sources changed -> whether all shards are there now.
+
+    If they are, the index is, too.
+    """
     items = range(len(data.names))
     shards = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
-    drop_changed(data, out, shards, range(len(shards))[rank::ranks])
-    mine = [shard for shard in range(len(shards))[rank::ranks] if not shard_file(out, shard).exists()]
-    total = sum(len(shards[shard]) for shard in mine)
 
-    def made(sample: Sample) -> tuple[Sample, dict[str, Tensor]]:
-        return sample._replace(motion=None, video=None), encode(sample, encoders, dtype)
+    def made(sample: Sample) -> tuple[str, tuple[str, ...], dict[str, Tensor]]:
+        return sample.name, sample.captions, encode(sample, encoders, dtype)
 
-    with tqdm(total=total, desc="caching", unit="item", disable=rank > 0) as bar:
-        for shard in mine:
-            file, tensors, samples, rejected = shard_file(out, shard), {}, [], []
-            for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
-                left.unlink()
-            sources = [hashes(data, item) for item in shards[shard]]  # before they are read
-            for item in shards[shard]:
-                for sample, parts in read_item(data, item, made, rejected):
-                    tensors |= {f"{len(samples)}.{part}": tensor for part, tensor in parts.items()}
-                    samples.append([sample.name, sample.captions])
-                bar.update()
-            if shard == 0:
-                tensors["null_text"] = encode_text("", encoders, dtype)
-            record = json.dumps({"samples": samples, "rejected": rejected, "sources": sources})
-            with whole_file(file) as temporary:
-                save_file(tensors, temporary, {"record": record})
+    for shard in tqdm(range(len(shards))[rank::ranks], desc="caching", unit="shard", disable=rank > 0):
+        file, tensors, samples, rejected = shard_file(out, shard), {}, [], []
+        sources = [hashes(data, item) for item in shards[shard]]  # before they are read
+        if file.exists():
+            with _opened(file) as content:
+                known = json.loads(content.metadata()["record"])["sources"]
+            changes = changed([data.names[item] for item in shards[shard]], known, sources)
+            if not changes:
+                continue
+            print(*changes, f"{file} is made again", sep="\n")
+            (out / INDEX).unlink(missing_ok=True)
+        for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
+            left.unlink()
+        for item in shards[shard]:
+            for name, captions, parts in read_item(data, item, made, rejected):
+                tensors |= {f"{len(samples)}.{part}": tensor for part, tensor in parts.items()}
+                samples.append([name, captions])
+        if shard == 0:
+            tensors["null_text"] = encode_text("", encoders, dtype)
+        record = json.dumps({"samples": samples, "rejected": rejected, "sources": sources})
+        with whole_file(file) as temporary:
+            save_file(tensors, temporary, {"record": record})
     if not all(shard_file(out, shard).exists() for shard in range(len(shards))):
         return False
     with whole_file(out / INDEX) as temporary:
@@ -142,28 +137,12 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
     return True
 
 
-def drop_changed(data: DataSet, out: Path, shards: list[range], mine: range) -> None:
-    """Delete those of these shards that an item's sources have changed since, and say which did."""
-    for shard in mine:
-        if not (file := shard_file(out, shard)).exists():
-            continue
-        with _opened(file) as content:
-            known = json.loads(content.metadata()["record"]).get("sources")
-        if known is None:
-            print(f"{file} is of an older version, which kept no hashes: whether its data changed is unknown")
-        elif changes := changed(data, shards[shard], known):
-            print("\n".join([*changes, f"{file} is made again"]))
-            (out / INDEX).unlink(missing_ok=True)
-            file.unlink()
-
-
-def changed(data: DataSet, items: range, known: list[dict[str, str]]) -> list[str]:
-    """Which of these items are no more what they were when their sources had these hashes."""
+def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:
+    """Which of the items of these names have sources with other hashes than they had."""
     changes = []
-    for item, before in zip(items, known, strict=True):
-        now = hashes(data, item)
-        if parts := [part for part in before | now if before.get(part) != now.get(part)]:
-            changes.append(f"{data.names[item]}: its {' and '.join(parts)} changed since it was cached")
+    for name, before, after in zip(names, known, now, strict=True):
+        if parts := [part for part in before | after if before.get(part) != after.get(part)]:
+            changes.append(f"{name}: its {' and '.join(parts)} changed since it was cached")
     return changes
 
 
@@ -172,11 +151,9 @@ def hashes(data: DataSet, item: int) -> dict[str, str]:
     return {part: _hash(source) for part, source in data.sources(item).items()}
 
 
-def _hash(source: str | bytes | Path) -> str:
+def _hash(source: str | Path) -> str:
     if isinstance(source, str):
-        source = source.encode(errors="surrogateescape")
-    if isinstance(source, bytes):
-        return hashlib.blake2b(source, digest_size=8).hexdigest()
+        return hashlib.blake2b(source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     with suppress(OSError):
         if source.is_file():  # a pipe would be waited for
             with open(source, "rb") as file:
@@ -190,9 +167,6 @@ def encode(sample: Sample, encoders: Encoders, dtype: torch.dtype) -> dict[str, 
     if sample.video is not None:
         latents = encoders.video(rearrange(from_frames(sample.video), "c f h w -> 1 c f h w"))
         tensors["latents"] = latents[0].to("cpu", dtype)
-    if sample.camera is not None:
-        # training does not ask for it, but it cannot be made again from latents
-        tensors |= {"intrinsics": sample.camera.intrinsics, "position": sample.camera.position}
     texts = {f"text.{i}": encode_text(caption, encoders, dtype) for i, caption in enumerate(sample.captions)}
     # copies: safetensors takes no tensors that share memory
     return {name: tensor.clone().contiguous() for name, tensor in (tensors | texts).items()}
@@ -217,7 +191,7 @@ class Cache(NamedTuple):
     samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
     rejected: list[str]
     null_text: Tensor  # (tokens text_dim)
-    sources: list[dict[str, str]] | None  # hashes of each item's; None: an older version kept none
+    sources: list[dict[str, str]]  # hashes of each item's
 
 
 def open_cache(folder: str | Path) -> Cache:
@@ -230,7 +204,7 @@ def open_cache(folder: str | Path) -> Cache:
         raise FileNotFoundError(f"no {folder / SETTINGS}: expected what `python -m kit.data cache` wrote")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
-    settings, index = _read_versioned(folder / SETTINGS), _read_versioned(folder / INDEX)
+    settings, index = _read_json(folder / SETTINGS), _read_json(folder / INDEX)
     samples, rejected, null_text, sources = [], list(index["rejected"]), torch.zeros(0, 1), []
     for shard in range(index["shards"]):
         with _opened(shard_file(folder, shard)) as file:
@@ -238,11 +212,10 @@ def open_cache(folder: str | Path) -> Cache:
             for k, (name, captions) in enumerate(record["samples"]):
                 samples.append((shard, k, name, len(captions)))
             rejected += record["rejected"]
-            sources.append(record.get("sources"))
+            sources += record["sources"]
             if shard == 0:
                 null_text = file.get_tensor("null_text")
     shape = Geometry(*(settings[name] for name in Geometry._fields))
-    sources = None if None in sources else list(chain.from_iterable(sources))
     return Cache(folder, settings, shape, samples, rejected, null_text, sources)
 
 
@@ -264,32 +237,34 @@ def read_sample(cache: Cache, number: int, video: bool) -> Cached:
 
 
 def damaged_samples(cache: Cache) -> list[str]:
-    """Read every sample -> what is wrong with those that hold NaN or are not of the cache's shape."""
+    """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
     problems = []
-    t, h, w = (cache.shape.frames - 1) // 4 + 1, *(x // cache.shape.stride for x in cache.shape[2:4])
+    frames, height, width, stride = cache.shape[1:]
+    t, h, w = (frames - 1) // 4 + 1, height // stride, width // stride
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
-        sample = read_sample(cache, number, cache.settings["paired"])
-        where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
-        if sample.motion.shape != (cache.shape.frames, MOTION_DIM):
-            expected = cache.shape.frames, MOTION_DIM
-            problems.append(f"{where} has motion {tuple(sample.motion.shape)}, expected {expected}")
-        elif sample.latents is not None and sample.latents.shape[1:] != (t, h, w):
-            problems.append(f"{where} has latents {tuple(sample.latents.shape)}, expected (c, {t}, {h}, {w})")
-        elif not all(
-            x.isfinite().all() for x in (sample.motion, sample.latents, *sample.texts) if x is not None
-        ):
-            problems.append(f"{where} holds NaN or infinity")
+        motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
+        right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (t, h, w))
+        tensors = [motion, *texts] if latents is None else [motion, latents, *texts]
+        if not right or not all(x.isfinite().all() for x in tensors):
+            expected = f"motion ({frames}, {MOTION_DIM}), latents (c, {t}, {h}, {w})"
+            where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
+            problems.append(f"{where} holds NaN or another shape, expected {expected}")
     return problems
 
 
-def changed_samples(cache: Cache, data: DataSet) -> list[str]:
-    """What is no more as it was cached, of the data set that the cache was made of."""
-    was, now = str(cache.settings.get("items")), items_of(data)
-    if was != now:
-        counts = f"{was.split()[0]} items, now {now.split()[0]}, or others"
-        return [f"{cache.settings['data']} had {counts}: cache it again, into another --out"]
-    changes = changed(data, range(len(data.names)), cache.sources)
-    return changes and [*changes, f"run the command that made {cache.folder} again: it makes these anew"]
+def compared(cached: Cache, body: Body) -> list[str]:
+    """What is no more as it was cached in the data set that a cache was made of, if that is still there."""
+    spec = cached.settings["data"]
+    try:
+        data = open_dataset(spec, cached.shape, body)
+    except (ValueError, OSError) as error:
+        return [f"not compared with what it was made of: {error}"]
+    if items_of(data) != cached.settings["items"]:
+        return [f"{spec} lists other items now: cache it again, into another --out"]
+    now = [hashes(data, item) for item in range(len(data.names))]
+    if changes := changed(data.names, cached.sources, now):
+        return [*changes, f"run the command that made {cached.folder} again: it makes these anew"]
+    return [f"{spec} is as it was when it was cached"]
 
 
 @contextmanager
@@ -299,29 +274,17 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is missing or damaged ({error}): delete it and {INDEX}, and run the cache command again"
-        ) from error
-
-
-def _read_versioned(path: Path) -> dict:
-    content = _read_json(path)
-    if content.get("version") != VERSION:
-        found = content.get("version")
-        raise ValueError(f"{path} is of version {found}, expected {VERSION}: make the cache again")
-    wrong = [name for name, kind in FIELDS[path.name].items() if not isinstance(content.get(name), kind)]
-    if wrong:
-        raise ValueError(f"{path} lacks {', '.join(wrong)}, or they are no such values: make the cache again")
-    return content
+        again = f"delete it and {INDEX}, and run the cache command again"
+        raise ValueError(f"{path} is missing or damaged ({error}): {again}") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, expected {VERSION}")
+        return content
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): delete the folder and make the cache again"
+            f"{path} is damaged or of another version ({error}): make the cache again"
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no record of a cache: delete the folder and make the cache again")
-    return content

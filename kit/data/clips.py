@@ -13,13 +13,14 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from kit.body import Body
@@ -91,21 +92,19 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
     rows, clips, problems = csv.DictReader(io.StringIO(text, newline="")), [], []
     try:
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
-            found = ", ".join(rows.fieldnames or ("nothing",))
-            raise ValueError(f"{file} lacks the columns {', '.join(missing)}: its first line has {found!a}")
+            raise ValueError(f"{file} lacks the columns {', '.join(missing)} in its first line")
         for row in rows:
-            where = f"metadata.csv line {rows.line_num}"
-            values = [row[column] for column in COLUMNS]
+            values, wrong = [row[column] for column in COLUMNS], None
             if None in values or None in row:
-                problems.append(f"{where}: expected {len(rows.fieldnames)} values; quote texts with commas")
+                wrong = f"expected {len(rows.fieldnames)} values; quote texts with commas"
             elif not all(value.strip() for value in values):
-                empty = [c for c, value in zip(COLUMNS, values, strict=True) if not value.strip()]
-                problems.append(f"{where}: {' and '.join(empty)} empty")
-            elif any("\udc80" <= letter <= "\udcff" for value in values for letter in value):
-                problems.append(f"{where}: not UTF-8; save the table as UTF-8")
+                wrong = f"one of {', '.join(COLUMNS)} is empty"
+            elif re.search("[\udc80-\udcff]", "".join(values)):
+                wrong = "not UTF-8; save the table as UTF-8"
+            if wrong:
+                problems.append(f"metadata.csv line {rows.line_num}: {wrong}")
             else:
-                more = [(row.get(column) or "").strip() for column in ("track", "axes")]
-                clips.append(Clip(*(value.strip() for value in values), *more))
+                clips.append(Clip(*((row.get(column) or "").strip() for column in Clip._fields)))
     except csv.Error as error:
         raise ValueError(f"{file} line {rows.line_num}: {error}") from error
     return clips, problems
@@ -114,24 +113,16 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
 # ---------------------------------------------------------------- the crop
 
 
-def crop(image: Image.Image, height: int, width: int) -> tuple[float, float, float]:
-    """The largest middle part of these proportions: its left and top, and pixels asked for per its pixel."""
-    scale = max(height / image.height, width / image.width)
-    return (image.width - width / scale) / 2, (image.height - height / scale) / 2, scale
-
-
 def resized(image: Image.Image, height: int, width: int) -> Tensor:
-    """The crop of an image, (h w 3) uint8."""
-    left, top, scale = crop(image, height, width)
-    right, bottom = min(left + width / scale, image.width), min(top + height / scale, image.height)
-    box = (max(left, 0), max(top, 0), right, bottom)  # rounding must not lead out of the image
-    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC, box)))
+    """The largest middle part of these proportions, (h w 3) uint8."""
+    return torch.from_numpy(np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)))
 
 
 def resized_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Camera:
-    """The camera of the crop, from the intrinsics (3 3) of the image."""
-    left, top, scale = crop(image, height, width)
-    to_crop = intrinsics.new_tensor(((scale, 0, -left * scale), (0, scale, -top * scale), (0, 0, 1)))
+    """The camera of what `resized` makes, from the intrinsics (3 3) of the image."""
+    scale = max(height / image.height, width / image.width)
+    left, top = (image.width * scale - width) / 2, (image.height * scale - height) / 2
+    to_crop = intrinsics.new_tensor(((scale, 0, -left), (0, scale, -top), (0, 0, 1)))
     return Camera(to_crop @ intrinsics, torch.zeros(3))
 
 
@@ -156,9 +147,11 @@ def read_clip(
     reading = reading or Reading()
     motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
     first = next(images_at(video_file, fps))
-    size, axes = (first.height, first.width), clip.axes or reading.axes
-    found = read_motion_file(motion_file, body, clip.track, axes, size)
+    size, camera = (first.height, first.width), None
+    found = read_motion_file(motion_file, body, clip.track, clip.axes or reading.axes, size)
     parts = _parts(found, clip, video_file, body, reading, size)
+    if found.intrinsics is not None:
+        camera = resized_camera(found.intrinsics, first, height, width)
     pixels, current = [], None
     for count, image in enumerate(images_at(video_file, fps)):
         now = count / fps
@@ -170,24 +163,17 @@ def read_clip(
         if len(pixels) == frames:
             times = torch.arange(count + 1 - frames, count + 1, dtype=torch.float64) / fps
             vector = motion_vector(at_video_times(part, times), body)
-            camera = found.intrinsics
-            camera = None if camera is None else resized_camera(camera, image, height, width)
             reading.refuse(unseen(vector, camera, height, width), clip.motion)
             yield Sample(clip.video, (clip.prompt,), vector, torch.stack(pixels), camera)
             pixels = []
     end = float(parts[-1].times[-1])
     if found.frames is None and abs(now - end) > APART:
-        raise ValueError(
-            f"{clip.video} ends after {now:.2f} s, {clip.motion} after {end:.2f} s: "
-            "expected the same; is the frame rate of one of them wrong?"
-        )
+        ends = f"{clip.video} ends after {now:.2f} s, {clip.motion} after {end:.2f} s"
+        raise ValueError(f"{ends}: expected the same; is the frame rate of one of them wrong?")
     seconds = max(min(now, float(part.times[-1])) - float(part.times[0]) for part in parts)
     if (shared := math.floor((seconds + SAME_TIME) * fps) + 1) < frames:
-        seen = "" if found.frames is None else " with the person in them"
-        raise ValueError(
-            f"{clip.video} has {shared} frames at {fps:g} fps{seen}, fewer than {frames}: "
-            "ask for fewer --frames"
-        )
+        has = f"{clip.video} has {shared} frames at {fps:g} fps with the person in them"
+        raise ValueError(f"{has}, fewer than {frames}: ask for fewer --frames")
 
 
 def _parts(
@@ -202,8 +188,8 @@ def _parts(
         parts, said = stretches(found, times)
     except ValueError as error:
         raise ValueError(f"{clip.motion}: {error}") from error
-    reading.said.extend(f"{clip.video}: {note}" for note in said)
-    reading.said.extend(f"{clip.motion}: {note}" for note in found.notes)
+    reading.say(clip.video, said)
+    reading.say(clip.motion, found.notes)
     # what was measured by a long lens says little of how far away it is
     depth = 1.0 if found.intrinsics is None else min(1.0, math.hypot(*size) / float(found.intrinsics[0, 0]))
     return [p._replace(motion=checked(p.motion, body, clip.motion, reading, depth=depth)) for p in parts]

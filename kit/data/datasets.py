@@ -13,7 +13,6 @@ Motion without video is cut into windows, each in its canonical place; paired da
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,21 +22,23 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kit import puppet
 from kit.body import Body
 from kit.data import humanml3d
 from kit.data.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
 from kit.data.hmr import read_motion_file
-from kit.data.motion_files import AXES, Motion, canonical, resample, windows
+from kit.data.motion_files import AXES, Motion, canonical, resample
 from kit.data.plausible import Reading, checked
 from kit.data.smpl_fields import tram_camera
-from kit.geometry import Geometry
+from kit.geometry import PUPPET, Geometry
 from kit.pictures import to_frames
 from motion_tokens import encode_smpl
 
 T = TypeVar("T")
 OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
+NUMBER = r"\d+\.?\d*|\.\d+"
 LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
 PUPPET_CAMERA = Camera(
@@ -60,8 +61,7 @@ class DataSet(NamedTuple):
 
 def parse(spec: str) -> tuple[str, str, float | None]:
     """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
-    bare = OPTION.sub("", spec)
-    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:@(\d+\.?\d*))?", bare)
+    match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", OPTION.sub("", spec))
     if not match:
         raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
     kind, where, weight = match.groups()
@@ -75,14 +75,11 @@ def parse_reading(spec: str, force: bool = False) -> Reading:
     options = dict(OPTION.findall(spec))
     if (axes := options.get("axes", "")) and axes not in AXES:
         raise ValueError(f"data set {spec!r}: axes {axes!r}, expected one of {', '.join(AXES)}")
-    try:
-        smooth = float(options.get("smooth", 0))
-    except ValueError:
-        smooth = math.nan
-    if not 0 <= smooth <= LONGEST_SMOOTH:
-        text = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
-        raise ValueError(f"data set {spec!r}: smooth is {options['smooth']!r}, {text}")
-    return Reading(axes, smooth, force)
+    smooth = options.get("smooth", "0")
+    if not re.fullmatch(NUMBER, smooth) or float(smooth) > LONGEST_SMOOTH:
+        expected = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
+        raise ValueError(f"data set {spec!r}: smooth is {smooth!r}, {expected}")
+    return Reading(axes, float(smooth), force)
 
 
 def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
@@ -100,19 +97,22 @@ def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False)
 def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str]) -> list[T]:
     """What `use` makes of each sample of an item, one sample in memory at a time.
 
-    Nothing, and the reason in `rejected`, if the item turns out to be unusable.
+    Nothing, and the reason in `rejected`, if a sample cannot be read or used.
     """
-    known = len(rejected)
-    made = [use(sample) for sample in _until_bad(data.read(item), rejected)]
-    return made if len(rejected) == known else []
-
-
-def _until_bad(samples: Iterator[Sample], rejected: list[str]) -> Iterator[Sample]:
     try:
-        yield from samples
+        return [use(sample) for sample in data.read(item)]
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
+        return []
+
+
+def read_all(data: DataSet, use: Callable[[Sample], T], title: str = "") -> tuple[list[T], list[str]]:
+    """What `use` makes of each sample of a data set, and what is wrong with it; a title shows progress."""
+    made, rejected = [], list(data.problems)
+    for item in tqdm(range(len(data.names)), desc=title, unit="item", disable=not title):
+        made += read_item(data, item, use, rejected)
+    return made, rejected
 
 
 # ---------------------------------------------------------------- the kinds
@@ -133,8 +133,8 @@ def puppet_count(where: str) -> int:
 def _puppets(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     """COUNT clips at the puppet's own rate and size, of its own body whatever `body`."""
     names = [f"puppet {item}" for item in range(puppet_count(where))]
-    fps, size = puppet.FPS, f"{puppet.SIZE}x{puppet.SIZE}"
-    if (geometry.fps, f"{geometry.height}x{geometry.width}") != (fps, size):
+    if geometry._replace(frames=PUPPET.frames, stride=PUPPET.stride) != PUPPET:
+        fps, size = puppet.FPS, f"{puppet.SIZE}x{puppet.SIZE}"
         raise ValueError(f"puppet clips have {fps} frames a second of {size}: add --fps {fps} --size {size}")
 
     def read(item: int) -> Iterator[Sample]:
@@ -147,20 +147,20 @@ def _puppets(where: str, geometry: Geometry, body: Body, reading: Reading) -> Da
 
 def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder = _folder(where)
-    files, problems = files_below(folder, ".npz")
+    files, problems = _npz_below(folder)
     # AMASS keeps a subject's shape and calibration beside the motions
     files = [file for file in files if file.name != "shape.npz" and not file.stem.endswith("_stagei")]
     if not files:
         problems.append(f"{folder} holds no .npz, at any depth: unpack AMASS there")
 
     def read(item: int) -> Iterator[Sample]:
-        found = read_motion_file(folder / files[item], body, axes=reading.axes)
-        if found.frames is not None:
-            raise ValueError(f"{files[item]} is of a video's frames, without a rate: pair it, with clips:DIR")
         name = str(files[item])
-        reading.said.extend(f"{name}: {note}" for note in found.notes)
+        found = read_motion_file(folder / name, body, axes=reading.axes)
+        if found.frames is not None:
+            raise ValueError(f"{name} is of a video's frames, without a rate: pair it, with clips:DIR")
+        reading.say(name, found.notes)
         motion = resample(checked(found.motion, body, name, reading, floor=True), geometry.fps)
-        yield from _windows(str(files[item]), (), motion, geometry, body)
+        yield from _windows(name, (), motion, geometry, body)
 
     names = [str(file) for file in files]
     return DataSet(names, read, False, problems, lambda item: {"motion": folder / files[item]})
@@ -169,16 +169,11 @@ def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
 def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder, _, amass = where.partition("+")
     texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
-    if not amass.is_dir():
-        raise FileNotFoundError(
-            f"no folder {amass}: expected AMASS there, or where humanml3d:{folder}+AMASS says"
-        )
     entries, problems = humanml3d.entries(texts, amass, "train")
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
-        motion = humanml3d.read_entry(entry, body, geometry.fps)
-        motion = checked(motion, body, entry.name, reading)
+        motion = checked(humanml3d.read_entry(entry, body, geometry.fps), body, entry.name, reading)
         yield from _windows(entry.name, entry.captions, motion, geometry, body)
 
     def sources(item: int) -> dict[str, str | Path]:
@@ -193,13 +188,14 @@ def _windows(
     name: str, captions: tuple[str, ...], motion: Motion, geometry: Geometry, body: Body
 ) -> Iterator[Sample]:
     """Samples of a motion at the geometry's rate, end to end; ValueError if it is too short for one."""
-    parts = windows(motion, geometry.frames, stride=geometry.frames)
-    if not parts:
-        raise ValueError(
-            f"{name} has {len(motion.transl)} frames at {geometry.fps:g} fps, fewer than {geometry.frames}: "
-            "ask for fewer --frames"
-        )
-    for part in parts:
+    frames, count = geometry.frames, len(motion.transl)
+    if count < frames:
+        has = f"{name} has {count} frames at {geometry.fps:g} fps"
+        raise ValueError(f"{has}, fewer than {frames}: ask for fewer --frames")
+    for start in range(0, count - frames + 1, frames):
+        rows = slice(start, start + frames)
+        orient, pose, transl = motion.global_orient[rows], motion.body_pose[rows], motion.transl[rows]
+        part = motion._replace(global_orient=orient, body_pose=pose, transl=transl)
         yield Sample(name, captions, motion_vector(canonical(part, body), body), None, None)
 
 
@@ -229,23 +225,24 @@ def _folder(where: str) -> Path:
     return Path(where)
 
 
-def files_below(folder: Path, ending: str) -> tuple[list[Path], list[str]]:
-    """The files below a folder, also behind links, relative to it; and what could not be looked into.
+def _npz_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The .npz below a folder, also behind links, relative to it; and what could not be looked into.
 
     Each folder is visited once, whatever links lead to it: so a link to a folder above it is no endless loop.
     """
     files, problems, visited = [], [], set()
     unreadable = lambda error: problems.append(f"{error.filename} cannot be read: {error.strerror}")
     for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(place)
-        if real in visited:
+        if (real := os.path.realpath(place)) in visited:
             folders.clear()
             continue
         visited.add(real)
         folders.sort()
-        paths = [Path(place, name) for name in sorted(names)]
-        problems += [f"{path} is a link to what is not there" for path in paths if not path.exists()]
-        files += [path.relative_to(folder) for path in paths if path.suffix == ending and path.exists()]
+        for path in (Path(place, name) for name in sorted(names)):
+            if not path.exists():
+                problems.append(f"{path} is a link to what is not there")
+            elif path.suffix == ".npz":
+                files.append(path.relative_to(folder))
     return sorted(files), problems
 
 

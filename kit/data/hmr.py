@@ -6,7 +6,7 @@
     4D-Humans (PHALP)  .pkl, joblib   by frame, lists over persons: tid, smpl, camera, size, time
     CameraHMR, others  any of these   arrays under names in smpl_fields.py; a track, by track, or by image
     HY-Motion          .npz           poses, trans, Rh, betas; y up, 30 frames a second
-    AMASS              .npz           motion_files.load_amass; also of other widths, or in parts
+    AMASS              .npz           poses, trans, betas, a rate; SMPL, SMPL+H or SMPL-X; z up
 
 Recovered motion is in its camera's frame with OpenCV's axes, and its rows belong to frames of the video.
 """
@@ -20,34 +20,17 @@ import torch
 from torch import Tensor
 
 from kit.body import Body
-from kit.data.motion_files import (
-    AMASS_WIDTHS,
-    AXES,
-    NOT_SMPL,
-    Motion,
-    at_frames,
-    check_motion,
-    load_amass,
-    turn,
-)
-from kit.data.smpl_fields import (
-    NAMES,
-    NO_POSE,
-    Size,
-    axes_of,
-    intrinsics_of,
-    pick,
-    pinhole,
-    pose_of,
-    shape_notes,
-    transl_of,
-)  # fmt: skip
-from kit.untrusted import read_object
-from motion_tokens import matrix_to_axis_angle
+from kit.data.motion_files import AXES, Motion, at_frames, check_motion, turn
+from kit.data.smpl_fields import NAMES, NO_POSE, READ, Size, axes_of, intrinsics_of, pick, pose_of, transl_of
+from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
 PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # of a person, beside smpl
+NOT_SMPL = (
+    "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
+    "skeleton; read the AMASS files that its index.csv names (kit/data/humanml3d.py)"
+)
 
 
 class Recovered(NamedTuple):
@@ -72,27 +55,23 @@ def read_motion_file(
     """Read any of the files above.
 
     `track` is needed where two are the longest; `axes`, one of AXES, where the file does not tell. `size` is
-    the (height, width) of the video. Raises FileNotFoundError, or ValueError naming the file and the reason.
+    the (height, width) of the video. Ten betas are kept, and of the pose root and body: SMPL's two hand
+    joints are identity unless the file is plain SMPL. `body` gives the rest pelvis, about which SMPL turns.
+    Raises FileNotFoundError, or ValueError naming the file and the reason.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a motion")
     if axes and axes not in AXES:
         raise ValueError(f"{path}: axes {axes!r}, expected one of {', '.join(AXES)}")
-    content = read_object(path, "motion")
+    # other arrays of AMASS's SMPL-X release may be objects
+    content = read_arrays(path, READ) if path.suffix == ".npz" else read_object(path, "motion")
     try:
         if isinstance(content, np.ndarray):
             raise ValueError(NOT_SMPL if content.shape[-1:] == (263,) else NO_POSE)
-        tracks = _tracks(content)
-        if path.suffix == ".npz" and (_is_amass(content) or not tracks):
-            motion = load_amass(path, body, axes or "zup")
-            found = Recovered(motion, None, pinhole(content.get("camera")), shape_notes(content))
-        else:
-            found = _recovered(*_choose(tracks, track), path, body, axes, size)
-    except ValueError as error:
-        known = str(error).startswith(str(path))
-        raise ValueError(str(error) if known else f"{path}: {error}") from error
-    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: {NO_POSE} ({type(error).__name__}: {error})") from error
+        found = _recovered(*_choose(_tracks(content), track), path, body, axes, size)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        reason = error if isinstance(error, ValueError) else f"{NO_POSE} ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: {reason}") from error
     gender = found.motion.gender
     if body.folder and gender not in ("neutral", *body.genders()):
         found.notes.append(f"it is {gender}, and {body.folder} has no such model: the neutral one is used")
@@ -126,14 +105,6 @@ def _has_pose(record: object) -> bool:
     return isinstance(record, dict) and any(name in record for name in NAMES["pose"] + NAMES["body"])
 
 
-def _is_amass(content: dict) -> bool:
-    """Whether motion_files.load_amass shall read it, or say what is wrong with it."""
-    poses, trans, betas = (np.asarray(content.get(name)) for name in ("poses", "trans", "betas"))
-    usual = poses.ndim == trans.ndim == 2 and poses.shape[1] in AMASS_WIDTHS and betas.ndim == 1
-    rate = pick(content, "rate") is not None
-    return "Rh" not in content and "poses" in content and (not rate or (usual and "fps" not in content))
-
-
 def _phalp(frames: dict[str, dict]) -> dict[str, dict]:
     """PHALP's dictionaries by frame -> by track; where a person was only predicted is left out."""
     tracks: dict[str, list[dict]] = {}
@@ -155,7 +126,7 @@ def _stacked(persons: list[dict]) -> dict[str, np.ndarray]:
 def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
     """The track of this name, else the longest."""
     if not tracks:
-        raise ValueError("it holds no person: was nobody found in the video?")
+        raise ValueError(NO_POSE)
     if wanted:
         if wanted not in tracks:
             known = ", ".join(name or "one without a name" for name in tracks)
@@ -164,9 +135,8 @@ def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
     lengths = {name: len(pick(record, "body", "pose")) for name, record in tracks.items()}
     longest = [name for name, length in lengths.items() if length == max(lengths.values())]
     if len(longest) > 1:
-        count = lengths[longest[0]]
-        which = "name one in the column track of metadata.csv"
-        raise ValueError(f"its tracks {' and '.join(longest)} have {count} frames each: {which}")
+        names, count = " and ".join(longest), lengths[longest[0]]
+        raise ValueError(f"its tracks {names} have {count} frames each: name one in the column track")
     return longest[0], tracks[longest[0]]
 
 
@@ -174,19 +144,24 @@ def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
 
 
 def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size: Size | None) -> Recovered:
-    record, notes = dict(record), shape_notes(record)
-    if np.shape(record.get("camera"))[-2:] == (3, 3):
+    record, notes = dict(record), []
+    model = str(np.asarray(record.get("surface_model_type", "")))
+    if "smplx" in model or "expression" in record or np.shape(record.get("poses"))[-1:] == (165,):
+        notes.append("its betas are SMPL-X's, the body is SMPL's: the shape is not quite the same")
+    # PHALP's camera is a translation, that beside AMASS's trans a lens
+    if "camera" in record and ("trans" in record or np.shape(record["camera"])[-2:] == (3, 3)):
         record["intrinsics"] = record.pop("camera")
-    size = size or (tuple(np.reshape(record["size"], (-1, 2))[0].tolist()) if "size" in record else None)
+    if size is None and "size" in record:
+        size = tuple(np.reshape(record["size"], (-1, 2))[0].tolist())
     pose, rate, frames = pose_of(record), pick(record, "rate"), pick(record, "frames")
-    if len(pose) < 2:
+    if rate is None and frames is None and "Rh" in record:
+        rate = np.array(HY_MOTION_FPS)
+    own_clock = frames is None and rate is not None
+    if len(pose) < 2 and not own_clock:
         hint = "of a tool that writes a file for each frame, stack them into one .npz"
         raise ValueError(f"its track{name and ' '}{name} has one frame, expected a motion: {hint}")
-    if rate is None and frames is None and "Rh" in record:
-        rate = HY_MOTION_FPS
-    own_clock = frames is None and rate is not None
     rows = np.arange(len(pose)) if frames is None else frames.reshape(-1)
-    transl, betas = transl_of(record, size), _betas(record, len(pose))
+    transl, betas = (x.astype(np.float64) for x in (transl_of(record, size), _betas(record, len(pose))))
     for what, part in (("transl", transl), ("betas", betas), ("frame numbers", rows)):
         if len(part) != len(pose):
             raise ValueError(f"{len(part)} {what}, expected {len(pose)} as of the pose")
@@ -194,12 +169,12 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     if lost and (own_clock or len(kept) < 2):
         raise ValueError(f"{lost}; cut or repair those frames")
     notes += [f"{lost}: as if nobody was seen there"] if lost else []
-    angles = matrix_to_axis_angle(pose[kept]).float()
-    transl, betas = (torch.from_numpy(x[kept].astype(np.float32)) for x in (transl, betas))
-    fps = float("nan") if rate is None else float(np.max(rate))
-    motion = Motion(angles[:, 0], angles[:, 1:], betas.mean(0), transl, fps, _gender(record))
-    check_motion(motion._replace(fps=HY_MOTION_FPS) if rate is None else motion, str(path))
+    pose, transl, betas = pose[kept], torch.from_numpy(transl[kept]), torch.from_numpy(betas[kept])
+    fps = HY_MOTION_FPS if rate is None else float(rate.reshape(-1)[0])
+    motion = Motion(pose[:, 0], pose[:, 1:], betas.mean(0), transl, fps, _gender(record))
+    check_motion(motion, "its motion")
     motion = turn(motion, AXES[axes or axes_of(record)], body)
+    motion = motion if rate is not None else motion._replace(fps=float("nan"))
     frames = None if own_clock else torch.from_numpy(rows[kept].astype(np.int64))
     return Recovered(motion, frames, intrinsics_of(record, path, size, notes), notes)
 
@@ -228,8 +203,8 @@ def _usable(frames: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, str]:
 
 def _gender(record: dict) -> str:
     gender = np.reshape(record.get("gender", "neutral"), -1)[0]
-    gender = gender.decode("latin1") if isinstance(gender, bytes) else str(gender)
-    return {"f": "female", "m": "male", "n": "neutral"}.get(gender.lower(), gender.lower())
+    gender = (gender.decode("latin1") if isinstance(gender, bytes) else str(gender)).lower()
+    return {"f": "female", "m": "male", "n": "neutral"}.get(gender, gender)
 
 
 # ---------------------------------------------------------------- the clock
@@ -250,17 +225,17 @@ def stretches(found: Recovered, times: Tensor | None) -> tuple[list[Stretch], li
         raise ValueError(f"it names frame {int(frames[-1])}, {have}: is it of another video?")
     fps = (len(times) - 1) / float(times[-1] - times[0])
     missing = frames.diff() - 1
-    ends = (missing / fps > GAP + 1e-6).nonzero().flatten() + 1
+    long = missing / fps > GAP + 1e-6
     parts, seen = [], []
-    for rows in torch.arange(len(frames)).tensor_split(ends):
+    for rows in torch.arange(len(frames)).tensor_split(long.nonzero().flatten() + 1):
         numbers = torch.arange(int(frames[rows[0]]), int(frames[rows[-1]]) + 1)
         position = torch.from_numpy(np.interp(numbers, frames[rows], rows))
         parts.append(Stretch(at_frames(motion._replace(fps=fps), position), times[numbers]))
         seen.append(f"{numbers[0]} to {numbers[-1]}")
-    filled, said = int(missing[missing / fps <= GAP + 1e-6].sum()), []
+    said = []
     if sum(len(part.times) for part in parts) < len(times):
         said.append(f"the person is in frames {', '.join(seen)} of 0 to {len(times) - 1}; the others are cut")
-    if filled:
+    if filled := int(missing[~long].sum()):
         said.append(f"{filled} frames without the person are filled")
     return parts, said
 
@@ -268,5 +243,4 @@ def stretches(found: Recovered, times: Tensor | None) -> tuple[list[Stretch], li
 def at_video_times(part: Stretch, times: Tensor) -> Motion:
     """The stretch at `times` (n,), seconds of its video, within it."""
     position = np.interp(times, part.times, np.arange(len(part.times)))
-    fps = (len(times) - 1) / float(times[-1] - times[0]) if len(times) > 1 else part.motion.fps
-    return at_frames(part.motion, torch.from_numpy(position))._replace(fps=fps)
+    return at_frames(part.motion, torch.from_numpy(position))

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from kit.body import Body
-from kit.data.motion_files import NOT_SMPL, Motion, at_times, check_motion, load_amass, mirror, times_between
+from kit.data.hmr import NOT_SMPL, read_motion_file
+from kit.data.motion_files import Motion, at_times, mirror, times_between
 
 FPS = 20  # of the frame numbers in index.csv
 COLUMNS = ("source_path", "start_frame", "end_frame", "new_name")
@@ -45,14 +46,6 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
 
 
-class Clip(NamedTuple):
-    """A line of index.csv."""
-
-    source: Path | None  # None: not in AMASS
-    start: int  # frame of the file, at 20 a second
-    end: int  # the first frame after it
-
-
 def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Entry], list[str]]:
     """List a split ("train", "val", "test") -> its entries and, a line each, why others were left out.
 
@@ -61,28 +54,34 @@ def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Ent
     """
     folder, amass = Path(folder), Path(amass)
     index = folder / "index.csv"
-    if folder.suffix == ".npy" or (any(folder.glob("*[0-9].npy")) and not index.is_file()):
+    if any(folder.glob("*[0-9].npy")) and not index.is_file():
         raise ValueError(f"{folder}: {NOT_SMPL}")
     if not amass.is_dir():
-        raise FileNotFoundError(f"{amass}: no such folder; expected AMASS's SMPL+H G files")
+        where = f"humanml3d:{folder}+AMASS"
+        raise FileNotFoundError(f"no folder {amass}: expected AMASS there, or where {where} says")
     clips = _read_index(index, amass)
     names = _read_text(folder / f"{split}.txt").split()
     if not names:
         raise ValueError(f"{folder / split}.txt is empty, expected names such as 000004")
-    unknown = [name for name in names if name.removeprefix("M") not in clips]
-    if unknown:
-        raise ValueError(
-            f"{folder / split}.txt has {len(unknown)} names that index.csv lacks, as {unknown[0]}"
-        )
-    known = [name for name in names if clips[name.removeprefix("M")].source]
+    if unknown := [name for name in names if name.removeprefix("M") not in clips]:
+        count = len(unknown)
+        raise ValueError(f"{folder / split}.txt has {count} names that index.csv lacks, as {unknown[0]}")
+    known = [name for name in names if clips[name.removeprefix("M")][0]]
     found, problems = [], []
     if len(known) < len(names):
         problems.append(f"{len(names) - len(known)} clips of HumanAct12 left out: no AMASS source")
     for name in known:
+        source, start, end = clips[name.removeprefix("M")]
         try:
-            found += _entries_of(name, clips[name.removeprefix("M")], folder / "texts" / f"{name}.txt")
+            if not 0 <= start < end:
+                raise ValueError(f"{name}: frames {start} to {end} in index.csv are no span")
+            parts = read_captions(folder / "texts" / f"{name}.txt", end - start)
         except (ValueError, OSError) as error:
             problems.append(str(error))
+            continue
+        for (first, after), captions in parts.items():
+            seconds = (start + first) / FPS, (start + after) / FPS
+            found.append(Entry(name, source, *seconds, name.startswith("M"), captions))
     return found, problems
 
 
@@ -95,18 +94,16 @@ def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
     other = entry.source.with_name(entry.source.name.replace("_poses.npz", "_stageii.npz"))
     if other.is_file() and not entry.source.is_file():
         raise ValueError(f"{other} is of AMASS's SMPL-X release; HumanML3D's frames are those of SMPL+H G")
-    motion = load_amass(entry.source, body)
-    check_motion(motion._replace(fps=fps), f"{entry.name} resampled")
-    if motion.fps < FPS:
+    found = read_motion_file(entry.source, body)
+    motion = found.motion
+    if found.frames is not None or motion.fps < FPS:
         raise ValueError(f"{entry.source} has {motion.fps:g} frames a second, expected at least {FPS}")
     second = FPS * int(motion.fps / FPS) / motion.fps  # one of HumanML3D's, in seconds
     start, last = entry.start * second, (entry.end - 1 / FPS) * second
     duration = (len(motion.transl) - 1) / motion.fps
     if last > duration + 1e-6:  # a margin for rounding
-        raise ValueError(
-            f"{entry.name} ends at {last:.2f} s of {entry.source}, which lasts {duration:.2f} s; "
-            "is that file of the SMPL+H G release?"
-        )
+        ends = f"{entry.name} ends at {last:.2f} s of {entry.source}, which lasts {duration:.2f} s"
+        raise ValueError(f"{ends}; is that file of the SMPL+H G release?")
     times = times_between(start, min(last, duration), fps)
     cut = at_times(motion, times)._replace(fps=float(fps))
     return mirror(cut, body) if entry.mirrored else cut
@@ -125,48 +122,35 @@ def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[
         try:
             caption, _, *times = line.rsplit("#", 3)
             start, end = (0.0 if math.isnan(float(time)) else float(time) for time in times)
-        except ValueError:
-            raise ValueError(f"{path} line {number} is {line!r}, expected {LINE}") from None
-        if not caption.strip():
-            raise ValueError(f"{path} line {number}: the caption is empty")
-        if start == end == 0:
-            end = duration
-        if not 0 <= start <= end <= duration + SLACK:
-            span = f"{start:g} to {end:g} s"
-            raise ValueError(f"{path} line {number}: {span} is no part of a clip of {duration:g} s")
-        part = int(start * FPS), min(int(end * FPS), frames)  # rounded as HumanML3D's own loader does
-        if part[0] >= part[1]:
-            raise ValueError(f"{path} line {number}: from {start:g} to {end:g} s the clip has no frame")
+            end = duration if start == end == 0 else end
+            part = int(start * FPS), min(int(end * FPS), frames)  # rounded as HumanML3D's own loader does
+            if not (caption.strip() and 0 <= start <= end <= duration + SLACK and part[0] < part[1]):
+                raise ValueError
+        except (ValueError, OverflowError):
+            expected = f"{LINE}, with frames in a clip of {duration:g} s"
+            raise ValueError(f"{path} line {number} is {line!r}, expected {expected}") from None
         parts[part] = (*parts.get(part, ()), caption.strip())
     if not parts:
         raise ValueError(f"{path} holds no caption, expected lines of {LINE}")
     return parts
 
 
-def _entries_of(name: str, clip: Clip, texts: Path) -> list[Entry]:
-    if not 0 <= clip.start < clip.end:
-        raise ValueError(f"{name}: frames {clip.start} to {clip.end} in index.csv are no span")
-    mirrored = name.startswith("M")
-    return [
-        Entry(name, clip.source, (clip.start + start) / FPS, (clip.start + end) / FPS, mirrored, captions)
-        for (start, end), captions in read_captions(texts, clip.end - clip.start).items()
-    ]
+def _read_index(path: Path, amass: Path) -> dict[str, tuple[Path | None, int, int]]:
+    """index.csv -> by name: the file (None: not in AMASS), its first frame, at 20 a second, the one after.
 
-
-def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
-    """index.csv -> clips by name. ValueError for lines that are malformed or lead out of the AMASS folder."""
+    ValueError for lines that are malformed or lead out of the AMASS folder.
+    """
     reader = csv.DictReader(_read_text(path).splitlines())
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; expected the columns {', '.join(COLUMNS)}")
-    clips: dict[str, Clip] = {}
+    if not set(COLUMNS) <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path} has {reader.fieldnames}, expected the columns {', '.join(COLUMNS)}")
+    clips = {}
     there = {place.name.casefold(): place.name for place in amass.iterdir()}  # MoSh is Mosh on some disks
     for row in reader:
         source, start, end, name = (row[column] or "" for column in COLUMNS)
         line = f"{path} line {reader.line_num}"
         if not re.fullmatch(r"\w+\.npy", name) or name.removesuffix(".npy") in clips:
             raise ValueError(f"{line}: new_name is {name!r}, expected a new one such as 000004.npy")
-        if not re.fullmatch(r"-?\d+", start) or not re.fullmatch(r"-?\d+", end):
+        if not re.fullmatch(r"-?\d+ -?\d+", f"{start} {end}"):
             raise ValueError(f"{line}: frames {start!r} to {end!r}, expected whole numbers")
         top, *place = PurePosixPath(source).parts or [""]
         if top != "pose_data" or not source.endswith(".npy") or ".." in place or "\\" in source:
@@ -176,7 +160,7 @@ def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
         folder = amass / next(iter(names), dataset)
         file = None if dataset == NO_AMASS else folder.joinpath(*place[1:]).with_suffix(".npz")
         skipped = SKIPPED.get(dataset, 0)
-        clips[name.removesuffix(".npy")] = Clip(file, skipped + int(start), skipped + int(end))
+        clips[name.removesuffix(".npy")] = file, skipped + int(start), skipped + int(end)
     if not clips:
         raise ValueError(f"{path} has no lines, expected one for each clip")
     return clips
@@ -184,9 +168,7 @@ def _read_index(path: Path, amass: Path) -> dict[str, Clip]:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; HumanML3D has index.csv, texts/NAME.txt and train.txt"
-        )
+        raise FileNotFoundError(f"no {path}: HumanML3D has index.csv, texts/NAME.txt and train.txt")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

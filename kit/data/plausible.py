@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-from einops import einsum, rearrange
 from torch import Tensor
 
 from kit.body import JOINT_NAMES, Body
@@ -11,13 +10,11 @@ from kit.data.motion_files import Motion, smooth
 
 RATES = (4.0, 240.0)  # frames a second
 SPEED, JUMP = 12.0, 1.0  # of the pelvis: metres a second, a sprinter's; metres in a frame, at any rate
-STROLL, TRAIN = 0.5, 25.0  # metres a second, on average: sliding feet are seen; nobody is as fast for long
+TRAIN = 25.0  # metres a second, on average: nobody is as fast for long
 LYING = 0.2  # metres that the head is above the feet, at most, of one who lies
 RISEN = 0.5  # metres that it is above them, once at least, of one who gets up or lies down
 PELVIS = (0.2, 3.0)  # metres above the lowest foot of the whole motion
 FAR = 10.0  # metres: no floor is as far from the origin
-UNITS = {"centimetres": 0.01, "inches": 0.0254, "millimetres": 0.001}
-ALIKE = 0.7  # cosine between what the pelvis does and what the standing foot does, reversed
 FEET = [JOINT_NAMES.index(name) for name in ("left_foot", "right_foot")]
 HEAD = JOINT_NAMES.index("head")
 
@@ -32,11 +29,14 @@ class Reading:
     said: list[str] = field(default_factory=list)
     smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
 
+    def say(self, name: str, notes: list[str]) -> None:
+        self.said.extend(f"{name}: {note}" for note in notes)
+
     def refuse(self, faults: list[str], name: str) -> None:
         """Raise ValueError if there are faults; only say so if what has them is forced."""
         if faults and not self.force:
             raise ValueError(f"{name}: {'; '.join(faults)} (--force takes it as it is)")
-        self.said.extend(f"{name}: {fault}" for fault in faults)
+        self.say(name, faults)
 
 
 def checked(
@@ -75,15 +75,12 @@ def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) 
     step = (pelvis.diff(dim=0) * pelvis.new_tensor((1, 1, depth))).norm(dim=-1)
     fast = step > max(JUMP, SPEED / motion.fps)
     speed, height = step.median() * motion.fps if len(step) else 0.0, pelvis[:, 1].median().abs()
-    unit = _unit(joints)
-    if speed > TRAIN or (floor and (height > FAR or (unit and speed > STROLL))):
-        unit = unit or (_nearest(0.9 / height) if height > FAR else "centimetres or inches")
-        at = _first(fast) if fast.any() else 0
-        seen = f"is {height:.0f} m high in" if height > FAR else f"slides {speed:.1f} m a second after"
-        found.append(f"the pelvis {seen} frame {at}: is trans in {unit}? expected metres")
+    if speed > TRAIN or (floor and height > FAR):
+        seen = f"the pelvis moves {speed:.0f} m a second, {height:.0f} m from the floor"
+        found.append(f"{seen}: is trans in centimetres, inches or millimetres? expected metres")
     elif fast.any():
         at = _first(fast)
-        cause = "is there a cut in the video, or another person in the track?"
+        cause = "is there a cut in the video, another person in the track, or another unit in trans?"
         found.append(f"the pelvis moves {step[at]:.1f} m from frame {at} to {at + 1}: {cause}")
     head = joints[:, HEAD, 1] - feet[..., 1].mean(1)
     low = head < (0 if head.max() > RISEN else LYING)
@@ -102,25 +99,3 @@ def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) 
 
 def _first(where: Tensor) -> int:
     return int(where.nonzero()[0])
-
-
-def _unit(joints: Tensor) -> str | None:
-    """The unit of a trans that is too long for the legs: a foot that stands goes back as the pelvis goes on.
-
-    So much of the pelvis' movement is the legs'; if it is a hundredth, trans is in centimetres.
-    """
-    forward = joints[:, 0].diff(dim=0)  # (f 3)
-    back = (joints[:, :1] - joints[:, FEET]).diff(dim=0)  # (f foot 3)
-    along, foot = einsum(back, forward, "f foot c, f c -> f foot").max(1)
-    standing = back.square().sum(-1).gather(1, rearrange(foot, "f -> f 1"))
-    length = forward.norm() * standing.sum().sqrt()
-    if not length or along.sum() / length < ALIKE:
-        return None
-    share = along.sum() / forward.square().sum()
-    unit = _nearest(share)
-    return unit if abs(torch.log(share / UNITS[unit])) < 0.45 else None
-
-
-def _nearest(scale: Tensor) -> str:
-    """The unit that is nearest to so many metres."""
-    return min(UNITS, key=lambda unit: abs(torch.log(scale / UNITS[unit])))

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, reduce, repeat
+import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor
 
-from kit.data.motion_files import AXES, RATE_KEYS
+from kit.data.motion_files import AXES
 from kit.untrusted import read_object
-from motion_tokens import axis_angle_to_matrix, sixd_to_matrix
+from motion_tokens import matrix_to_axis_angle, sixd_to_matrix
 
 NAMES = {  # of the same thing in different tools; the first that is there counts
     "root": ("global_orient", "root_orient"),
@@ -18,19 +19,21 @@ NAMES = {  # of the same thing in different tools; the first that is there count
     "transl": ("transl", "trans", "trans_cam", "cam_trans", "cam_t", "pred_cam_t", "pred_trans", "camera"),
     "betas": ("betas", "shape", "pred_shape", "pred_betas"),
     "frames": ("frame_ids", "frame_id", "frame", "frames", "time"),
-    "rate": (*RATE_KEYS, "fps"),
+    "rate": ("mocap_frame_rate", "mocap_framerate", "fps"),  # AMASS's SMPL-X and SMPL+H releases differ
     "intrinsics": ("K_fullimg", "cam_int", "cam_intrinsics", "intrinsics", "K"),
     "focal": ("focal_length", "img_focal", "focal"),
     "weak": ("pred_cam", "camera_bbox", "cam"),  # s, tx, ty in a box
     "box": ("box_size", "bbox_size", "scale"),
     "centre": ("box_center", "bbox_center", "center"),
 }
+MORE = ("Rh", "bbx_xys", "expression", "gender", "pose_world", "size", "surface_model_type")
+READ = sorted({*MORE, *(name for names in NAMES.values() for name in names)})  # of an .npz
 PARTS = {"root": (1,), "body": (21, 23, 51, 54), "pose": (22, 24, 52, 55)}  # joints of SMPL, SMPL+H, SMPL-X
 ONLY_RECOVERED = ("pose_world", "pred_rotmat", "smpl_params_incam", "camera")  # no file of mocap has these
 CROP_FOCAL, CROP = 5000.0, 256  # 4D-Humans: the focal length of a crop, in pixels, and its size
 BOX_UNIT = 200  # pixels, in which some tools write the size of a box
 TOOLS = "GVHMR, WHAM, TRAM, 4D-Humans, CameraHMR, HY-Motion or AMASS"
-NO_POSE = f"it has no SMPL pose under a known name: expected a motion of {TOOLS}"
+NO_POSE = f"it holds no person with an SMPL pose under a known name: expected a motion of {TOOLS}"
 
 Size = tuple[int, int]  # height, width
 
@@ -42,23 +45,22 @@ def pick(record: dict, *things: str) -> np.ndarray | None:
 
 
 def pose_of(record: dict) -> Tensor:
-    """All rotations (f 24 3 3); joints that the file's body does not have, or that are fingers, at rest."""
+    """All rotations (f 24 3) float64; at rest what the file's body lacks, and fingers."""
     root, body, pose = (_rotations(record, part) for part in PARTS)
     if pose is not None and body is None:
         root, body = pose[:, :1], pose[:, 1:]
-        if "Rh" in record and (root == torch.eye(3)).all():  # the root is only there
+        if "Rh" in record and not root.any():  # the root is only there
             root = _rotations({"root_orient": record["Rh"]}, "root")
     if root is None or body is None:
         raise ValueError(NO_POSE)
     if len(root) != len(body):
         raise ValueError(f"the root has {len(root)} frames, the pose {len(body)}")
-    kept = 23 if body.shape[1] == 23 else 21
-    rest = repeat(torch.eye(3).double(), "r c -> f j r c", f=len(body), j=23 - kept)
-    return torch.cat([root, body[:, :kept], rest], dim=1)
+    body = body if body.shape[1] == 23 else F.pad(body[:, :21], (0, 0, 0, 2))
+    return torch.cat([root, body], dim=1)
 
 
 def _rotations(record: dict, part: str) -> Tensor | None:
-    """Axis-angles, matrices, or 6D (a matrix's first column, then its second) -> (f j 3 3) float64."""
+    """Axis-angles, matrices, or 6D (a matrix's first column, then its second) -> axis-angles (f j 3)."""
     value = pick(record, part)
     if value is None:
         return None
@@ -71,15 +73,16 @@ def _rotations(record: dict, part: str) -> Tensor | None:
         known = f"{', '.join(map(str, PARTS[part]))} joints as axis-angle, matrix or 6D"
         raise ValueError(f"{name} is {value.shape}, expected for each frame one of {known}")
     if numbers == 3:
-        return axis_angle_to_matrix(rearrange(flat, "f (j c) -> f j c", c=3))
+        return rearrange(flat, "f (j c) -> f j c", c=3)
     if numbers == 6:
         rows = value.shape[-2:] == (3, 2)  # the columns stand side by side
-        return sixd_to_matrix(rearrange(flat, f"f (j {'r c' if rows else 'c r'}) -> f j (c r)", r=3, c=2))
+        sixd = rearrange(flat, f"f (j {'r c' if rows else 'c r'}) -> f j (c r)", r=3, c=2)
+        return matrix_to_axis_angle(sixd_to_matrix(sixd))
     matrix = rearrange(flat, "f (j r c) -> f j r c", r=3, c=3)
     skewed = (matrix @ matrix.mT - torch.eye(3)).abs().amax((2, 3)) > 0.01
     if (skewed | (torch.linalg.det(matrix) < 0)).any():
         raise ValueError(f"the matrices of its {part} are no rotations, expected orthonormal ones")
-    return matrix
+    return matrix_to_axis_angle(matrix)
 
 
 def transl_of(record: dict, size: Size | None) -> np.ndarray:
@@ -98,27 +101,25 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     box = box * BOX_UNIT if box.max() < BOX_UNIT / 10 else box
     (s, x, y), (cx, cy) = weak.reshape(-1, 3).T, centre.reshape(-1, 2).T
     (height, width), metre = size, box * s / 2  # a metre at the person's distance, in pixels
-    return np.stack(
-        [x + (cx - width / 2) / metre, y + (cy - height / 2) / metre, _focal(record, size) / metre], 1
-    )
+    away = _focal(record, size) / metre
+    return np.stack([x + (cx - width / 2) / metre, y + (cy - height / 2) / metre, away], axis=1)
 
 
 def _focal(record: dict, size: Size) -> float:
     given = pick(record, "focal")
-    return CROP_FOCAL / CROP * max(size) if given is None else float(given.reshape(-1)[0])
+    return CROP_FOCAL / CROP * max(size) if given is None else given.reshape(-1)[0]
 
 
 def intrinsics_of(record: dict, path: Path, size: Size | None, notes: list[str]) -> Tensor | None:
     """(3 3), from the file, from TRAM's camera.npy beside it, or by the rule of the tool."""
     given, beside = pick(record, "intrinsics"), tram_camera(path)
     if given is not None:
-        given = given.reshape(-1, 3, 3)
-        if np.ptp(given, axis=0).max() > 0.01 * given.max():
+        if given.ndim == 3 and np.ptp(given, axis=0).max() > 0.01 * given.max():
             notes.append("its intrinsics change: those of its first frame are used")
-        return pinhole(given[0])
+        return pinhole(given[0] if given.ndim == 3 else given)
     if "pred_rotmat" in record and beside:
         camera = read_object(beside, "camera of TRAM")
-        return _lens(camera["img_focal"], *np.asarray(camera["img_center"]).reshape(-1))
+        return _lens(camera["img_focal"], *np.ravel(camera["img_center"]))
     if size is None:
         return None
     if "pose_world" in record:
@@ -136,14 +137,12 @@ def tram_camera(path: Path) -> Path | None:
 
 
 def _lens(focal: float, x: float, y: float) -> Tensor:
-    focal = float(np.asarray(focal).reshape(-1)[0])
-    return pinhole(np.array([[focal, 0, float(x)], [0, focal, float(y)], [0, 0, 1]]))
+    focal = np.ravel(focal)[0]
+    return pinhole(np.array([[focal, 0, x], [0, focal, y], [0, 0, 1]]))
 
 
-def pinhole(camera: np.ndarray | None) -> Tensor | None:
+def pinhole(camera: np.ndarray) -> Tensor:
     """Intrinsics (3 3); ValueError if they are no pinhole's."""
-    if camera is None:
-        return None
     if camera.shape != (3, 3) or camera.dtype.kind not in "fiu":
         raise ValueError(f"camera is {camera.dtype} {camera.shape}, expected numbers (3, 3)")
     camera = torch.from_numpy(camera.astype(np.float32))
@@ -155,21 +154,12 @@ def pinhole(camera: np.ndarray | None) -> Tensor | None:
 
 def axes_of(record: dict) -> str:
     """What the kind of file tells of its axes, one of AXES; ValueError if it tells nothing."""
-    of_video = any(pick(record, thing) is not None for thing in ("intrinsics", "weak", "focal"))
     if "Rh" in record:
         return "yup"  # HY-Motion's
     if any(name in record for name in ONLY_RECOVERED) or pick(record, "frames") is not None:
         return "opencv"
     if "trans" in record and pick(record, "rate") is not None:
         return "zup"  # as AMASS
-    if of_video:
+    if pick(record, "intrinsics", "weak", "focal") is not None:
         return "opencv"
     raise ValueError(f"its axes are not known: name them, {', '.join(AXES)}, with @axes= or in metadata.csv")
-
-
-def shape_notes(record: dict) -> list[str]:
-    """What is to be said of its betas."""
-    model = str(np.asarray(record.get("surface_model_type", "")))
-    if "smplx" in model or "expression" in record or np.shape(record.get("poses"))[-1:] == (165,):
-        return ["its betas are SMPL-X's, the body is SMPL's: the shape is not quite the same"]
-    return []

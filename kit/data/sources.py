@@ -1,18 +1,17 @@
 """What training draws samples from: the puppet world, data sets in memory, caches on disk."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from kit import puppet
 from kit.body import Body
 from kit.data import cache
-from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_item
+from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_all
 from kit.geometry import PUPPET, Geometry
 from kit.pictures import from_frames
 from kit.wan.names import TEXT_TOKENS
@@ -58,10 +57,8 @@ def open_sources(
     for spec in specs:
         kind, where, weight = parse(spec)
         if wan and kind != "cache":
-            raise ValueError(
-                f"{spec}: Wan trains on latents and text features that are made once: "
-                f"`python -m kit.data cache {spec} --wan FOLDER --out DIR`, then --data cache:DIR"
-            )
+            command = f"python -m kit.data cache {spec} --wan FOLDER --out DIR"
+            raise ValueError(f"{spec}: Wan trains on latents, made by `{command}`, then --data cache:DIR")
         if kind == "cache" and not wan:
             raise ValueError(f"{spec} holds Wan's latents: the puppet preset takes the data set itself")
         if kind == "puppet":
@@ -70,19 +67,16 @@ def open_sources(
             source, rejected = _cached_source(where, geometry)
         else:
             source, rejected = _read_source(spec, geometry, body, rank)
+        reasons = rejected[:PRINTED]
+        if len(rejected) > PRINTED:
+            reasons.append(f"... and more, see `python -m kit.data check {spec}`")
         if source.count == 0:
-            raise ValueError(
-                f"{spec}: nothing usable, {len(rejected)} rejected: {'; '.join(rejected[:PRINTED])}"
-            )
+            raise ValueError(f"{spec}: nothing usable, {len(rejected)} rejected: {'; '.join(reasons)}")
         if rank == 0 and source.count:
-            more = [f"... and more, see `python -m kit.data check {spec}`"] if len(rejected) > PRINTED else []
-            counts = f"{spec}: {source.count} samples, {len(rejected)} rejected"
-            print("\n".join([counts, *rejected[:PRINTED], *more]))
+            print(f"{spec}: {source.count} samples, {len(rejected)} rejected", *reasons, sep="\n")
         sources.append(source._replace(weight=weight or source.count or 1.0))
     if len({source.body for source in sources}) > 1:
-        raise ValueError(
-            f"{', '.join(specs)} were cached with different bodies: cache them with the same --body"
-        )
+        raise ValueError(f"{', '.join(specs)} were cached with different bodies: use the same --body")
     return sources
 
 
@@ -102,18 +96,16 @@ def _puppet_source(where: str, geometry: Geometry) -> Source:
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         clips = puppet.clips([first + number for number in numbers], frames=frames, device=device)
         latents = codec.encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0]) if video else None
-        return Read(puppet_motion(clips), latents, [_puppet_texts([caption]) for caption in clips.caption])
+        return Read(puppet_motion(clips), latents, [[_features(caption)] for caption in clips.caption])
 
     frames = max(geometry.frames, puppet.FRAMES)
-    return Source(None, count, frames, True, "", *_puppet_texts([""]), read)
+    return Source(None, count, frames, True, "", _features(""), read)
 
 
 def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
     """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
-    data, samples = open_dataset(spec, geometry, body), []
-    rejected = list(data.problems)
-    for item in tqdm(range(len(data.names)), desc=spec, unit="item", disable=rank > 0):
-        samples += read_item(data, item, lambda sample: sample, rejected)
+    data = open_dataset(spec, geometry, body)
+    samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]
@@ -122,9 +114,9 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
         if video:
             pixels = torch.stack([from_frames(sample.video[:frames]) for sample in chosen])
             latents = codec.encode(pixels.to(device))
-        return Read(motion, latents, [_puppet_texts(sample.captions) for sample in chosen])
+        return Read(motion, latents, [[_features(text) for text in sample.captions] for sample in chosen])
 
-    return Source(None, len(samples), geometry.frames, data.paired, "", *_puppet_texts([""]), read), rejected
+    return Source(None, len(samples), geometry.frames, data.paired, "", _features(""), read), rejected
 
 
 def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
@@ -132,11 +124,7 @@ def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
     cached = cache.open_cache(folder)
     made, settings = cached.shape, cached.settings
     if made._replace(frames=geometry.frames) != geometry or made.frames < geometry.frames:
-        raise ValueError(
-            f"{folder} has {made.frames} frames of {made.height}x{made.width} at {made.fps:g} fps, stride "
-            f"{made.stride}; asked for are {geometry.frames} of {geometry.height}x{geometry.width} at "
-            f"{geometry.fps:g} fps, stride {geometry.stride}: ask for the same, or cache again"
-        )
+        raise ValueError(f"{folder} has {made}, asked for is {geometry}: ask for the same, or cache again")
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         samples = [cache.read_sample(cached, number, video) for number in numbers]
@@ -152,12 +140,8 @@ def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
     return Source(None, len(cached.samples), made.frames, paired, body, null_text, read), cached.rejected
 
 
-def _puppet_texts(captions: Iterable[str]) -> list[Tensor]:
-    """Features (16 64) of each caption; of a longer one its first 16 words, as tokenizers do."""
-    return [_features(caption) for caption in captions]
-
-
 @functools.lru_cache(maxsize=4096)
 def _features(caption: str) -> Tensor:
+    """(16 64) of a caption; of a longer one its first 16 words, as tokenizers do."""
     words = caption.replace(".", " ").replace(",", " ").split()
     return puppet.encode_text([" ".join(words[: puppet.TEXT_LEN])])[0]

@@ -10,9 +10,9 @@ import torch
 from kit import puppet
 from kit.data import __main__ as commands
 from kit.data import batch as batches
-from kit.data import sources as data_sources
-from kit.data.datasets import DataSet, open_dataset, parse, puppet_motion
-from kit.data.motion_files import Motion, load_amass, save_amass
+from kit.data.datasets import DataSet, open_dataset, parse, parse_reading, puppet_motion
+from kit.data.hmr import read_motion_file
+from kit.data.motion_files import Motion, save_amass
 from kit.data.sources import open_sources
 from kit.geometry import PUPPET, Geometry, geometry
 from motion_tokens import decode_smpl, sixd_to_matrix
@@ -65,38 +65,40 @@ def humanml3d(amass):
     "spec, expected",
     [
         ("puppet", ("puppet", "", None)),
-        ("puppet:12", ("puppet", "12", None)),
         ("puppet@2", ("puppet", "", 2.0)),
-        ("clips:a/b c@d", ("clips", "a/b c@d", None)),
         ("amass:/x:y@0.25", ("amass", "/x:y", 0.25)),
+        ("clips:a/b c@d@axes=opencv@smooth=0.2@3", ("clips", "a/b c@d", 3.0)),
+        ("clips:a/b c@d@3@axes=opencv@smooth=.2", ("clips", "a/b c@d", 3.0)),
     ],
 )
-def test_a_name_and_its_weight(spec, expected):
+def test_a_name_its_weight_and_its_options(spec, expected):
     assert parse(spec) == expected
+    options = parse_reading(spec)
+    assert (options.axes, options.smooth) == (("opencv", 0.2) if "axes" in spec else ("", 0))
 
 
 @pytest.mark.parametrize(
     "spec, reason",
     [
         ("", "expected KIND:WHERE"),
-        (":x", "expected KIND:WHERE"),
         ("clips:x@0", "weight must be above 0"),
-        ("movies:x", "expected one of puppet:..., amass:..., humanml3d:..., clips:..."),
+        ("clips:.@axes=up", "axes 'up', expected one of"),
+        ("clips:.@smooth=x", "expected seconds"),
+        ("clips:.@smooth=nan", "expected seconds"),
+        ("clips:.@smooth=60", "expected seconds"),
+        ("movies:x", r"expected one of puppet:\.\.\., amass"),
         ("puppet:many", "expected a number of clips"),
         ("puppet:0", "expected a number of clips"),
+        ("puppet:3", "16 frames a second of 64x64: add --fps 16 --size 64x64"),
         ("clips:", "expected KIND:WHERE"),
         ("amass:nowhere", "no folder nowhere"),
         ("humanml3d:nowhere", "no folder nowhere"),
+        ("humanml3d:.", r"expected AMASS there, or where humanml3d:\.\+AMASS"),
     ],
 )
 def test_names_that_mean_nothing(spec, reason):
-    with pytest.raises((ValueError, FileNotFoundError), match=reason.replace(".", r"\.")):
-        open_dataset(spec, PUPPET, puppet.body())
-
-
-def test_a_puppet_has_its_own_rate_and_size():
-    with pytest.raises(ValueError, match="16 frames a second of 64x64: add --fps 16 --size 64x64"):
-        open_dataset("puppet:3", Geometry(24, 17, 64, 64, 8), puppet.body())
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+        open_dataset(spec, Geometry(24, 17, 64, 64, 8), puppet.body())
 
 
 # ---------------------------------------------------------------- motion alone
@@ -114,7 +116,7 @@ def test_amass_is_cut_into_canonical_windows(amass):
         np.testing.assert_allclose(sample.motion[0, [3, 5]], 0, atol=1e-5)  # the pelvis
         assert x > 0.1 and abs(z) < 1e-5
     # the second window goes on where the first ended: the same poses as frames 34 to 66 of the file
-    motion = load_amass(amass / "BMLrub/turn_poses.npz", puppet.body())
+    motion = read_motion_file(amass / "BMLrub/turn_poses.npz", puppet.body()).motion
     pose = decode_smpl(cut[1].motion[None])["body_pose"][0]
     torch.testing.assert_close(pose, motion.body_pose[34:68:2], atol=1e-3, rtol=0)
 
@@ -123,21 +125,12 @@ def test_humanml3d_has_a_sample_for_each_part_with_its_captions(humanml3d, amass
     found = open_dataset(f"humanml3d:{humanml3d}+{amass}", Geometry(16, 13, 64, 64, 8), puppet.body())
     cut = samples(found)
     both = ("a man walks", "someone, walking left")
-    assert [sample.captions for sample in cut] == [
-        both, both, ("he starts",), ("a man walks", "walking right"), ("a man walks", "walking right"),
-        ("he starts",),
-    ]  # fmt: skip
+    other, part = ("a man walks", "walking right"), ("he starts",)
+    assert [sample.captions for sample in cut] == [both, both, part, other, other, part]
     assert {sample.name for sample in cut} == {"000001", "M000001"}
     # what is mirrored turns the other way about the vertical
     turns = [sixd_to_matrix(cut[k].motion[6, 219:225]) for k in (0, 3)]
     torch.testing.assert_close(turns[0][0, 2], -turns[1][0, 2], atol=1e-4, rtol=0)
-
-
-def test_what_is_too_short_is_rejected_by_name(amass, capsys):
-    assert commands.check(f"amass:{amass}", Geometry(20, 49, 64, 64, 8), puppet.body()) == 1
-    text = capsys.readouterr().out
-    assert "CMU/01/walk_poses.npz has 44 frames at 20 fps, fewer than 49" in text
-    assert text.endswith("1 samples accepted, 1 rejected\n")
 
 
 def test_links_in_the_folder_are_followed_once(amass, tmp_path, capsys):
@@ -157,28 +150,19 @@ def test_links_in_the_folder_are_followed_once(amass, tmp_path, capsys):
     assert data.problems == [f"{folder / x} is a link to what is not there" for x in ("gone", "KIT/self")]
     farm = tmp_path / "farm"
     farm.symlink_to(disk)
-    assert open_dataset(f"amass:{farm}", PUPPET, puppet.body()).names == [
-        "BMLrub/turn_poses.npz", "CMU/01/walk_poses.npz",
-    ]  # fmt: skip
-
-
-def test_humanml3d_finds_amass_behind_links(humanml3d, amass, tmp_path):
-    (tmp_path / "CMU").symlink_to(amass / "CMU")
-    found, expected = (
-        samples(open_dataset(f"humanml3d:{humanml3d}+{where}", Geometry(20, 17, 64, 64, 8), puppet.body()))
-        for where in (tmp_path, amass)
-    )
-    assert found and all(torch.equal(a.motion, b.motion) for a, b in zip(found, expected, strict=True))
+    assert len(open_dataset(f"amass:{farm}", PUPPET, puppet.body()).names) == 2
 
 
 # ---------------------------------------------------------------- the verbs
 
 
-def test_check_ends_with_1_where_nothing_is_usable(verb, amass):
+def test_check_ends_with_1_where_nothing_is_usable(verb, amass, capsys):
+    assert commands.check(f"amass:{amass}", Geometry(20, 49, 64, 64, 8), puppet.body()) == 1
+    text = capsys.readouterr().out
+    assert "CMU/01/walk_poses.npz has 44 frames at 20 fps, fewer than 49" in text
+    assert text.endswith("1 samples accepted, 1 rejected\n")
     assert verb(commands, "check", f"amass:{amass}").code == 0
     assert verb(commands, "check", f"amass:{amass}", "--frames", 401).code == 1
-    ended = verb(commands, "check", f"amass:{amass}", "--frames", 16)
-    assert (ended.code, "16 frames are not 4n+1; the nearest is 17" in ended.err) == (2, True)
 
 
 def test_preview_writes_its_picture_or_none(verb, amass, tmp_path):
@@ -230,13 +214,12 @@ def test_a_clip_is_read_as_it_was_written(tmp_path, codec):
     torch.testing.assert_close(read.texts[0][0], puppet.encode_text(clip.caption)[0], atol=0, rtol=0)
 
 
-def test_captions_may_be_longer_than_the_puppet_reads(humanml3d, amass, monkeypatch):
-    for module in ("kit.puppet", "kit.puppet.text"):
-        monkeypatch.setattr(f"{module}.TEXT_LEN", 2)
-    monkeypatch.setattr(data_sources, "_features", data_sources._features.__wrapped__)  # it keeps features
-    source = open_sources([f"humanml3d:{humanml3d}+{amass}"], PUPPET, puppet.body())[0]
-    texts = source.read([0], 17, False, None, CPU).texts[0]
-    torch.testing.assert_close(texts[1], puppet.encode_text(["someone walking"])[0], atol=0, rtol=0)
+def test_captions_may_be_longer_than_the_puppet_reads(tmp_path):
+    clip_folder.write(tmp_path / "clips", [7])
+    clip_folder.write_metadata(tmp_path / "clips", [("0.mp4", 20 * "walking, ", "motions/0.npz")])
+    source = open_sources([f"clips:{tmp_path / 'clips'}"], PUPPET, puppet.body())[0]
+    expected = puppet.encode_text([" ".join(puppet.TEXT_LEN * ["walking"])])[0]
+    torch.testing.assert_close(source.read([0], 17, False, None, CPU).texts[0][0], expected, atol=0, rtol=0)
 
 
 def test_bad_files_are_told_of_before_training(tmp_path, capsys):
@@ -259,7 +242,6 @@ def test_bad_files_are_told_of_before_training(tmp_path, capsys):
         (["cache:x"], True, "expected what `python -m kit.data cache` wrote"),
         (["puppet", "puppet:3"], False, "state the weight of every data set, such as puppet@1"),
         (["puppet:9", "puppet:3@2"], False, "state the weight of every data set, such as puppet:9@1"),
-        (["puppet:-3"], False, "expected a number of clips"),
     ],
 )
 def test_what_cannot_be_trained_on(specs, wan, reason):
@@ -284,9 +266,7 @@ def test_geometry_of_the_published_wans(tmp_path):
     "asked, reason",
     [
         ({"frames": 0}, "not 4n"),
-        ({"frames": -3}, "not 4n"),
         ({"size": (48, 70)}, "nearest is 64x64"),
-        ({"size": (0, 64)}, "nearest is 32x64"),
         ({"fps": 0.5}, "expected 1 to 240"),
     ],
     ids=str,
@@ -303,5 +283,3 @@ def test_data_sets_without_anything_say_why(tmp_path):
     assert "unpack AMASS there" in open_dataset(f"amass:{tmp_path}", PUPPET, body).problems[0]
     (tmp_path / "metadata.csv").write_text("video,prompt,motion\n")
     assert open_dataset(f"clips:{tmp_path}", PUPPET, body).problems == ["metadata.csv has no rows"]
-    with pytest.raises(FileNotFoundError, match=r"amass: expected AMASS there, or where humanml3d:.*\+AMASS"):
-        open_dataset(f"humanml3d:{tmp_path}", PUPPET, body)

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from kit import puppet
-from kit.data.humanml3d import entries, read_captions, read_entry
-from kit.data.motion_files import load_amass, mirror
+from kit.data.hmr import read_motion_file
+from kit.data.humanml3d import entries, read_entry
+from kit.data.motion_files import mirror
 from motion_tokens import axis_angle_to_matrix
 
 HEADER = "source_path,start_frame,end_frame,new_name\n"
@@ -48,7 +49,7 @@ def folder(tmp_path):
     other = "someone kicks # high, twice#kick/VERB#nan#nan\n"
     parts = "first#x/NOUN#0.0#2.3\nlast#x/NOUN#2.0#5.4\n\n also first #x/NOUN#0.0#2.3\r\nall#x/NOUN#0#0"
     mirrored = CAPTION.replace("left", "right")
-    texts = {"000000": CAPTION + other, "M000000": mirrored, "000004": parts, "000001": CAPTION}
+    texts = {"000000": CAPTION + other, "M000000": mirrored, "000004": parts}
     write_index(tmp_path, rows, texts, ["000000", "M000000", "000001", "000004"])
     return tmp_path
 
@@ -59,9 +60,8 @@ def test_entries_without_any_motion(folder):
     assert kick.captions == ("a person waves the left hand.", "someone kicks # high, twice")
     assert kick.source == folder / "amass/KIT/3/kick high_left02_poses.npz"
     assert (kick.name, kick.start, kick.end, kick.mirrored) == ("000000", 0.1, 4.25, False)
-    assert mirrored == kick._replace(
-        name="M000000", mirrored=True, captions=("a person waves the right hand.",)
-    )
+    other_hand = ("a person waves the right hand.",)
+    assert mirrored == kick._replace(name="M000000", mirrored=True, captions=other_hand)
     assert [entry.name for entry in (first, last, whole)] == ["000004"] * 3
     assert (first.start, first.end, first.captions) == (5.8, 8.1, ("first", "also first"))
     # a caption may reach a little beyond its clip, which ends at 10.8 s
@@ -71,26 +71,28 @@ def test_entries_without_any_motion(folder):
 
 
 TRIMMED = {
-    "Eyes_Japan_Dataset": 3.0,
-    "MPI_HDM05": 3.0,
-    "TotalCapture": 1.0,
-    "MPI_Limits": 1.0,
-    "Transitions_mocap": 0.5,
-    "SSM_synced": 0,
-}
+    "Eyes_Japan_Dataset": 3.0, "MPI_HDM05": 3.0, "TotalCapture": 1.0, "MPI_Limits": 1.0,
+    "Transitions_mocap": 0.5, "SSM_synced": 0,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("fps", [60.0, 100.0, 120.0, 59.9999885559082, 150.0, 250.0])
+def write_clip(folder, dataset, fps, text=CAPTION, place=None):
+    """Frames 7 to 50 of one file of this data set, in the folder `place` -> the file."""
+    file = folder / "amass" / (place or dataset) / "s1/run_poses.npz"
+    write_amass(file, frames=1500, fps=fps)
+    rows = [f"./pose_data/{dataset}/s1/run_poses.npy,7,50,000009.npy"]
+    write_index(folder, rows, {"000009": text}, ["000009"])
+    return file
+
+
+@pytest.mark.parametrize("fps", [100.0, 120.0, 59.9999885559082, 250.0])
 @pytest.mark.parametrize("dataset", TRIMMED)
 def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
     """Its notebook: every int(fps / 20)-th frame, then the trim, then [start:end]."""
-    file = tmp_path / "amass" / dataset / "s1/run_poses.npz"
-    write_amass(file, frames=1500, fps=fps)
-    rows = [f"./pose_data/{dataset}/s1/run_poses.npy,7,50,000009.npy"]
-    write_index(tmp_path, rows, {"000009": "all#x#0#0\npart#x#0.5#1.3\n"}, ["000009"])
+    file = write_clip(tmp_path, dataset, fps, "all#x#0#0\npart#x#0.5#1.3\n")
     step = int(fps / 20)
     kept = np.arange(1500)[::step][int(TRIMMED[dataset] * 20) :][7:50]
-    original = load_amass(file, body)
+    original = read_motion_file(file, body).motion
     (whole, part), _ = entries(tmp_path, tmp_path / "amass", "train")
     for entry, frames in ((whole, kept), (part, kept[10:26])):
         # at the rate that HumanML3D's 20 frames a second really are, its frames come out untouched
@@ -101,28 +103,19 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
         assert motion.fps == fps / step and motion.gender == "male"
 
 
-RENAMED = {
-    "BioMotionLab_NTroje": ("BMLrub", "BioMotionLab_NTroje"),
-    "MPI_HDM05": ("HDM05", "MPI_HDM05"),
-    "TCD_handMocap": ("TCDHands",),
-    "MPI_Limits": ("PosePrior",),
-    "MPI_mosh": ("MoSh", "Mosh"),
-    "SSM_synced": ("SSM",),
-    "DFaust_67": ("DFaust",),
-    "Transitions_mocap": ("Transitions",),
-    "KIT": ("KIT", "kit"),
-}
+RENAMED = [
+    ("BioMotionLab_NTroje", "BMLrub"), ("BioMotionLab_NTroje", "BioMotionLab_NTroje"), ("MPI_HDM05", "HDM05"),
+    ("TCD_handMocap", "TCDHands"), ("MPI_Limits", "PosePrior"), ("MPI_mosh", "MoSh"), ("MPI_mosh", "Mosh"),
+    ("SSM_synced", "SSM"), ("DFaust_67", "DFaust"), ("Transitions_mocap", "Transitions"), ("KIT", "kit"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("old, new", [(old, new) for old, names in RENAMED.items() for new in names])
+@pytest.mark.parametrize("old, new", RENAMED)
 def test_amass_may_have_its_folders_of_today(tmp_path, body, old, new):
     # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
-    write_amass(tmp_path / "amass" / new / "s1/run_poses.npz", frames=900, fps=100.0)
-    write_index(
-        tmp_path, [f"./pose_data/{old}/s1/run_poses.npy,7,50,000009.npy"], {"000009": CAPTION}, ["000009"]
-    )
+    file = write_clip(tmp_path, old, 100.0, place=new)
     ((entry,), problems) = entries(tmp_path, tmp_path / "amass", "train")
-    assert entry.source == tmp_path / "amass" / new / "s1/run_poses.npz" and not problems
+    assert entry.source == file and not problems
     assert entry.start == TRIMMED.get(old, 0) + 7 / 20
     assert len(read_entry(entry, body).transl) == 43
 
@@ -139,7 +132,7 @@ def test_the_smplx_release_is_told_from_a_missing_file(tmp_path, body):
 def test_other_rates_and_the_mirror(folder, body):
     write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
     (kick, mirrored, *_), _ = entries(folder, folder / "amass", "train")
-    original, motion = load_amass(kick.source, body), read_entry(kick, body, fps=16.0)
+    original, motion = read_motion_file(kick.source, body).motion, read_entry(kick, body, fps=16.0)
     times = 0.1 + np.arange(66) / 16  # to the 83rd frame, at 0.1 + 82/20 s
     assert len(motion.transl) == 66 and len(read_entry(kick, body).transl) == 83
     for axis in range(3):
@@ -156,15 +149,12 @@ def test_a_motion_that_does_not_fit_its_entry(folder, body):
     kick = entries(folder, folder / "amass", "train")[0][0]
     with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
         read_entry(kick, body)
-    write_amass(
-        file, frames=5 * 84, fps=100.0
-    )  # the 85th of HumanML3D's frames is missing, by one of AMASS's
+    # the 85th of HumanML3D's frames is missing, by one of AMASS's
+    write_amass(file, frames=5 * 84, fps=100.0)
     with pytest.raises(ValueError, match=r"000000 ends at 4\.20 s of .*which lasts 4\.19 s"):
         read_entry(kick, body)
     write_amass(file, frames=5 * 84 + 1, fps=100.0)
     assert len(read_entry(kick, body).transl) == 83
-    with pytest.raises(ValueError, match="000000 resampled"):
-        read_entry(kick, body, fps=0.0)
     write_amass(file, frames=100, fps=15.0)
     with pytest.raises(ValueError, match="at least 20"):
         read_entry(kick, body)
@@ -176,30 +166,23 @@ def index(*rows):
 
 GOOD = f"{KICK},2,85,000000.npy"
 BAD_INDEX = [
-    ({"index.csv": None}, "no such file"),
-    ({"index.csv": b""}, "lacks source_path, start_frame"),
+    ({"index.csv": None}, "HumanML3D has"),
+    ({"index.csv": b""}, "expected the columns source_path"),
     ({"index.csv": HEADER.encode()}, "no lines"),
-    ({"index.csv": b"source_path,start_frame,new_name\n"}, "lacks end_frame"),
     ({"index.csv": index(f"{KICK},2,85")}, "line 2: new_name is ''"),
     ({"index.csv": index(GOOD, f"{KICK},2.5,85,000001.npy")}, "line 3: frames '2.5'"),
     ({"index.csv": index(f"{KICK},2,,000000.npy")}, "whole numbers"),
     ({"index.csv": index(f"{KICK},2,85,../../000000.npy")}, "new_name"),
-    ({"index.csv": index(f"{KICK},2,85,000000.npz")}, "new_name"),
     ({"index.csv": index(GOOD, GOOD)}, "line 3: new_name"),
-    ({"index.csv": index("./pose_data/../../secret.npy,2,85,000000.npy")}, r"\.\./secret"),
     ({"index.csv": index("./pose_data/KIT/../../../secret.npy,2,85,000000.npy")}, "source_path"),
     ({"index.csv": index("../pose_data/KIT/3/a.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index("/pose_data/KIT/3/a.npy,2,85,000000.npy")}, "source_path"),
     ({"index.csv": index("/etc/a.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index(r".\pose_data\..\secret.npy,2,85,000000.npy")}, "source_path"),
     ({"index.csv": index(r"./pose_data/..\..\secret.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index("./pose_data/KIT/3/a.npz,2,85,000000.npy")}, "source_path"),
     ({"index.csv": index(",2,85,000000.npy")}, "source_path"),
     ({"index.csv": b"\xff\xfe" + index(GOOD)}, "not UTF-8"),
-    ({"train.txt": None}, r"train\.txt: no such file"),
+    ({"train.txt": None}, "HumanML3D has"),
     ({"train.txt": b" \n"}, r"train\.txt is empty"),
     ({"train.txt": b"000000\n000077\nM000078\n"}, r"train\.txt has 2 names .* 000077"),
-    ({"train.txt": b"\xff"}, "not UTF-8"),
 ]
 
 
@@ -216,20 +199,18 @@ def test_an_index_that_cannot_be_trusted(folder, files, message):
 
 
 BAD_TEXTS = [
-    (b"", "holds no caption"),
     (b"\n\n", "holds no caption"),
     (b"a person walks\n", "line 1 is 'a person walks', expected caption#tokens#start#end"),
-    (b"walks#walk/VERB#0.0\n", "line 1"),
     (b"walks#walk/VERB#0.0#0.0\nwalks#walk/VERB#zero#0.0\n", "line 2"),
-    (b"walks#walk/VERB#3.0#1.0\n", "3 to 1 s is no part of a clip of 4.15 s"),
-    (b"walks#walk/VERB#-1.0#1.0\n", "no part"),
-    (b"walks#walk/VERB#1.0#99.0\n", "1 to 99 s is no part"),
-    (b"walks#walk/VERB#0#inf\n", "no part"),
-    (b"walks#walk/VERB#4.5#5.0\n", "no frame"),
-    (b"walks#walk/VERB#1.0#1.01\n", "no frame"),
-    (b" #walk/VERB#0.0#0.0\n", "empty"),
+    (b"walks#walk/VERB#3.0#1.0\n", "in a clip of 4.15 s"),
+    (b"walks#walk/VERB#-1.0#1.0\n", "line 1"),
+    (b"walks#walk/VERB#1.0#99.0\n", "line 1"),
+    (b"walks#walk/VERB#0#inf\n", "line 1"),
+    (b"walks#walk/VERB#4.5#5.0\n", "line 1"),
+    (b"walks#walk/VERB#1.0#1.01\n", "line 1"),
+    (b" #walk/VERB#0.0#0.0\n", "line 1"),
     (b"caf\xe9#x/NOUN#0.0#0.0\n", "not UTF-8"),
-    (None, "no such file"),
+    (None, "HumanML3D has"),
 ]
 
 
@@ -239,12 +220,9 @@ def test_a_bad_text_leaves_its_clip_out(folder, content, message):
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        read_captions(file, frames=83)
-    found, problems = entries(folder, folder / "amass", "train")
-    assert problems == ["1 clips of HumanAct12 left out: no AMASS source", str(error.value)]
-    assert "000000.txt" in problems[1] and "000000" not in {entry.name for entry in found}
-    assert "M000000" in {entry.name for entry in found}
+    found, (_, problem) = entries(folder, folder / "amass", "train")
+    assert "000000.txt" in problem and message in problem
+    assert {entry.name for entry in found} == {"M000000", "000004"}
 
 
 @pytest.mark.parametrize("span", ["85,2", "2,2", "-3,85", "0,-1"])
@@ -256,11 +234,6 @@ def test_a_span_that_is_none_leaves_its_clip_out(folder, span):
 
 
 def test_vectors_are_refused_with_the_reason(tmp_path):
-    vectors = tmp_path / "new_joint_vecs"
-    vectors.mkdir()
-    np.save(vectors / "M000004.npy", np.zeros((60, 263)))
-    for place in (vectors, vectors / "M000004.npy"):
-        with pytest.raises(ValueError, match="refitted to another skeleton"):
-            entries(place, tmp_path, "train")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        entries(tmp_path, tmp_path / "nowhere", "train")
+    np.save(tmp_path / "M000004.npy", np.zeros((60, 263)))
+    with pytest.raises(ValueError, match="refitted to another skeleton"):
+        entries(tmp_path, tmp_path, "train")
