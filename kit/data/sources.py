@@ -12,6 +12,7 @@ from kit import puppet
 from kit.body import Body
 from kit.data import cache
 from kit.data.datasets import PUPPET_SEED, open_dataset, parse, puppet_count, puppet_motion, read_all
+from kit.devices import upload
 from kit.geometry import PUPPET, Geometry
 from kit.pictures import from_frames
 from kit.wan.names import TEXT_TOKENS
@@ -109,11 +110,11 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]
-        motion = torch.stack([sample.motion[:frames] for sample in chosen]).to(device)
+        motion = upload(torch.stack([sample.motion[:frames] for sample in chosen]), device)
         latents = None
         if video:
             pixels = torch.stack([from_frames(sample.video[:frames]) for sample in chosen])
-            latents = codec.encode(pixels.to(device))
+            latents = codec.encode(upload(pixels, device))
         return Read(motion, latents, [[_features(text) for text in sample.captions] for sample in chosen])
 
     return Source(None, len(samples), geometry.frames, data.paired, "", _features(""), read), rejected
@@ -128,11 +129,11 @@ def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         samples = [cache.read_sample(cached, number, video) for number in numbers]
-        motion = torch.stack([sample.motion[:frames] for sample in samples]).to(device)
+        motion = upload(torch.stack([sample.motion[:frames] for sample in samples]), device)
         latents = None
         if video:  # the codec is causal: the first latents are those of the first frames
             latents = torch.stack([sample.latents[:, : (frames - 1) // 4 + 1] for sample in samples])
-            latents = latents.to(device).float()
+            latents = upload(latents, device).float()
         return Read(motion, latents, [sample.texts for sample in samples])
 
     null_text = F.pad(cached.null_text, (0, 0, 0, TEXT_TOKENS - len(cached.null_text)))
