@@ -93,10 +93,11 @@ def _gather(
     if len(parts) == 1:
         return parts[0]
     order = torch.tensor(rows).argsort()
+    index = upload(order, device)
     texts = [text for part in parts for text in part.texts]
     return Read(
-        torch.cat([part.motion for part in parts])[order.to(device)],
-        torch.cat([part.latents for part in parts])[order.to(device)] if video else None,
+        torch.cat([part.motion for part in parts])[index],
+        torch.cat([part.latents for part in parts])[index] if video else None,
         [texts[k] for k in order],
     )
 
