@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -75,11 +75,7 @@ Report = Callable[..., None]  # report(name=figure, ...)
 
 def tests(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
     call = (sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider")
-    line = ""
-    with _ended(subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True)) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-    report(exit_code=process.returncode, last_line=line.strip())
+    report(exit_code=subprocess.run(call, cwd=ROOT).returncode)
 
 
 def train(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
@@ -165,30 +161,26 @@ def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Repo
     """It ends early by SIGTERM, which saves; its averaged weights are exported then."""
     folder, end = out / "puppet-run", time.monotonic() + left
     shutil.rmtree(folder, ignore_errors=True)
-    steps = sizes.run_steps or max(20, int(0.7 * left * _clips_per_second(out) / sizes.run_batch))
+    found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
+    rates = [x["clips_per_second"] for name, x in found.items() if name.startswith("batch_")]
+    steps = sizes.run_steps or max(20, int(0.7 * left * max(rates, default=1000.0) / sizes.run_batch))
     plan = ("--batch", sizes.run_batch, "--steps", steps, "--device", device, "--out", folder)
     call = [sys.executable, "train.py", *map(str, plan), "--save-every", "1000", "--validate-every", "1000"]
-    with _ended(subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)) as process:
-        try:
-            process.wait(max(5.0, left - 20))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            process.wait(max(5.0, end - time.monotonic()))
+    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        process.wait(max(5.0, left - 20))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait(max(5.0, end - time.monotonic()))
+    finally:
+        process.kill()  # it does not outlive this part
     if not (folder / "weights.safetensors").exists():
-        export = [sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors"]
-        subprocess.run(list(map(str, export)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        export = (sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors")
+        subprocess.run(export, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(folder / "checkpoints")  # the largest part, of no more use
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     steps = [line for line in lines if "loss" in line]
     report(exit_code=process.returncode, steps=len(steps), last=steps[-1])
-
-
-def _clips_per_second(out: Path) -> float:
-    """At the largest batch that the part "puppet" has measured; a guess where it did not run."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
-        return [x["clips_per_second"] for name, x in found.items() if name.startswith("batch_")][-1]
-    return 1000.0
 
 
 # part: (what runs, the seconds that it may take at most); the last has what is left
@@ -240,16 +232,6 @@ def _rates(
     return found
 
 
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """No process outlives its part."""
-    try:
-        yield process
-        process.wait()
-    finally:
-        process.kill()
-
-
 # ---------------------------------------------------------------- one part after the other
 
 
@@ -295,7 +277,14 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     sizes = REAL if place.type == "cuda" else TINY
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    found: dict = {"device": device_name(place), "torch": torch.__version__}
+    found = {"device": device_name(place), "torch": torch.__version__}
+
+    def note(part: str, **figures: object) -> None:
+        found.setdefault(part, {}).update(figures)
+        print(f"{part}: {json.dumps(figures)}", flush=True)
+        with whole_file(out / "gpu.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
     print(f"{found['device']}, torch {torch.__version__}, at most {minutes:g} minutes", flush=True)
     if place.type != "cuda":
         print("no GPU: a rehearsal at tiny sizes, its figures mean nothing", flush=True)
@@ -303,16 +292,9 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
         left = end - time.monotonic() - 5
         if place.type == "cuda":
             left = min(PARTS[name][1], left)
-        figures = found.setdefault(name, {})
-
-        def note(part: str = name, into: dict = figures, **more: object) -> None:
-            into |= more
-            print(f"{part}: {json.dumps(more)}", flush=True)
-            with whole_file(out / "gpu.json") as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n")
-
         if left < 5:
-            note(skipped="no time is left")
+            note(name, skipped="no time is left")
         else:
-            run_part(name, sizes, place, out, left, note)
+            note(name)  # says what begins; from here on there is a gpu.json
+            run_part(name, sizes, place, out, left, functools.partial(note, name))
     return found

@@ -191,16 +191,6 @@ def opened(file: Path, plan: Plan) -> tuple[DualDiT, puppet.Codec]:
     return model, puppet.Codec.from_state(extra)
 
 
-def columns(plan: Plan, part: str, name: str, of: Callable[[DualDiT, puppet.Codec], Columns]) -> None:
-    """A row of a table: what `of` says of a network, over its seeds."""
-
-    def measured(paths: list[Path]) -> dict:
-        found = [of(*opened(path, plan)) for path in paths]
-        return {"measures": {key: summary(torch.stack([each[key] for each in found])) for key in found[0]}}
-
-    measure(plan, part, name, measured)
-
-
 @cache
 def real_clips(count: int) -> Real:
     return scores.held_out(count)
@@ -209,43 +199,49 @@ def real_clips(count: int) -> Real:
 # ---------------------------------------------------------------- the parts
 
 
-def table1(plan: Plan) -> None:
-    real, row = real_clips(plan.clips), partial(columns, plan, "table1")
+TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is sampled in
+    "table1": {
+        "real": None,
+        "backbone": Task.VIDEO_ONLY,
+        "echomotion-one-clock": Task.JOINT,
+        "echomotion": Task.JOINT,
+        "video-tuning": Task.VIDEO_ONLY,
+        "video-tuning-flops": Task.VIDEO_ONLY,
+    },
+    "table5": {"mean-motion": None, "echomotion": Task.VIDEO_TO_MOTION},
+    "table6": {
+        "real": None,
+        "stage-1": Task.MOTION_ONLY,
+        "echomotion-one-clock": Task.JOINT,
+        "echomotion": Task.JOINT,
+    },
+}
 
-    def video(task: Task, **how: float) -> Callable:
-        made = lambda *network: scores.generate(*network, real, task, steps=SOLVER_STEPS, **how)[0]
-        return lambda *network: scores.of_video(made(*network), real)
 
-    row("real", lambda _, codec: scores.of_video(scores.through_codec(codec, real), real))
-    row("backbone", video(Task.VIDEO_ONLY))
-    row("echomotion-one-clock", video(Task.JOINT, **ONE_CLOCK))
-    row("echomotion", video(Task.JOINT))
-    row("video-tuning", video(Task.VIDEO_ONLY))
-    row("video-tuning-flops", video(Task.VIDEO_ONLY))
-
-
-def table5(plan: Plan) -> None:
+def table(part: str, plan: Plan) -> None:
+    """One of TABLES: what each network makes of the same clips, measured over clips and seeds."""
     real = real_clips(plan.clips)
+    of = {
+        "table1": lambda video, _: scores.of_video(video, real),
+        "table5": lambda _, motion: scores.of_pose(decode_smpl(motion)["joints"], real),
+        "table6": lambda _, motion: scores.of_motion(motion, real),
+    }[part]
 
-    def found(*network: DualDiT | puppet.Codec) -> Columns:
-        motion = scores.generate(*network, real, Task.VIDEO_TO_MOTION, steps=SOLVER_STEPS)[1]
-        return scores.of_pose(decode_smpl(motion)["joints"], real)
+    def columns(name: str, task: Task, file: Path) -> Columns:
+        model, codec = opened(file, plan)
+        if name == "mean-motion":
+            return scores.of_pose(scores.mean_motion(real), real)
+        if name == "real":
+            return of(scores.through_codec(codec, real), real.motion)
+        how = ONE_CLOCK if name.endswith("one-clock") else {}
+        return of(*scores.generate(model, codec, real, task, steps=SOLVER_STEPS, **how))
 
-    columns(plan, "table5", "mean-motion", lambda *_: scores.of_pose(scores.mean_motion(real), real))
-    columns(plan, "table5", "echomotion", found)
+    def measured(name: str, task: Task, paths: list[Path]) -> dict:
+        found = [columns(name, task, path) for path in paths]
+        return {"measures": {key: summary(torch.stack([each[key] for each in found])) for key in found[0]}}
 
-
-def table6(plan: Plan) -> None:
-    real, row = real_clips(plan.clips), partial(columns, plan, "table6")
-
-    def motion(task: Task, **how: float) -> Callable:
-        made = lambda *network: scores.generate(*network, real, task, steps=SOLVER_STEPS, **how)[1]
-        return lambda *network: scores.of_motion(made(*network), real)
-
-    row("real", lambda *_: scores.of_motion(real.motion, real))
-    row("stage-1", motion(Task.MOTION_ONLY))
-    row("echomotion-one-clock", motion(Task.JOINT, **ONE_CLOCK))
-    row("echomotion", motion(Task.JOINT))
+    for name, task in TABLES[part].items():
+        measure(plan, part, name, partial(measured, name, task))
 
 
 def figure8(plan: Plan) -> None:
@@ -287,13 +283,13 @@ def curves(part: str, names: Sequence[str], kinds: Sequence[str], plan: Plan) ->
 
 
 PARTS: dict[str, Callable[[Plan], None]] = {  # the cheapest first
-    "table5": table5,
-    "table6": table6,
+    "table5": partial(table, "table5"),
+    "table6": partial(table, "table6"),
     "a81": partial(curves, "a81", ("mvs-rope", "collision"), ("joint/video",)),
     "a82": partial(curves, "a82", ("mvs-rope", "one-stage"), STAGE_2),
     "a83": partial(curves, "a83", ("one-stage", "single-stream"), STAGE_2),  # both without a stage 1
     "figure8": figure8,
-    "table1": table1,
+    "table1": partial(table, "table1"),
 }
 
 
