@@ -1,7 +1,7 @@
 """What a GPU does, in one command: `python -m bench gpu`, eight minutes on an H100.
 
 Each part runs in a process of its own with a deadline: one that fails, or takes too long, stops no other.
-What a part finds is printed as it comes, and RUN/gpu.json is written after each figure. Parts, in order:
+What a part finds is printed as it comes, and OUT/gpu.json is written after each figure. Parts, in order:
 
     tests    what only a GPU can show: tests/gpu
     train    a joint training step of 1.3B at 81x480x832, checkpointed, compiled and not, beside the plan
@@ -9,13 +9,14 @@ What a part finds is printed as it comes, and RUN/gpu.json is written after each
     motion   what motion tokens cost beyond their share of the arithmetic
     hybrid   the 5B with 15 dual blocks, at the largest size that fits
     puppet   clips a second at several batches, and where the time goes
-    run      train.py on the puppet for the rest of the time, its weights and metrics in RUN
+    run      train.py on the puppet for the rest of the time, in OUT/puppet-run
 
 Without a GPU all of it runs at tiny sizes on the CPU, as a rehearsal.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -33,39 +34,38 @@ from typing import NamedTuple
 import torch
 
 import flow
-from bench.timing import device_name, random_model, seconds
+from bench.plan import price_of_motion
+from bench.speed import SHAPES, Shape, Sides, inputs
+from bench.timing import device_name, interleaved, random_model, seconds
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import distributed, flops
 from kit.files import whole_file
-from motion_tokens import MOTION_DIM
+from kit.monitor import peak_flops
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
-KEPT = ("weights.safetensors", "metrics.jsonl", "loss.png", "run.json")  # of the run
 
 
 class Sizes(NamedTuple):
-    """What is measured: networks, latents (T h w), words, batches of the puppet."""
+    """What is measured: networks, clips, batches of the puppet."""
 
     small: DualDiTConfig
     large: DualDiTConfig
-    grid: tuple[int, int, int]
-    large_grids: tuple[tuple[int, int, int], ...]  # the first that fits counts
-    words: int
+    shape: Shape
+    large_shapes: tuple[Shape, ...]  # the first that fits counts
     batches: tuple[int, ...]
     run_batch: int
     run_steps: int | None  # None: as many as there is time for
 
 
 REAL = Sizes(
-    PRESETS["wan2.1-1.3b"], PRESETS["wan2.2-5b"], (21, 60, 104),
-    ((31, 44, 80), (21, 44, 80), (11, 44, 80), (5, 44, 80)), 512, (16, 64, 256), 128, None,
+    PRESETS["wan2.1-1.3b"], PRESETS["wan2.2-5b"], SHAPES[0],
+    (Shape(31, 22, 40), Shape(21, 22, 40), Shape(11, 22, 40), Shape(5, 22, 40)), (16, 64, 256), 128, None,
 )  # fmt: skip
 _tiny = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2, width=96, heads=2, ffn=160, text_dim=32)
-TINY = Sizes(
-    _tiny, dataclasses.replace(_tiny, dual=(1,), channels=48), (2, 4, 4), ((2, 4, 4),), 8, (2,), 2, 12
-)
+_few = Shape(2, 2, 2, 8)
+TINY = Sizes(_tiny, dataclasses.replace(_tiny, dual=(1,), channels=48), _few, (_few,), (2,), 2, 12)
 
 Report = Callable[..., None]  # report(name=figure, ...)
 
@@ -75,39 +75,28 @@ Report = Callable[..., None]  # report(name=figure, ...)
 
 def tests(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
     call = (sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider")
-    line = ""
-    with _ended(subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True)) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-    report(exit_code=process.returncode, last_line=line.strip())
+    report(exit_code=subprocess.run(call, cwd=ROOT).returncode)
 
 
 def train(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    config, grid = sizes.small, sizes.grid
-    counted = flops.training_memory(config, grid, 1, checkpointing=True, text=sizes.words)
+    config, shape = sizes.small, sizes.shape
+    grid = shape.latents(config)
+    counted = flops.training_memory(config, grid, 1, checkpointing=True, text=shape.text)
     report(planned_gib=sum(counted) / GIB)
     model = random_model(config, device, torch.float32).train().requires_grad_(True)
     distributed.recompute_blocks(model)
-    step = _training_step(model, grid, sizes.words, device)
-    for name in ("plain", "compiled"):
-        if name == "compiled":
-            distributed.compile_blocks(model)
-        _reset_peak(device)
-        took = seconds(step, device)
-        report(**{name: _of_step(config, grid, sizes.words, took.median, device)})
+    step = _training_step(model, shape, device)
+    report(plain=_rates(step, config, shape, device))
+    distributed.compile_blocks(model)
+    report(compiled=_rates(step, config, shape, device))
 
 
 def forward(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    from bench.speed import Sides
-
-    sides, shape = Sides(sizes.small, torch.bfloat16, device), _shape(sizes)
-    measured = {"forward": sides.calls(shape)}
+    sides = Sides(sizes.small, torch.bfloat16, device)
+    measured = {"forward": sides.forward(sizes.shape)}
     try:
-        measured["sample"] = sides.sampling(shape, steps=1)
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # diffusers' pipeline needs transformers, its network does not
+        measured["sample"] = sides.sample(sizes.shape, steps=1)
+    except (ImportError, RuntimeError) as error:  # the pipeline needs transformers, the network does not
         report(sample_skipped=str(error))
     with torch.no_grad():
         for name in ("plain", "compiled"):
@@ -115,20 +104,18 @@ def forward(sizes: Sizes, device: torch.device, out: Path, left: float, report: 
                 for block in (*sides.ours.blocks, *sides.peer.blocks):
                     block.forward = torch.compile(block.forward)
             for what, calls in measured.items():
-                for call in (*calls.values(), *calls.values()):  # a second call may compile once more
+                for call in calls.values():  # a second call, that warms up, may compile once more
                     call()
-                took = {side: seconds(call, device).median for side, call in calls.items()}
+                took = {side: seconds(call, device) for side, call in calls.items()}
                 report(**{f"{what}_{name}": took | {"diffusers_over_ours": took["peer"] / took["ours"]}})
 
 
 def motion(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    from bench.speed import Sides, motion_price
-
-    sides, shape = Sides(sizes.small, torch.bfloat16, device, peer=False), _shape(sizes)
+    sides = Sides(sizes.small, torch.bfloat16, device, peer=False)
     with torch.no_grad():
-        joint = seconds(sides.joint(shape), device).median
-        video = seconds(sides.calls(shape)["ours"], device).median
-    price = motion_price(sizes.small, shape)
+        joint = seconds(sides.joint(sizes.shape), device)
+        video = seconds(sides.forward(sizes.shape)["ours"], device)
+    price = 1 + price_of_motion(sizes.small, sizes.shape.tokens(motion=True))[1]
     report(joint=joint, video=video, flops_ratio=price, overhead=joint / video / price)
 
 
@@ -137,77 +124,63 @@ def hybrid(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
     config = sizes.large
     model = random_model(config, device, torch.bfloat16)
     distributed.recompute_blocks(model)
-    for grid in sizes.large_grids:
+    for shape in sizes.large_shapes:
         try:
-            inputs = _inputs(config, grid, sizes.words, device)
+            video, motion, t, text = inputs(config, shape, device)
+            call = functools.partial(model, video, motion, t, t, text, Task.JOINT)
             with torch.no_grad():
-                took = seconds(lambda: model(*inputs), device)  # noqa: B023, called at once
-            report(grid=grid, forward_seconds=took.median)
+                report(shape=str(shape), forward_seconds=seconds(call, device))
             model.train().requires_grad_(True)
-            _reset_peak(device)
-
-            def step() -> None:
-                sum(u.float().square().mean() for u in model(*inputs)).backward()  # noqa: B023
-                model.zero_grad(set_to_none=True)
-
-            report(backward=_of_step(config, grid, sizes.words, seconds(step, device).median, device))
+            report(backward=_rates(functools.partial(_backward, model, call), config, shape, device))
             return
         except torch.OutOfMemoryError:
-            report(too_large=grid)
+            report(too_large=str(shape))
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
 
 
-def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    from bench.puppet import clock, training_step
+def _backward(model: DualDiT, call: Callable) -> None:
+    sum(u.float().square().mean() for u in call()).backward()
+    model.zero_grad(set_to_none=True)
 
-    for compiled in (False, True):
-        for batch in sizes.batches[-1:] if compiled else sizes.batches:
-            step, times = training_step(batch, device, device.type == "cuda", compiled), {}
-            step.step()  # warms up
-            for _ in range(5):
-                with clock(times, "step", device):
-                    step.step()
-                for name, part in step._asdict().items():  # each waited for: together they overlap
-                    with clock(times, name, device):
-                        part()
-            mean = {name: sum(each) / len(each) for name, each in times.items()}
-            name = f"batch_{batch}{'_compiled' * compiled}"
-            report(**{name: {"clips_per_second": batch / mean["step"]} | mean})
+
+def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
+    from bench.puppet import training_step
+
+    bf16 = device.type == "cuda"
+    for batch, compiled in (*((batch, False) for batch in sizes.batches), (sizes.batches[-1], True)):
+        parts = training_step(batch, device, bf16, compiled)
+        calls = {"step": lambda: [part() for part in parts]} | parts._asdict()  # noqa: B023, called at once
+        # the parts are waited for one by one: together they overlap
+        mean = {name: sum(x) / len(x) for name, x in interleaved(calls, least=5, device=device).items()}
+        name = f"batch_{batch}{'_compiled' * compiled}"
+        report(**{name: {"clips_per_second": batch / mean["step"]} | mean})
 
 
 def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
     """It ends early by SIGTERM, which saves; its averaged weights are exported then."""
     folder, end = out / "puppet-run", time.monotonic() + left
     shutil.rmtree(folder, ignore_errors=True)
-    steps = sizes.run_steps or max(20, int(0.7 * left * _clips_per_second(out) / sizes.run_batch))
+    found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
+    rates = [x["clips_per_second"] for name, x in found.items() if name.startswith("batch_")]
+    steps = sizes.run_steps or max(20, int(0.7 * left * max(rates, default=1000.0) / sizes.run_batch))
     plan = ("--batch", sizes.run_batch, "--steps", steps, "--device", device, "--out", folder)
     call = [sys.executable, "train.py", *map(str, plan), "--save-every", "1000", "--validate-every", "1000"]
-    with _ended(subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)) as process:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(5.0, left - 20))
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(max(5.0, end - time.monotonic()))
+    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        process.wait(max(5.0, left - 20))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait(max(5.0, end - time.monotonic()))
+    finally:
+        process.kill()  # it does not outlive this part
     if not (folder / "weights.safetensors").exists():
-        export = [sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors"]
-        subprocess.run(list(map(str, export)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    for name in KEPT:
-        if (folder / name).exists():
-            shutil.copy(folder / name, out / f"puppet-{name}")
-    for sheet in sorted((folder / "samples").glob("*.png"))[-1:]:
-        shutil.copy(sheet, out / "puppet-sample.png")
+        export = (sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors")
+        subprocess.run(export, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(folder / "checkpoints")  # the largest part, of no more use
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     steps = [line for line in lines if "loss" in line]
     report(exit_code=process.returncode, steps=len(steps), last=steps[-1])
-
-
-def _clips_per_second(out: Path) -> float:
-    """At the largest batch that the part "puppet" has measured; a guess where it did not run."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
-        return [x["clips_per_second"] for name, x in found.items() if name.startswith("batch_")][-1]
-    return 1000.0
 
 
 # part: (what runs, the seconds that it may take at most); the last has what is left
@@ -220,27 +193,12 @@ PARTS = {
 # ---------------------------------------------------------------- what parts share
 
 
-def _shape(sizes: Sizes):
-    from bench.speed import Shape
-
-    (t, h, w), (_, ph, pw) = sizes.grid, sizes.small.patch
-    return Shape(t, h // ph, w // pw, sizes.words)
-
-
-def _inputs(config: DualDiTConfig, grid: tuple[int, int, int], words: int, device: torch.device) -> tuple:
-    """What a joint call takes."""
-    video = torch.randn(1, config.channels, *grid, device=device)
-    motion = torch.randn(1, 4 * (grid[0] - 1) + 1, MOTION_DIM, device=device)
-    t = torch.full((1,), 0.5, device=device)
-    return video, motion, t, t, torch.randn(1, words, config.text_dim, device=device), Task.JOINT
-
-
-def _training_step(model: DualDiT, grid: tuple[int, int, int], words: int, device: torch.device) -> Callable:
+def _training_step(model: DualDiT, shape: Shape, device: torch.device) -> Callable[[], None]:
     """As train.py trains a Wan: bf16 autocast, AdamW, an average of the weights."""
     objective = distributed.Objective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     average = [p.detach().clone() for p in model.parameters()]
-    video, motion, _, _, text, _ = _inputs(model.config, grid, words, device)
+    video, motion, _, text = inputs(model.config, shape, device)
     drawn = flow.draw(torch.Generator().manual_seed(0), 2, 1)._replace(task=Task.JOINT)
 
     def step() -> None:
@@ -256,39 +214,22 @@ def _training_step(model: DualDiT, grid: tuple[int, int, int], words: int, devic
     return step
 
 
-def _of_step(
-    config: DualDiTConfig, grid: tuple[int, int, int], words: int, took: float, device: torch.device
+def _rates(
+    step: Callable[[], None], config: DualDiTConfig, shape: Shape, device: torch.device
 ) -> dict[str, float | None]:
     """Seconds of a joint training step of one clip as rates: recomputed blocks are no useful work."""
-    (T, H, W), (_, ph, pw) = grid, config.patch
-    frames = 4 * (T - 1) + 1
-    tokens = flops.Tokens(T * (H // ph) * (W // pw), frames * flops.TOKENS_PER_FRAME, words)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    took, tokens = seconds(step, device), shape.tokens(motion=True)
     useful = flops.step_flops(config, tokens, checkpointing=False)
     found = {"seconds": took, "tokens_per_second": (tokens.video + tokens.motion) / took}
     found |= {"tflops": useful / took / 1e12}
     if device.type == "cuda":
-        from kit.monitor import peak_flops
-
         peak = peak_flops(device, bf16=True)
         found |= {"mfu": peak and useful / took / peak}
         found |= {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB}
         found |= {"reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}
     return found
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """No process outlives its part."""
-    try:
-        yield process
-        process.wait()
-    finally:
-        process.kill()
 
 
 # ---------------------------------------------------------------- one part after the other
@@ -336,7 +277,14 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     sizes = REAL if place.type == "cuda" else TINY
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    found: dict = {"device": device_name(place), "torch": torch.__version__}
+    found = {"device": device_name(place), "torch": torch.__version__}
+
+    def note(part: str, **figures: object) -> None:
+        found.setdefault(part, {}).update(figures)
+        print(f"{part}: {json.dumps(figures)}", flush=True)
+        with whole_file(out / "gpu.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
     print(f"{found['device']}, torch {torch.__version__}, at most {minutes:g} minutes", flush=True)
     if place.type != "cuda":
         print("no GPU: a rehearsal at tiny sizes, its figures mean nothing", flush=True)
@@ -344,16 +292,9 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
         left = end - time.monotonic() - 5
         if place.type == "cuda":
             left = min(PARTS[name][1], left)
-        figures = found.setdefault(name, {})
-
-        def note(part: str = name, into: dict = figures, **more: object) -> None:
-            into |= more
-            print(f"{part}: {json.dumps(more)}", flush=True)
-            with whole_file(out / "gpu.json") as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n")
-
         if left < 5:
-            note(skipped="no time is left")
+            note(name, skipped="no time is left")
         else:
-            run_part(name, sizes, place, out, left, note)
+            note(name)  # says what begins; from here on there is a gpu.json
+            run_part(name, sizes, place, out, left, functools.partial(note, name))
     return found

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import flow
 from bench.peer import diffusers_twin
-from bench.timing import Figure, figure, interleaved, random_model, ratio
+from bench.plan import price_of_motion
+from bench.timing import CPU, Figure, figure, interleaved, random_model, ratio
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
 from kit.devices import matmul_rate
@@ -22,8 +23,6 @@ from kit.flops import Tokens, forward_flops
 from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
-FORWARD, MOTION, TRAIN, SAMPLE = 25, 15, 40, 35  # seconds
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 STEPS = 3  # of a sample
 GUIDANCE, SHIFT = 5.0, 5.0  # Wan's own
 
@@ -42,6 +41,11 @@ class Shape(NamedTuple):
     @property
     def frames(self) -> int:
         return FRAMES_PER_LATENT * (self.t - 1) + 1
+
+    def latents(self, config: DualDiTConfig) -> tuple[int, int, int]:
+        """(T h w) before patching."""
+        _, ph, pw = config.patch
+        return self.t, ph * self.h, pw * self.w
 
     def __str__(self) -> str:
         return f"{self.t} latents of {self.h}x{self.w} tokens, text of {self.text}"
@@ -68,41 +72,45 @@ class Setting(NamedTuple):
 
     config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
     shapes: tuple[Shape, ...] = SHAPES
-    share: float = 1.0  # of the seconds that each measurement is given
+    seconds: float = 25.0  # for each measurement
     least: int = 3  # rounds of each
 
-    def rounds(self, calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
-        return interleaved(calls, budget * self.share, self.least)
+    def rounds(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        return interleaved(calls, self.seconds, self.least)
 
-    def fitting(self, dtype: torch.dtype, forwards: float, budget: float) -> Shape:
-        """The largest shape of which a round of so many forward calls takes a sixth of the budget."""
-        rate = matmul_rate(torch.device("cpu"), dtype)
+    def fitting(self, dtype: torch.dtype, forwards: float) -> Shape:
+        """The largest shape of which a round of so many forward calls takes a sixth of the time."""
+        rate = matmul_rate(CPU, dtype)
         for shape in self.shapes:
             flops = forwards * sum(forward_flops(self.config, shape.tokens()).values())
-            if flops / rate < budget * self.share / 6:
+            if flops / rate < self.seconds / 6:
                 return shape
         return self.shapes[-1]
 
 
-class Sides:
-    """Ours and diffusers' network on the same weights, with inputs for both."""
+def inputs(
+    config: DualDiTConfig, shape: Shape, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, motion, time and text of one clip."""
+    video = torch.randn(1, config.channels, *shape.latents(config), device=device)
+    motion = torch.randn(1, shape.frames, MOTION_DIM, device=device)
+    text = torch.randn(1, shape.text, config.text_dim, device=device)
+    return video, motion, torch.full((1,), 0.5, device=device), text
 
-    def __init__(self, config: DualDiTConfig, dtype: torch.dtype, device: str = "cpu", peer: bool = True):
+
+class Sides:
+    """Ours and diffusers' network on the same weights, and what is called of both."""
+
+    def __init__(
+        self, config: DualDiTConfig, dtype: torch.dtype, device: torch.device = CPU, peer: bool = True
+    ):
         self.config, self.dtype, self.device = config, dtype, device
         self.ours = random_model(config, device, dtype)
         self.peer = diffusers_twin(self.ours) if peer else None
 
-    def inputs(self, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, motion, time and text of one clip."""
-        _, ph, pw = self.config.patch
-        video = torch.randn(1, self.config.channels, shape.t, ph * shape.h, pw * shape.w, device=self.device)
-        motion = torch.randn(1, shape.frames, MOTION_DIM, device=self.device)
-        text = torch.randn(1, shape.text, self.config.text_dim, device=self.device)
-        return video, motion, torch.full((1,), 0.5, device=self.device), text
-
-    def calls(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
+    def forward(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
         """A forward call of each, video only."""
-        video, _, time, text = self.inputs(shape)
+        video, _, time, text = inputs(self.config, shape, self.device)
         low = video.to(self.dtype), 1000 * time, text.to(self.dtype)
         return {
             "ours": lambda: self.ours(video, None, time, None, text, Task.VIDEO_ONLY)[0],
@@ -111,10 +119,10 @@ class Sides:
 
     def joint(self, shape: Shape) -> Callable[[], Tensor]:
         """Ours, with motion beside the video."""
-        video, motion, time, text = self.inputs(shape)
+        video, motion, time, text = inputs(self.config, shape, self.device)
         return lambda: self.ours(video, motion, time, time, text, Task.JOINT)[0]
 
-    def training(self, shape: Shape) -> dict[str, Callable[[], None]]:
+    def train(self, shape: Shape) -> dict[str, Callable[[], None]]:
         """Forward and backward of each, video only; gradients of all the weights of Wan, then freed."""
         for p in (*self.ours.video_parameters(), *self.peer.parameters()):
             p.requires_grad_(True)
@@ -124,14 +132,16 @@ class Sides:
                 call().float().square().mean().backward()
             model.zero_grad(set_to_none=True)
 
-        calls, models = self.calls(shape), {"ours": self.ours, "peer": self.peer}
-        return {side: functools.partial(step, model, calls[side]) for side, model in models.items()}
+        models = {"ours": self.ours, "peer": self.peer}
+        return {
+            side: functools.partial(step, models[side], call) for side, call in self.forward(shape).items()
+        }
 
-    def sampling(self, shape: Shape, steps: int = STEPS) -> dict[str, Callable[[], Tensor]]:
+    def sample(self, shape: Shape, steps: int = STEPS) -> dict[str, Callable[[], Tensor]]:
         """A whole sample guided by text: flow.sample, and diffusers' pipeline with Euler's scheduler."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-        video, _, _, text = self.inputs(shape)
+        video, _, _, text = inputs(self.config, shape, self.device)
         null_text = torch.randn_like(text)
         pipeline = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=SHIFT), self.peer)
         pipeline.set_progress_bar_config(disable=True)
@@ -153,43 +163,29 @@ def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
     return Sides(config, dtype)
 
 
-def compared(key: str, dtype: torch.dtype, shape: Shape, times: dict[str, list[float]]) -> list[Row]:
+COMPARED = {  # what both do, and how many forward calls it costs them together
+    "forward": (Sides.forward, 2),
+    "sample": (Sides.sample, 4 * STEPS),
+    "train": (Sides.train, 6),
+}
+
+
+@torch.no_grad()
+def compared(setting: Setting, key: str, dtype: torch.dtype) -> list[Row]:
     """diffusers' time over ours."""
-    what = f"diffusers / ours, {NAMES[dtype]}, {shape}; ours {figure(times['ours']).median:.3g} s"
-    return [Row(f"{key}_ratio_{NAMES[dtype]}", what, ratio(times["peer"], times["ours"]))]
+    calls_of, forwards = COMPARED[key]
+    shape = setting.fitting(dtype, forwards)
+    times = setting.rounds(calls_of(sides(setting.config, dtype), shape))
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    what = f"diffusers / ours, {name}, {shape}; ours {figure(times['ours']).median:.3g} s"
+    return [Row(f"{key}_ratio_{name}", what, ratio(times["peer"], times["ours"]))]
 
 
 @torch.no_grad()
-def forward(setting: Setting, dtype: torch.dtype) -> list[Row]:
-    shape = setting.fitting(dtype, 2, FORWARD)
-    calls = sides(setting.config, dtype).calls(shape)
-    return compared("forward", dtype, shape, setting.rounds(calls, FORWARD))
-
-
-def training(setting: Setting, dtype: torch.dtype) -> list[Row]:
-    shape = setting.fitting(dtype, 6, TRAIN)
-    calls = sides(setting.config, dtype).training(shape)
-    return compared("train", dtype, shape, setting.rounds(calls, TRAIN))
-
-
-@torch.no_grad()
-def sampling(setting: Setting, dtype: torch.dtype) -> list[Row]:
-    shape = setting.fitting(dtype, 4 * STEPS, SAMPLE)
-    calls = sides(setting.config, dtype).sampling(shape)
-    return compared("sample", dtype, shape, setting.rounds(calls, SAMPLE))
-
-
-@torch.no_grad()
-def motion(setting: Setting, dtype: torch.dtype) -> list[Row]:
+def motion(setting: Setting) -> list[Row]:
     """What motion tokens cost beyond their share of the arithmetic."""
-    shape, both = setting.fitting(dtype, 3, MOTION), sides(setting.config, dtype)
-    times = setting.rounds({"video": both.calls(shape)["ours"], "joint": both.joint(shape)}, MOTION)
-    price = motion_price(setting.config, shape)
+    shape, both = setting.fitting(torch.float32, 3), sides(setting.config, torch.float32)
+    times = setting.rounds({"video": both.forward(shape)["ours"], "joint": both.joint(shape)})
+    price = 1 + price_of_motion(setting.config, shape.tokens(motion=True))[1]
     what = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs, {shape}"
     return [Row("motion_overhead", what, ratio(times["joint"], times["video"], price))]
-
-
-def motion_price(config: DualDiTConfig, shape: Shape) -> float:
-    """FLOPs of a joint call over those of a video-only one."""
-    joint, video = (sum(forward_flops(config, shape.tokens(motion)).values()) for motion in (True, False))
-    return joint / video

@@ -1,7 +1,6 @@
 """Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
 
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit.weights import stored_dtype
 
 ROUNDS = 15  # more make no figure better
+CPU = torch.device("cpu")
 
 
 class Figure(NamedTuple):
@@ -33,59 +33,47 @@ def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> Fi
     return figure([a / b / by for a, b in zip(above, below, strict=True)])
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], budget: float, least: int = 3, most: int = ROUNDS
-) -> dict[str, list[float]]:
-    """Seconds of each call in every round, A B A B ..., after a round that warms up.
-
-    Rounds go on while the next one is likely to end within `budget` seconds, but there are `least` of them.
-    """
-    begin, times = time.perf_counter(), {name: [] for name in calls}
-    for rounds in range(most + 1):
-        spent = time.perf_counter() - begin
-        if rounds > least and spent * (rounds + 1) / rounds > budget:
-            break
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: each[1:] for name, each in times.items()}
-
-
 def wait(device: torch.device) -> None:
     """Until a GPU has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = 3) -> Figure:
-    """Of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        wait(device)
-        start = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return figure(times[1:])
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], budget: float = 0.0, least: int = 3, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round, A B A B ..., after a round that warms up.
+
+    Rounds go on while the next one is likely to end within `budget` seconds, but there are `least` of them.
+    """
+    begin, times = time.perf_counter(), {name: [] for name in calls}
+    for rounds in range(ROUNDS + 1):
+        spent = time.perf_counter() - begin
+        if rounds > least and spent * (rounds + 1) / rounds > budget:
+            break
+        for name, call in calls.items():
+            wait(device)
+            start = time.perf_counter()
+            call()
+            wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in times.items()}
 
 
-def peak_gib(device: str | torch.device) -> float:
-    """Most memory used so far: of the GPU, or of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of a call, the median of three after one that warms up."""
+    return statistics.median(interleaved({"call": call}, device=device)["call"])
 
 
-def device_name(device: str | torch.device) -> str:
-    if torch.device(device).type == "cuda":
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", known)
     return f"{torch.get_num_threads()} threads of {name[1] if name else 'this CPU'}"
 
 
-def random_model(config: DualDiTConfig, device: str, dtype: torch.dtype) -> DualDiT:
+def random_model(config: DualDiTConfig, device: torch.device, dtype: torch.dtype) -> DualDiT:
     """A network of this size with random weights, stored as a loaded one, made without a second copy.
 
     As in a fresh one the task hint is zero: a video-only call is Wan's.

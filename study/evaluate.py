@@ -22,7 +22,6 @@ from flow import Task
 from kit import devices, files, plots, puppet, weights
 from kit.attention import frame_map, frame_share, frame_share_by_group, latent_map, latent_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
-from kit.files import whole_file
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
@@ -58,8 +57,7 @@ def measured(
     model: DualDiT, codec: puppet.Codec, real: Real, one_clock: bool = False, **sampling: float
 ) -> Found:
     """All three tasks sampled and measured, and what stands beside each."""
-    device = model.motion_mean.device
-    coded = codec.decode(codec.encode(real.video.to(device))).cpu()
+    coded = scores.through_codec(codec, real)
     chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
     make = lambda task, **other: scores.generate(model, codec, real, task, **(sampling | other))
     found = {}
@@ -74,42 +72,35 @@ def measured(
         "baseline": scores.of_likeness(video.roll(1, 0), real),
         "ceiling": scores.of_likeness(coded, real),
     }
-    ways = {"joint": {}} | ({"joint, one clock": ONE_CLOCK} if one_clock else {})
-    for name, other in ways.items():
-        video, motion = make(Task.JOINT, **other)
-        parts = (scores.of_pair, (video, motion)), (scores.of_motion, (motion,)), (scores.of_video, (video,))
+    for name, lead in (("joint", {}), ("joint, one clock", ONE_CLOCK))[: 1 + one_clock]:
+        video, motion = make(Task.JOINT, **lead)
+        shuffled = scores.of_pair(video.roll(1, 0), motion, real)
         found[name] = {
-            "ours": {k: v for of, made in parts for k, v in of(*made, real).items()},
-            "baseline": scores.of_pair(video.roll(1, 0), motion, real)
-            | {"right_action": chance, "prompt_following": chance},
-            "ceiling": scores.of_pair(coded, real.motion, real)
-            | scores.of_motion(real.motion, real)
-            | scores.of_video(coded, real),
+            "ours": scores.of_both(video, motion, real),
+            "baseline": shuffled | {"right_action": chance, "prompt_following": chance},
+            "ceiling": scores.of_both(coded, real.motion, real),
         }
     return found
 
 
 def print_table(found: Found) -> None:
-    print(f"{'measure':42}{'ours':>9} {'':8}{'baseline':>9} {'':16}{'ceiling':>8}")
+    print(f"{'measure':42}{'ours':>9} {'':8}{'baseline':>9} {'':15}{'ceiling':>9}")
     for task, sides in found.items():
         for measure, values in sides["ours"].items():
-            name, baseline, ceiling = ROWS[measure]
+            name, *beside = ROWS[measure]
             ours = summary(values[None])
-            low, high = (
-                f"{side[measure].mean():.3g}" if (side := sides.get(kind, {})) and measure in side else ""
-                for kind in ("baseline", "ceiling")
-            )
             line = f"{task + ': ' + name:42}{ours['mean']:9.3g} ±{ours['error']:<7.2g}"
-            print(f"{line}{low:>9} {baseline:16}{high:>8} {ceiling}".rstrip())
+            for side, what in zip(("baseline", "ceiling"), beside, strict=True):
+                line += f"{sides[side][measure].mean():9.3g} {what:15}" if what else " " * 25
+            print(line.rstrip())
 
 
-def print_attention(to_video: Tensor, to_motion: Tensor) -> None:
-    """Shares of what motion gives to its own latent (layers f i T), and of the other way (layers T f)."""
-    ways = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
+def print_attention(to_video: Tensor, there: Tensor, back: Tensor) -> None:
+    """The share of each layer's attention that keeps the 4:1 clock, both ways; to_video is (layers f i T)."""
     print(f"\n4:1 attention, chance {1 / to_video.shape[-1]:.2f}")
-    for layer, (there, back) in enumerate(zip(*ways, strict=True)):
-        print(f"layer {layer}    motion→video {there:.3f}    video→motion {back:.3f}")
-    best = int(ways[0].argmax())
+    for layer in range(len(there)):
+        print(f"layer {layer}    motion→video {there[layer]:.3f}    video→motion {back[layer]:.3f}")
+    best = int(there.argmax())
     for group, share in frame_share_by_group(to_video).items():
         print(f"  of layer {best}'s {group} tokens {share[best]:.3f}")
 
@@ -144,23 +135,22 @@ def main() -> None:
     how = {name: getattr(args, name) for name in ("steps", "solver", "guidance_text", "guidance_condition")}
     found = measured(model, codec, real, args.one_clock, **how)
     to_video, to_motion = scores.attention(model, codec, real)
+    there, back = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
     print_table(found)
-    print_attention(to_video, to_motion)
+    print_attention(to_video, there, back)
     if args.json:
         numbers = {
             task: {side: {k: summary(v[None]) for k, v in of.items()} for side, of in sides.items()}
             for task, sides in found.items()
         }
         numbers["attention"] = {
-            "motion_to_video": frame_share(frame_map(to_video)).tolist(),
-            "video_to_motion": latent_share(latent_map(to_motion)).tolist(),
+            "motion_to_video": there.tolist(),
+            "video_to_motion": back.tolist(),
             "chance": 1 / to_video.shape[-1],
         }
-        with whole_file(args.json) as temporary:
-            temporary.write_text(json.dumps(numbers, indent=2) + "\n")
+        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
     if args.attention:
-        shown = frame_map(to_video)
-        plots.attention_picture(args.attention, shown, frame_share(shown), "motion → video attention")
+        plots.attention_picture(args.attention, frame_map(to_video), there, "motion → video attention")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ PARTS = 16  # that the jackknife leaves out in turn
 
 def summary(values: Tensor) -> dict[str, float]:
     """Values (seeds clips) -> their mean and its standard errors, over clips and, if several, over seeds."""
-    clips, seeds = values.double().mean(0), values.double().mean(1)
-    found = {"mean": values.double().mean().item(), "error": _error(clips)}
-    return found | ({"error_seeds": _error(seeds)} if len(seeds) > 1 else {})
-
-
-def _error(x: Tensor) -> float:
-    return (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
+    values = values.double()
+    error = lambda x: (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
+    found = {"mean": values.mean().item(), "error": error(values.mean(0))}
+    return found | ({"error_seeds": error(values.mean(1))} if len(values) > 1 else {})
 
 
 def held_out(count: int, stream: str = "held out", frames: int = puppet.FRAMES) -> puppet.Clips:
@@ -60,9 +57,7 @@ def facing_camera(joints: Tensor) -> Tensor:
     joints = centred(joints)
     across = (joints[:, :, 1] - joints[:, :, 2]).mean(dim=1)  # right hip to left hip
     angle = torch.atan2(across[:, 2], across[:, 0])
-    turn = axis_angle_to_matrix(
-        torch.stack((torch.zeros_like(angle), angle, torch.zeros_like(angle)), dim=-1)
-    )
+    turn = axis_angle_to_matrix(angle[:, None] * torch.tensor((0.0, 1.0, 0.0)))
     return torch.einsum("bik,bfjk->bfji", turn, joints)
 
 
@@ -133,11 +128,6 @@ def iou_by_offset(video: Tensor, motion: Tensor) -> Tensor:
     f = video.shape[1]
     overlaps = [(slice(max(0, -k), f - max(0, k)), slice(max(0, k), f + min(0, k))) for k in OFFSETS]
     return torch.stack([iou(video[:, ours], motion[:, theirs]) for ours, theirs in overlaps], dim=1)
-
-
-def in_step(by_offset: Tensor) -> Tensor:
-    """Whether a clip's IoU is highest at offset 0: (b,), 1 or 0."""
-    return (by_offset.argmax(dim=1) == OFFSETS.index(0)).float()
 
 
 def change(video: Tensor, n: int) -> Tensor:

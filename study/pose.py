@@ -31,19 +31,14 @@ def _palette() -> dict[str, tuple[float, float, float]]:
     """The colours by what they stand for; all shirts and all of the head among them."""
     colours = {(tail, tip): colour for tail, tip, _, colour in CAPSULES}
     named = {f"shirt {name}": colour for name, colour in SHIRTS.items()}
-    named |= {"hips": colours["left_hip", "right_hip"], "ground": BACKGROUND}
+    named |= {"ground": BACKGROUND}
+    bones = {"hips": ("left_hip", "right_hip"), "skin": ("head", "crown")}
+    bones |= {"hair": ("nape", "scalp"), "nose": ("nose", "nose")}
     for side in ("left", "right"):
-        named |= {
-            f"{side} upper": colours[f"{side}_hip", f"{side}_knee"],
-            f"{side} lower": colours[f"{side}_knee", f"{side}_ankle"],
-            f"{side} foot": colours[f"{side}_ankle", f"{side}_toe"],
-        }
-    named |= {
-        "skin": colours["head", "crown"],
-        "hair": colours["nape", "scalp"],
-        "nose": colours["nose", "nose"],
-    }
-    return named
+        bones[f"{side} upper"] = f"{side}_hip", f"{side}_knee"
+        bones[f"{side} lower"] = f"{side}_knee", f"{side}_ankle"
+        bones[f"{side} foot"] = f"{side}_ankle", f"{side}_toe"
+    return named | {name: colours[bone] for name, bone in bones.items()}
 
 
 PALETTE = _palette()
@@ -71,8 +66,6 @@ class Pieces(NamedTuple):
 
 def colours_of(video: Tensor) -> Tensor:
     """Video (b 3 f h w) in [-1, 1] -> (b f h w) index into PALETTE, -1 where no colour is near."""
-    if video.ndim != 5 or video.shape[1] != 3 or not video.isfinite().all():
-        raise ValueError(f"video is {tuple(video.shape)}, expected finite (b, 3, f, h, w)")
     palette = video.new_tensor(list(PALETTE.values()))
     distance = torch.cdist(rearrange((video + 1) / 2, "b c f h w -> b (f h w) c"), palette)
     nearest, index = distance.min(dim=-1)
@@ -164,7 +157,7 @@ def joined(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read_pose(video: Tensor) -> Pose:
-    """Video (b 3 f h w) in [-1, 1] -> Pose. Raises ValueError for another shape, NaN or infinity."""
+    """Video (b 3 f h w) in [-1, 1] -> Pose."""
     parts = zip(*(_read(part) for part in video.split(CHUNK)), strict=True)
     return Pose(*(torch.cat(part) for part in parts))
 

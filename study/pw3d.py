@@ -64,23 +64,21 @@ def windows(folder: Path, fps: float, frames: int, count: int) -> list[Window]:
         pictures = sorted((folder / "imageFiles" / file.stem).glob("image_*.jpg"))
         joints, valid = read_sequence(file)
         if len(pictures) != len(valid):
-            where = f"{folder}/imageFiles/{file.stem} has {len(pictures)} pictures"
-            raise ValueError(f"{where}, {file} {len(valid)} frames: unpack both again")
+            raise ValueError(f"{file}: {len(valid)} frames, but {len(pictures)} pictures: unpack imageFiles")
         moments = np.round(np.arange(frames) * FPS / fps).astype(int)
         for start in range(0, len(valid) - moments[-1], moments[-1] + 1):
             if valid[start + moments].all():
                 found.append(Window([pictures[k] for k in start + moments], joints[start + moments]))
     if not found:
-        seconds = (frames - 1) / fps
-        raise ValueError(f"{folder}: no sequence is seen for {seconds:.1f} s on end: ask for fewer --frames")
+        raise ValueError(f"{folder}: no {frames} frames of a sequence are whole: ask for fewer --frames")
     return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))]
 
 
 def read_sequence(file: Path) -> tuple[Tensor, np.ndarray]:
     """One person's joints (n 24 3) in the camera's frame, y up, and where the camera is known (n,)."""
     read = read_object(file, "sequence of 3DPW", FIELDS)
-    if not isinstance(read, dict) or (missing := [name for name in FIELDS if name not in read]):
-        raise ValueError(f"{file} is no sequence of 3DPW: expected {', '.join(FIELDS)}, it lacks {missing}")
+    if not isinstance(read, dict) or not read.keys() >= set(FIELDS):
+        raise ValueError(f"{file} is no sequence of 3DPW: expected {', '.join(FIELDS)}")
     world = rearrange(np.stack(read["jointPositions"]), "person n (j c) -> person n j c", c=3)
     turn, place = read["cam_poses"][:, :3, :3], read["cam_poses"][:, :3, 3]
     camera = np.einsum("nrc,pnjc->pnjr", turn, world) + place[:, None]
@@ -106,15 +104,13 @@ def latents_of(window: Window, world: Backbone, codec: wan.VideoVAE, device: str
 
 def to_motion(model: DualDiT, latents: Tensor, null_text: Tensor, seed: int, sampling: dict) -> Tensor:
     """What the network sees in latents (1 c T h w) -> joints (f 24 3), metres."""
-    grid = tuple(latents.shape[2:])
-    given = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, grid, latents
+    given = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, latents.shape[2:], latents
     _, motion = denoise(*given, **sampling)
     return decode_smpl(motion.float().cpu())["joints"][0]
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    about = __doc__.splitlines()[0]
-    parser = files.Parser(prog="python -m study.evaluate pw3d", description=about)
+    parser = files.Parser(prog="python -m study.evaluate pw3d", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="sequenceFiles and imageFiles of 3DPW")
     add("--wan", type=Path, required=True, metavar="FOLDER")
@@ -145,16 +141,15 @@ def main(arguments: Sequence[str]) -> None:
     model = world.transformer()
     sampling = world.defaults._asdict() | {"bf16": world.autocast}
     sampling |= {"steps": args.steps} if args.steps else {}
-    found = []
-    for k, window in enumerate(tqdm(chosen, desc="motions")):
-        joints = to_motion(model, latents[k], null_text, args.seed + k, sampling)
-        found.append(errors(joints, window.joints))
-    ours = tuple(float(x) for x in np.mean(found, axis=0))
+    found = [
+        errors(to_motion(model, latents[k], null_text, args.seed + k, sampling), window.joints)
+        for k, window in enumerate(tqdm(chosen, desc="motions"))
+    ]
+    ours = np.mean(found, axis=0).tolist()
     print(f"{'3DPW, test, mm':32}{'PA-MPJPE':>9}{'MPJPE':>8}")
     for name, (aligned, plain) in {**PAPER, str(args.weights): ours}.items():
         print(f"{name[-31:]:32}{aligned:9.1f}{plain:8.1f}")
     print(f"{len(chosen)} windows; 14 of SMPL's own joints, where the paper's rows take theirs from the mesh")
     if args.json:
         result = {"pa_mpjpe_mm": ours[0], "mpjpe_mm": ours[1], "windows": len(chosen)}
-        with files.whole_file(args.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n")

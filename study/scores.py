@@ -1,6 +1,5 @@
 """What a network makes of held-out puppet clips, and what the measures say of it, a value a clip."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ def generate(
     """
     device, parts = model.motion_mean.device, []
     sampling = PUPPET_DEFAULTS._asdict() | {"bf16": devices.has_bf16_units(device)} | sampling
-    for part in tqdm(list(chunks(real, device)), desc=task.name.lower(), leave=False):
+    for part in tqdm(chunks(real, device), desc=task.name.lower(), leave=False):
         latents, motion = codec.encode(real.video[part].to(device)), real.motion[part].to(device)
         text = puppet.encode_text(real.clips.caption[part])
         given = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
@@ -68,23 +67,27 @@ def generate(
     return tuple(None if x[0] is None else torch.cat(x).float().cpu() for x in zip(*parts, strict=True))
 
 
-def chunks(real: Real, device: torch.device) -> Iterator[slice]:
-    for start in range(0, len(real.video), CHUNK[device.type]):
-        yield slice(start, min(start + CHUNK[device.type], len(real.video)))
+def chunks(real: Real, device: torch.device) -> list[slice]:
+    size = CHUNK[device.type]
+    return [slice(start, start + size) for start in range(0, len(real.video), size)]
+
+
+def through_codec(codec: puppet.Codec, real: Real) -> Tensor:
+    """The clips' own video as the codec gives it back: what no network can better."""
+    return codec.decode(codec.encode(real.video.to(codec.mean.device))).cpu()
 
 
 def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
     """Where motion made from video looks in it, (layers f i T), and the other way round, (layers T f)."""
-    device, totals = model.motion_mean.device, [0.0, 0.0]
+    device, to_video, to_motion = model.motion_mean.device, 0.0, 0.0
     for part in chunks(real, device):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
         text = puppet.encode_text(real.clips.caption[part]).to(device)
         given = model, codec.encode(real.video[part].to(device)), motion, text
-        for k, (look, task) in enumerate(
-            ((motion_to_video, Task.VIDEO_TO_MOTION), (video_to_motion, Task.MOTION_TO_VIDEO))
-        ):
-            totals[k] = totals[k] + look(*given, task, seed=part.start).cpu() * len(motion) / len(real.video)
-    return tuple(totals)
+        share = len(motion) / len(real.video)
+        to_video += share * motion_to_video(*given, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
+        to_motion += share * video_to_motion(*given, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
+    return to_video, to_motion
 
 
 def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
@@ -127,7 +130,13 @@ def of_pair(video: Tensor, motion: Tensor, real: Real) -> Columns:
     """How well a video and a motion fit each other."""
     shown = measures.silhouettes_of_motion(motion, real.clips.shirt)
     by_offset = measures.iou_by_offset(puppet.silhouette(video), shown)
-    return {"iou": by_offset[:, measures.OFFSETS.index(0)], "in_step": measures.in_step(by_offset)}
+    middle = measures.OFFSETS.index(0)
+    return {"iou": by_offset[:, middle], "in_step": (by_offset.argmax(dim=1) == middle).float()}
+
+
+def of_both(video: Tensor, motion: Tensor, real: Real) -> Columns:
+    """All that is measured of a video and a motion made together."""
+    return of_pair(video, motion, real) | of_motion(motion, real) | of_video(video, real)
 
 
 def of_pose(joints: Tensor, real: Real) -> Columns:

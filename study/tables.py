@@ -5,7 +5,6 @@ A block begins with the line <!-- NAME --> and ends with <!-- /NAME -->; NAME is
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 MISSING = "not yet measured"
 NAMES = {  # in the order of rows
@@ -30,19 +29,22 @@ OTHER_NAMES = {
     ("table5", "echomotion"): "EchoMotion",
     ("table6", "real"): "other real motions",
 }
-TABLE_1 = {
-    "limbs_whole": "limbs whole ↑",
-    "limbs_missing": "missing ↓",
-    "length_variation": "length variation ↓",
-    "odd_bends": "odd bends ↓",
-    "flicker": "flicker",
-    "dynamic_degree": "dynamic degree",
-    "sharpness": "sharpness",
-    "prompt_following": "prompt ↑",
-    "plausible_postures": "posture ↑",
-}
+LOSS = {"first_loss": "at the start", "loss": "at the end ↓"}
 COLUMNS = {
-    "table1": TABLE_1,
+    "table1": {
+        "limbs_whole": "limbs whole ↑",
+        "limbs_missing": "missing ↓",
+        "length_variation": "length variation ↓",
+        "odd_bends": "odd bends ↓",
+        "flicker": "flicker",
+        "dynamic_degree": "dynamic degree",
+        "sharpness": "sharpness",
+        "prompt_following": "prompt ↑",
+        "plausible_postures": "posture ↑",
+    },
+    "a81": LOSS,
+    "a82": LOSS,
+    "a83": LOSS,
     "table5": {"pa_mpjpe_mm": "PA-MPJPE, mm ↓", "mpjpe_mm": "MPJPE, mm ↓"},
     "table6": {
         "frechet_cm2": "Fréchet distance, cm² ↓",
@@ -51,7 +53,6 @@ COLUMNS = {
         "jerk": "jerk, of real",
     },
 }
-COLUMNS |= {part: {"first_loss": "at the start", "loss": "at the end ↓"} for part in ("a81", "a82", "a83")}
 
 
 def name_of(part: str, network: str) -> str:
@@ -63,14 +64,9 @@ def networks(results: dict, part: str) -> dict[str, dict]:
     return {name: results[part][name] for name in NAMES if name in results[part]}
 
 
-def error_of(found: dict[str, float]) -> float:
-    """The larger of the standard errors over clips and over seeds."""
-    return max(found["error"], found.get("error_seeds", 0.0))
-
-
 def cell(found: dict[str, float]) -> str:
-    """Mean ± standard error, both to the error's two digits: 0.597 ± 0.012."""
-    error = error_of(found)
+    """Mean ± the larger standard error, over clips or seeds, to the error's two digits: 0.597 ± 0.012."""
+    error = max(found["error"], found.get("error_seeds", 0.0))
     if not error:
         return f"{found['mean']:.3g}"
     digits = max(0, 1 - int(f"{error:e}".partition("e")[2]))
@@ -94,24 +90,24 @@ def table(results: dict, part: str) -> str:
     return markdown(head, rows) + f"\n\nOn {clips} held-out clips, ± the standard error."
 
 
-def shares(results: dict, part: str = "figure8") -> str:
+def shares(results: dict, part: str) -> str:
     """Both ways, the layer that MVS-RoPE makes most of, and all layers' mean."""
     rows = []
     for network, found in networks(results, part).items():
         row = [name_of(part, network)]
         for side in ("motion_to_video", "video_to_motion"):
             layers = [key for key in found["measures"] if key.startswith(side)]
-            row.append(cell(found["measures"][f"{side}_{best_layer(results, side)}"]))
+            row.append(cell(found["measures"][f"{side}_{best_layer(results[part], side)}"]))
             row.append(f"{sum(found['measures'][key]['mean'] for key in layers) / len(layers):.3f}")
         rows.append([*row, f"{found['chance']:.3f}", str(found["seeds"])])
     ways = [f"{way}, {what}" for way in ("motion→video", "video→motion") for what in ("best layer", "mean")]
     return markdown(["", *ways, "chance", "seeds"], rows)
 
 
-def best_layer(results: dict, side: str) -> int:
-    """Where MVS-RoPE's share is largest."""
-    found = results["figure8"]["mvs-rope"]["measures"]
-    means = {key: value["mean"] for key, value in found.items() if key.startswith(side)}
+def best_layer(found: dict[str, dict], side: str) -> int:
+    """Where MVS-RoPE's share is largest; `found` is figure 8's networks."""
+    measures = found["mvs-rope"]["measures"]
+    means = {key: value["mean"] for key, value in measures.items() if key.startswith(side)}
     return int(max(means, key=means.get).rpartition("_")[2])
 
 
@@ -127,7 +123,3 @@ def filled(text: str, results: dict) -> str:
         return f"<!-- {name} -->\n{inside}\n<!-- /{name} -->"
 
     return re.sub(rf"<!-- ({'|'.join(BLOCKS)}) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
-
-
-def fill(path: Path, results: dict) -> None:
-    path.write_text(filled(path.read_text(), results))

@@ -1,40 +1,32 @@
 """bench gpu: at tiny sizes on the CPU, each part within its time, none spoilt by another."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, timing
 
 CPU = torch.device("cpu")
 
 
-def test_parts_that_need_no_process_run_at_tiny_sizes(tmp_path):
-    # the parts that a peer or a trained network is not needed for; compiling is left to a GPU
+def test_parts_that_need_no_peer_run_at_tiny_sizes(monkeypatch, tmp_path):
+    # compiling is left to a GPU
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
     found = {}
-    for name in ("motion", "hybrid"):
+    for name in ("train", "motion", "hybrid", "puppet"):
         gpu.PARTS[name][0](gpu.TINY, CPU, tmp_path, 60.0, found.setdefault(name, {}).update)
+    train, hybrid, puppet = found["train"], found["hybrid"], found["puppet"]
+    assert train.keys() == {"planned_gib", "plain", "compiled"}
+    assert train["plain"].keys() == {"seconds", "tokens_per_second", "tflops"}
     assert found["motion"]["overhead"] > 0
-    assert found["hybrid"]["grid"] == (2, 4, 4) and found["hybrid"]["backward"]["tokens_per_second"] > 0
-
-
-def test_a_training_step_and_its_rates(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
-    found = {}
-    gpu.train(gpu.TINY, CPU, tmp_path, 60.0, found.update)
-    assert found.keys() == {"planned_gib", "plain", "compiled"}
-    assert found["plain"].keys() == {"seconds", "tokens_per_second", "tflops"}
-
-
-def test_the_puppets_step_says_where_its_time_goes(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
-    found = {}
-    gpu.puppet(gpu.TINY, CPU, tmp_path, 60.0, found.update)
+    assert hybrid["shape"].startswith("2 latents of 2x2") and hybrid["backward"]["tokens_per_second"] > 0
     parts = {"clips_per_second", "step", "data", "gradients", "optimizers", "average"}
-    assert found["batch_2"].keys() == found["batch_2_compiled"].keys() == parts
+    assert puppet["batch_2"].keys() == puppet["batch_2_compiled"].keys() == parts
 
 
 def fails(sizes, device, out: Path, left: float, report) -> None:
@@ -46,14 +38,7 @@ def lacks(sizes, device, out: Path, left: float, report) -> None:
     import no_such_module  # noqa: F401
 
 
-def hangs(sizes, device, out: Path, left: float, report) -> None:
-    report(first=1)
-    time.sleep(600)
-
-
 def dies(sizes, device, out: Path, left: float, report) -> None:
-    import os
-
     os._exit(3)
 
 
@@ -61,27 +46,8 @@ def works(sizes, device, out: Path, left: float, report) -> None:
     report(done=True)
 
 
-def test_no_part_spoils_another(monkeypatch, tmp_path):
-    # catches a part that ends the run, takes the others' time, or whose first figures are lost
-    parts = {
-        name: (part, 60) for name, part in globals().items() if name in ("fails", "lacks", "dies", "works")
-    }
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(gpu, "_part", in_this_module)
-    gpu.run_parts([], 10, tmp_path, "cpu")
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["fails"]["first"] == 1 and "out of luck" in found["fails"]["error"]
-    assert "no_such_module" in found["lacks"]["skipped"]
-    assert found["works"]["done"] and found["dies"].keys() == {"took"}
-
-
-def test_a_part_ends_with_its_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "PARTS", {"hangs": (hangs, 60)})
-    monkeypatch.setattr(gpu, "_part", in_this_module)
-    start, found = time.monotonic(), {}
-    gpu.run_part("hangs", gpu.TINY, CPU, tmp_path, 25.0, found.update)
-    assert found["first"] == 1 and "stopped after 25 s" in found["error"]
-    assert time.monotonic() - start < 60
+def hangs(sizes, device, out: Path, left: float, report) -> None:
+    time.sleep(600)
 
 
 def in_this_module(name: str, *rest: object) -> None:
@@ -91,6 +57,24 @@ def in_this_module(name: str, *rest: object) -> None:
 
 
 real_part = gpu._part
+
+
+def test_no_part_spoils_another(monkeypatch, tmp_path):
+    # catches a part that ends the run, takes the others' time, or whose first figures are lost
+    monkeypatch.setattr(gpu, "PARTS", {part.__name__: (part, 60) for part in (fails, lacks, dies, works)})
+    monkeypatch.setattr(gpu, "_part", in_this_module)
+    gpu.run_parts([], 10, tmp_path, "cpu")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["fails"]["first"] == 1 and "out of luck" in found["fails"]["error"]
+    assert "no_such_module" in found["lacks"]["skipped"]
+    assert found["works"]["done"] and found["dies"].keys() == {"took"}
+
+
+def test_a_part_ends_with_its_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "_part", in_this_module)
+    start, found = time.monotonic(), {}
+    gpu.run_part("hangs", gpu.TINY, CPU, tmp_path, 1.0, found.update)
+    assert "stopped after 1 s" in found["error"] and time.monotonic() - start < 60
 
 
 def test_an_unknown_part_is_named(tmp_path):

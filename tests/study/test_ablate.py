@@ -19,26 +19,16 @@ from kit.files import write_record
 from study import ablate, scores
 from study.ablate import NETWORKS
 
-STEPS = {0: 4, 1: 2, 2: 6}
-PARTS = ("table1", "figure8", "a81", "a82", "a83", "table5", "table6")
-
 
 @pytest.fixture
-def start(tiny_weights, tmp_path) -> Path:
-    """What train.py leaves of a run of all stages."""
-    folder = tmp_path / "run"
-    options = {"wan": None, "stage": None, "ablate": None, "steps": 12, "batch": 2}
-    write_record(folder / "run.json", options)
+def plan(tiny_weights, tmp_path) -> ablate.Plan:
+    """From what train.py leaves of a run of all stages."""
+    start = tmp_path / "run"
+    write_record(start / "run.json", {"ablate": None, "steps": 12, "batch": 2})
     for name in ("stage-0", "stage-1", "weights"):
-        shutil.copy(tiny_weights, folder / f"{name}.safetensors")
-    return folder
-
-
-@pytest.fixture
-def plan(start, tmp_path) -> ablate.Plan:
-    return ablate.Plan(
-        ablate.start_of(start), 1, 2, None, tmp_path / "runs", tmp_path / "results.json", "cpu"
-    )
+        shutil.copy(tiny_weights, start / f"{name}.safetensors")
+    stages, batch = ablate.check_start(start)
+    return ablate.Plan(start, stages, batch, 1, 2, None, tmp_path / "runs", tmp_path / "results.json", "cpu")
 
 
 @pytest.fixture
@@ -65,12 +55,20 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
 
 
 @pytest.fixture
-def few(monkeypatch) -> None:
-    """As little work as shows everything."""
-    for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2), ("CHUNK", {"cpu": 2, "cuda": 2})):
+def asked(monkeypatch) -> list[tuple]:
+    """As little work as shows everything; what is asked of the networks."""
+    for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):
         monkeypatch.setattr(scores, name, number)
-    monkeypatch.setattr(ablate, "SAMPLING", {"steps": 1})
+    monkeypatch.setattr(ablate, "SOLVER_STEPS", 1)
     ablate.real_clips.cache_clear()
+    calls, generate = [], scores.generate
+
+    def listen(model, codec, real, task, **sampling):
+        calls.append((task, sampling.get("lead")))
+        return generate(model, codec, real, task, **sampling)
+
+    monkeypatch.setattr(scores, "generate", listen)
+    return calls
 
 
 def test_ablations_differ_in_one_thing(trainings, plan):
@@ -82,32 +80,29 @@ def test_ablations_differ_in_one_thing(trainings, plan):
     changes = [{name for name, value in other.items() if value != base[name]} for other in others]
     assert changes == [{"ablate"}, {"ablate"}, {"ablate", "init"}, {"ablate", "init"}]
     one_stage, single_stream = others[2:]
-    assert one_stage["init"] == single_stream["init"] == str(plan.start.weights(0))
-    assert base["init"] == str(plan.start.weights(1))
+    assert one_stage["init"] == single_stream["init"] == str(plan.stage(0))
+    assert base["init"] == str(plan.stage(1))
 
 
 def test_video_tuning_sees_as_many_clips_or_costs_as_much_arithmetic(plan):
-    plan = plan._replace(start=plan.start._replace(steps={0: 400, 1: 100, 2: 700}))
-    config = PRESETS["puppet"]
+    plan = plan._replace(stages={0: 400, 1: 100, 2: 700})
     assert ablate.steps_of("video-tuning", plan) == ablate.steps_of("echomotion", plan) == 700
-
-    def cost(video: int, motion: int) -> int:
-        tokens = flops.Tokens(320 * video, 867 * motion, puppet.TEXT_LEN)
-        return flops.step_flops(config, tokens, checkpointing=False)
-
-    v, m, both = cost(1, 0), cost(0, 1), cost(1, 1)
-    # joint always has both, each of the other tasks loses its condition in a tenth of the steps
-    by_hand = 10 * (both + 0.9 * both + 0.1 * v + 0.9 * both + 0.1 * m) / 3
-    assert ablate.arithmetic(2, 10, puppet.FRAMES) == pytest.approx(by_hand)
-    spent = ablate.arithmetic(1, 100) + ablate.arithmetic(2, 700)
+    lengths = [step.frames for step in train.schedule({2: 700}, None)]
+    by_hand = sum(
+        flops.step_flops(PRESETS["puppet"], flops.Tokens(16 * (f + 3), 51 * f, puppet.TEXT_LEN), False)
+        for f in lengths  # a latent of 8x8 tokens for the first frame, then for each four
+    )
+    assert ablate.arithmetic(2, 700) == pytest.approx(by_hand)
+    spent = ablate.arithmetic(1, 100) + by_hand
     steps = ablate.steps_of("video-tuning-flops", plan)
     assert ablate.arithmetic(0, steps) == pytest.approx(spent, rel=0.01)
 
 
 def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan):
-    assert ablate.trained("echomotion", 0, plan) == plan.start.folder  # the run itself
-    out = ablate.trained("unsynced", 3, plan)
-    assert out.name == "unsynced-3" and ablate.trained("unsynced", 3, plan) == out and len(trainings) == 1
+    assert ablate.trained("echomotion", 0, plan).parent == plan.start  # the run itself
+    out = ablate.trained("unsynced", 3, plan).parent
+    ablate.trained("unsynced", 3, plan)
+    assert out.name == "unsynced-3" and len(trainings) == 1
     assert trainings[0].seed == 4  # 0 is the run's own
     folder_of(out, 500).rename(folder_of(out, 1))  # cut short: weights are there, its last step is not
     ablate.trained("unsynced", 3, plan)
@@ -129,57 +124,45 @@ def test_training_that_fails_or_stops_ends_the_work(code, saved, plan, monkeypat
         ablate.trained("collision", 0, plan)
 
 
-def test_a_start_without_its_stages_is_refused(start):
-    (start / "checkpoints" / "step-00000004").mkdir(parents=True)
+def test_a_start_without_its_stages_is_refused(plan):
+    (plan.start / "checkpoints" / "step-00000004").mkdir(parents=True)
     with pytest.raises(ValueError, match="has not ended"):
-        ablate.start_of(start)
-    (start / "stage-1.safetensors").unlink()
+        ablate.check_start(plan.start)
+    (plan.start / "stage-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no .*stage-1\.safetensors: train all stages"):
-        ablate.start_of(start)
+        ablate.check_start(plan.start)
 
 
-def test_all_parts_are_written_and_measured_once(few, trainings, start, tmp_path, verb, capsys):
-    out = tmp_path / "results.json"
-    call = ("all", "--from", start, "--seeds", 2, "--clips", 2, "--runs", tmp_path / "runs", "--out", out)
+def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
+    call = ("all", "--from", plan.start, "--seeds", 2, "--clips", 2, "--runs", plan.runs, "--out", plan.out)
     ended = verb(ablate, *call, "--device", "cpu")
     assert ended.code == 0, ended.err
-    results = json.loads(out.read_text())
-    assert set(results) == set(PARTS)
+    results = json.loads(plan.out.read_text())
+    assert set(results) == {"table1", "figure8", "a81", "a82", "a83", "table5", "table6"}
     for part in results.values():
         for name, found in part.items():
-            assert (
-                found["seeds"] == len(found["weights"]) == (2 if name in NETWORKS or "clock" in name else 1)
-            )
+            seeds = 2 if name in NETWORKS or "clock" in name else 1
+            assert found["seeds"] == len(found["weights"]) == seeds
             assert found["trained_clips"] == 2 * found["steps"]
             for value in found["measures"].values():
                 assert value["mean"] == value["mean"] and value["error"] >= 0
-                assert ("error_seeds" in value) == (found["seeds"] == 2)
+                assert ("error_seeds" in value) == (seeds == 2)
     assert results["a82"]["one-stage"]["curve"]["steps"] == [0, 500]
     assert results["a81"]["collision"]["measures"]["first_loss"]["mean"] == 1
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
+    # table 1 comes last. Catches a backbone that is asked for motion, or one clock called motion first
+    video, twice = (Task.VIDEO_ONLY, None), [(Task.JOINT, 0.0)] * 2 + [(Task.JOINT, None)] * 2
+    assert asked[-9:] == [video, *twice, *[video] * 4]
     # catches work done again, and old numbers kept beside new weights
-    plan = ablate.Plan(ablate.start_of(start), 2, 2, None, tmp_path / "runs", out, "cpu")
-    paths, measured = ablate.all_seeds("unsynced", plan), []
+    measured = []
     for _ in range(2):
-        ablate.write(plan, "figure8", "unsynced", paths, 500, lambda: measured.append(len(measured)) or {})
-        (paths[1] / "weights.safetensors").write_bytes(b"trained again")
-    assert measured == [0] and len(trainings) == 15  # eight networks of two seeds, one of them the run itself
-
-
-def test_table_1_asks_each_network_for_its_own_kind_of_sample(few, trainings, plan, monkeypatch):
-    # catches a backbone that is asked for motion, or one clock called motion first
-    asked, generate = [], scores.generate
-
-    def listen(model, codec, real, task, **sampling):
-        asked.append((task, sampling.get("lead")))
-        return generate(model, codec, real, task, **sampling)
-
-    monkeypatch.setattr(ablate.scores, "generate", listen)
-    ablate.table1(plan)
-    video = (Task.VIDEO_ONLY, None)
-    assert asked == [video, (Task.JOINT, 0.0), (Task.JOINT, None), video, video]
+        ablate.measure(
+            plan._replace(seeds=2), "figure8", "unsynced", lambda paths: measured.append(paths) or {}
+        )
+        (plan.runs / "unsynced-1" / "weights.safetensors").write_bytes(b"trained again")
+    assert len(measured) == 1 and len(trainings) == 15  # eight networks of two seeds, one the run itself
 
 
 def test_curves_are_losses_a_task(tmp_path):

@@ -21,14 +21,15 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_mpjpe_is_the_mean_distance_about_the_pelvis_in_millimetres():
-    found, real = randn(2, 3, 24, 3, seed=1), randn(2, 3, 24, 3, seed=2)
+    found, real = (randn(2, 3, 24, 3, seed=seed).numpy() for seed in (1, 2))
     for b in range(2):
         distances = [
-            math.dist((found[b, f, j] - found[b, f, 0]).tolist(), (real[b, f, j] - real[b, f, 0]).tolist())
+            math.dist(found[b, f, j] - found[b, f, 0], real[b, f, j] - real[b, f, 0])
             for f in range(3)
             for j in range(24)
         ]
-        assert measures.mpjpe(found, real)[b].item() == pytest.approx(1000 * np.mean(distances), rel=1e-5)
+        ours = measures.mpjpe(torch.from_numpy(found), torch.from_numpy(real))[b].item()
+        assert ours == pytest.approx(1000 * np.mean(distances), rel=1e-5)
 
 
 def reference_pa(found: np.ndarray, real: np.ndarray) -> float:
@@ -51,15 +52,6 @@ def test_pa_mpjpe_agrees_with_scipy_and_a_mirror_image_is_not_free(mirror):
     ]
     np.testing.assert_allclose(measures.pa_mpjpe(found, real), expected, rtol=1e-4)
     assert min(expected) > 500 if mirror == -1 else max(expected) < 200
-
-
-def test_pa_mpjpe_forgives_place_heading_and_size_of_each_frame_and_mpjpe_only_place():
-    real = randn(1, 3, 24, 3)
-    turns = torch.from_numpy(Rotation.random(3, rng=0).as_matrix()).float()
-    moved = 1.7 * torch.einsum("fik,bfjk->bfji", turns, real) + randn(1, 3, 1, 3, seed=1)
-    assert measures.pa_mpjpe(moved, real).item() < 0.1
-    assert measures.mpjpe(moved, real).item() > 500
-    assert measures.mpjpe(real + randn(1, 3, 1, 3, seed=1), real).item() < 0.1
 
 
 def test_nearest_action_is_a_clips_own_whatever_its_heading_and_place():
@@ -150,15 +142,12 @@ def test_psnr_by_hand():
     torch.testing.assert_close(measures.psnr(video, other), torch.tensor([20.0, 0.0]), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("lag", measures.OFFSETS)
-def test_iou_by_offset_peaks_where_the_motion_was_put(lag):
-    # pixel g lights in frame g: video frame f shows what motion frame f + lag shows
+def test_iou_by_offset_peaks_where_the_motion_was_put():
+    # pixel g lights in frame g: in clip i video frame f shows what motion frame f + OFFSETS[i] shows
     moments = torch.eye(30, dtype=torch.bool).view(30, 5, 6)
-    video, motion = moments[None, 4 + lag : 21 + lag], moments[None, 4:21]
-    by_offset = measures.iou_by_offset(video, motion)
-    expected = torch.tensor([[float(offset == lag) for offset in measures.OFFSETS]])
-    torch.testing.assert_close(by_offset, expected)
-    assert measures.in_step(by_offset).tolist() == [float(lag == 0)]
+    video = torch.stack([moments[4 + lag : 21 + lag] for lag in measures.OFFSETS])
+    by_offset = measures.iou_by_offset(video, moments[4:21].expand_as(video))
+    torch.testing.assert_close(by_offset, torch.eye(len(measures.OFFSETS)))
 
 
 def test_change_and_sharpness_are_differences_of_pixels_a_clip():

@@ -6,7 +6,7 @@ import torch
 from kit import puppet, weights
 from kit.backbone import SHIPPED
 from kit.body import JOINT_NAMES
-from study.pose import POINTS, SEGMENTS, Pose, anatomy, connected, read_pose
+from study.pose import POINTS, SEGMENTS, Pose, anatomy, read_pose
 
 # pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free
 ERRORS = {"elbow": 2.5, "hand": 2.0, "knee": 3.5, "ankle": 1.5}
@@ -22,21 +22,22 @@ def video(clips) -> torch.Tensor:
     return puppet.render(clips.joints, clips.betas, clips.shirt)[0]
 
 
-def places(clips: puppet.Clips) -> torch.Tensor:
-    """Where POINTS really are (b f 8 2)."""
-    return puppet.project(clips.joints)[0][:, :, [JOINT_NAMES.index(name) for name in POINTS]]
+@pytest.fixture(scope="module")
+def read(video) -> Pose:
+    return read_pose(video)
 
 
 @pytest.mark.parametrize(
     ("coded", "blur", "lost"), ((False, 1.0, 0.04), (True, 1.7, 0.08)), ids=("rendered", "through the codec")
 )
-def test_points_are_where_joints_project_to(clips, video, coded, blur, lost):
+def test_points_are_where_joints_project_to(clips, video, read, coded, blur, lost):
     # catches left taken for right, arms for legs, rows for columns: each is more than ten pixels off
+    pose = read
     if coded:
         codec = puppet.Codec.from_state(weights.load_weights(SHIPPED)[1])
-        video = codec.decode(codec.encode(video))
-    pose = read_pose(video)
-    error = (pose.points - places(clips)).norm(dim=-1)
+        pose = read_pose(codec.decode(codec.encode(video)))
+    places = puppet.project(clips.joints)[0][:, :, [JOINT_NAMES.index(name) for name in POINTS]]
+    error = (pose.points - places).norm(dim=-1)
     for k, name in enumerate(POINTS):
         found = error[:, :, k][pose.seen[:, :, k]]
         assert pose.seen[:, :, k].float().mean() > 0.7, name  # limbs also hide behind the body
@@ -44,9 +45,8 @@ def test_points_are_where_joints_project_to(clips, video, coded, blur, lost):
         assert (found > 10).float().mean() < lost, name
 
 
-def test_real_bodies_are_sound(video):
-    pose = read_pose(video)
-    found = anatomy(pose, pose.bend.flatten(0, 1))
+def test_real_bodies_are_sound(read):
+    found = anatomy(read, read.bend.flatten(0, 1))
     assert found["limbs_whole"].mean() > 0.8 and found["limbs_missing"].mean() < 0.12
     assert found["odd_bends"].mean().item() == pytest.approx(0.01, abs=0.006)
     assert found["plausible_postures"].mean() > 0.94
@@ -92,13 +92,12 @@ def test_a_second_shin_is_counted():
     assert pieces["right_shin"] + pieces["right_forearm"] == 3  # one of each is right
 
 
-def test_anatomy_is_each_clips_own(video):
+def test_anatomy_is_each_clips_own(video, read):
     # catches measures that are the batch's: there would be no error over clips
-    pose = read_pose(video[:4])
     noise = torch.randn(video[:1].shape, generator=torch.Generator().manual_seed(0))
     broken = read_pose(torch.cat(((video[:1] + 0.5 * noise).clamp(-1, 1), video[1:4])))
-    bends = pose.bend.flatten(0, 1)
-    sound, found = anatomy(pose, bends), anatomy(broken, bends)
+    bends = read.bend.flatten(0, 1)
+    sound, found = anatomy(Pose(*(x[:4] for x in read)), bends), anatomy(broken, bends)
     assert found["limbs_whole"][0] < sound["limbs_whole"][0] - 0.2
     for name, value in found.items():
         assert torch.equal(value[1:], sound[name][1:]), name
@@ -118,19 +117,3 @@ def test_an_empty_video_has_no_limbs():
     ground = torch.tensor(puppet.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
     pose = read_pose(ground.expand(1, 3, 5, 64, 64))
     assert not pose.seen.any() and (pose.pieces == 0).all() and pose.bend.isnan().all()
-
-
-def test_connected_numbers_pieces_also_around_corners():
-    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 1], [1, 0, 0, 1], [1, 0, 1, 0]], dtype=torch.bool)
-    numbers = connected(mask[None])[0]
-    assert (numbers[~mask] == 0).all()
-    assert len(numbers[mask].unique()) == 2  # corners touch
-    assert numbers[0, 0] == numbers[3, 0] != numbers[0, 3] == numbers[3, 2]
-
-
-@pytest.mark.parametrize(
-    "video", (torch.zeros(3, 5, 64, 64), torch.full((1, 3, 5, 64, 64), torch.nan)), ids=("shape", "NaN")
-)
-def test_what_is_no_video_is_refused(video):
-    with pytest.raises(ValueError, match=r"expected finite \(b, 3, f, h, w\)"):
-        read_pose(video)
