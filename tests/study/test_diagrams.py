@@ -1,0 +1,54 @@
+"""study/diagrams.py: the shipped pictures are what it draws, and it draws what the code computes."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from flow import Role, Task
+from study import diagrams
+
+
+def test_the_shipped_pictures_are_todays(tmp_path, monkeypatch):
+    # catches a change of the method, or of the puppet, that its pictures do not show
+    monkeypatch.setattr(sys, "argv", ["study.diagrams", "--out", str(tmp_path)])
+    diagrams.main()
+    for path in tmp_path.iterdir():
+        ours, shipped = (
+            np.asarray(Image.open(p).convert("L"), float) for p in (path, ROOT / "assets" / path.name)
+        )
+        assert ours.shape == shipped.shape and np.abs(ours - shipped).mean() < 1, path.name
+    assert {path.stem for path in tmp_path.iterdir()} == set(diagrams.DRAWN)
+
+
+def test_frames_and_tokens_stand_where_rope_puts_them(tmp_path, monkeypatch):
+    positions = diagrams.motion_positions
+    for draw in (diagrams.frames, diagrams.tokens):
+        draw(tmp_path / "as_it_is.png")
+        monkeypatch.setattr(diagrams, "motion_positions", lambda *a: positions(*a) + 0.05)
+        draw(tmp_path / "shifted.png")
+        monkeypatch.setattr(diagrams, "motion_positions", positions)
+        assert (tmp_path / "as_it_is.png").read_bytes() != (tmp_path / "shifted.png").read_bytes()
+
+
+@pytest.mark.parametrize("task", diagrams.EQUATIONS)
+def test_equations_call_the_network_as_the_task_says(task: Task):
+    # x and m: absent only where the condition is dropped; y only where the task has text
+    made, condition = ("m", "x") if task.motion is Role.NOISY else ("x", "m")
+    terms = " ".join(diagrams.EQUATIONS[task])
+    assert "ω1" in terms if "y" in terms else task is Task.VIDEO_TO_MOTION
+    assert ("ω2" in terms) == (Role.CLEAN in (task.video, task.motion))
+    assert made in terms and condition in terms
+
+
+def test_misuse_is_one_line(monkeypatch, capsys):
+    for arguments, words in (
+        (["frame"], "choose from frames"),
+        (["--out", "nowhere"], "nowhere: no such folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["study.diagrams", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            diagrams.files.run(diagrams.main)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
