@@ -144,7 +144,6 @@ def training_memory(
     batch: int,
     gpus: int = 1,
     checkpointing: bool = False,
-    average: bool = True,
     text: int = 512,
 ) -> Memory:
     """Of stage 2 with `batch` samples a GPU, everything sharded over `gpus`; grid (t h w) of the latents."""
@@ -163,4 +162,4 @@ def training_memory(
         entering = config.width * (2 * video + 4 * motion)
         attended = 2 * (video + motion) * (2 * config.width + 4 * config.heads)
         activations = saved_bytes(one, grid, batch, text) + batch * (entering + attended)
-    return Memory(share, share, 2 * share, share * average, gathered, activations)
+    return Memory(share, share, 2 * share, share, gathered, activations)
