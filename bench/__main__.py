@@ -1,6 +1,7 @@
 """Speed and memory, measured side by side in one run.
 
 python -m bench             1.3B-shaped blocks beside diffusers; the price of motion; the puppet. On the CPU
+python -m bench puppet      training of the puppet: clips a second at each length, compiled or not. On the CPU
 python -m bench gpu         what a GPU does, in one command of eight minutes (bench/gpu.py)
 python -m bench plan        what a training run will need, counted
 """
@@ -40,7 +41,8 @@ def options() -> argparse.Namespace:
     common.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=what)
     about = __doc__.splitlines()[0]
     parser = files.Parser(prog="python -m bench", parents=[common], description=about)
-    verbs = parser.add_subparsers(dest="what", metavar="gpu, plan")
+    verbs = parser.add_subparsers(dest="what", metavar="puppet, gpu, plan")
+    verbs.add_parser("puppet", parents=[common], help="clips a second in training, at each length")
 
     gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does; without one a tiny rehearsal")
     what = "tests, train, forward, motion, hybrid, puppet, run; default: all, in this order"
@@ -67,7 +69,11 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = vars(options())
     what, file = args.pop("what"), args.pop("json", None)
-    if what == "gpu":
+    if what == "puppet":
+        from bench import puppet
+
+        figures = puppet.lengths()
+    elif what == "gpu":
         from bench import gpu
 
         figures = gpu.run_parts(**args)

@@ -1,6 +1,7 @@
 """The puppet's speed: a guided sample, a training step as train.py does it, the clips that feed it."""
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 import flow
 import train
 from bench.speed import Row, Setting
-from bench.timing import CPU, figure, ratio
+from bench.timing import CPU, device_name, figure, interleaved, ratio
 from flow import Task
 from kit import devices, distributed, puppet, weights
 from kit.backbone import SHIPPED, puppet_backbone
@@ -21,6 +22,7 @@ from sample import denoise
 
 BATCH = 16  # clips a step, train.py's default
 STAGE = 2
+BUDGET = 30  # seconds of each length
 
 
 class Parts(NamedTuple):
@@ -32,8 +34,10 @@ class Parts(NamedTuple):
     average: Callable[[], None]
 
 
-def training_step(batch: int, device: torch.device, bf16: bool, compiled: bool = False) -> Parts:
-    """A step of stage 2 on clips of full length, with the shipped network."""
+def training_step(
+    batch: int, device: torch.device, bf16: bool, compiled: bool = False, frames: int = puppet.FRAMES
+) -> Parts:
+    """A joint step of stage 2 with the shipped network."""
     model, extra = weights.load_weights(SHIPPED, device)
     model.train().requires_grad_(True)
     if compiled:
@@ -47,7 +51,7 @@ def training_step(batch: int, device: torch.device, bf16: bool, compiled: bool =
     drawn = flow.draw(batches.rng("bench"), STAGE, batch)._replace(task=Task.JOINT)
     read = functools.partial(
         batches.read, sources, model.motion_mean, model.motion_std, seed=0, stage=STAGE, step=0,
-        frames=puppet.FRAMES, batch=batch, device=device, codec=puppet.Codec.from_state(extra),
+        frames=frames, batch=batch, device=device, codec=puppet.Codec.from_state(extra),
     )  # fmt: skip
 
     def data() -> None:
@@ -92,3 +96,21 @@ def training(setting: Setting) -> list[Row]:
         Row("puppet_step_seconds", what, figure(times["step"])),
         Row("puppet_data_ratio", fed, ratio(times["step"], times["data"])),
     ]
+
+
+def lengths() -> dict[str, dict[str, float]]:
+    """Clips a second at each length of clip, and what takes a step's time where blocks are compiled."""
+    devices.use_fast_attention(CPU)
+    bf16, found = devices.has_bf16_units(CPU), {}
+    print(f"{device_name(CPU)}, torch {torch.__version__}; joint steps of {BATCH} clips")
+    print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
+    for _, frames in train.CLIP_LENGTHS:
+        plain, compiled = (training_step(BATCH, CPU, bf16, each, frames) for each in (False, True))
+        times = interleaved({"plain": plain.step, **compiled._asdict()}, budget=BUDGET)  # by turns
+        plain, *parts = (statistics.median(each) for each in times.values())
+        shares = [100 * part / sum(parts) for part in parts]
+        found[str(frames)] = {"clips_per_second": BATCH / plain, "compiled": BATCH / sum(parts)}
+        found[str(frames)] |= dict(zip(Parts._fields, shares, strict=True))
+        rates = f"{frames:<10}{BATCH / plain:10.1f}{BATCH / sum(parts):10.1f}"
+        print(f"{rates}   {', '.join(f'{share:.0f}' for share in shares)}", flush=True)
+    return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dual_dit
+import train
 from bench import __main__ as commands
 from bench import plan, puppet, speed, timing
 from dual_dit import PRESETS
@@ -143,6 +144,18 @@ def test_both_sides_sample_latents_of_one_shape():
         calls = speed.Sides(TINY.config, torch.float32).sample(TINY.shapes[0])
         ours, theirs = calls["ours"](), calls["peer"]()
     assert ours.shape == theirs.shape and ours.isfinite().all() and theirs.isfinite().all()
+
+
+def test_training_speed_at_each_length(capsys, monkeypatch):
+    # catches a part of a step that is not timed: shares are of the whole
+    monkeypatch.setattr(puppet, "BATCH", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(train, "CLIP_LENGTHS", ((0.0, 5),))
+    monkeypatch.setattr(torch, "compile", lambda block: block)
+    (found,) = puppet.lengths().values()
+    assert found["clips_per_second"] > 0 and found["compiled"] > 0
+    assert sum(found[part] for part in puppet.Parts._fields) == pytest.approx(100)
+    assert "of a compiled step" in capsys.readouterr().out
 
 
 def test_default_run_has_every_key(capsys, monkeypatch):
