@@ -1,6 +1,5 @@
 """Headless Chromium by its DevTools protocol over a pipe: JSON, a zero byte after each message."""
 
-import base64
 import contextlib
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 60  # seconds until a browser that does not answer is ended
-KEYS = {" ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "Tab": 9}
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Page:
@@ -71,8 +70,8 @@ class Page:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        given = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": KEYS[key]}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=key if key == " " else "", **given)
+        given = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **given)
         self.call("Input.dispatchKeyEvent", type="keyUp", **given)
         self.settle()
 
@@ -81,9 +80,6 @@ class Page:
             held = {"button": "left", "buttons": 1, "clickCount": 1}
             self.call("Input.dispatchMouseEvent", type=kind, x=at, y=y, **held)
         self.settle()
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextlib.contextmanager
