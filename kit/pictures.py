@@ -186,8 +186,9 @@ def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str
     margin, strip, line = 8, 18, 22  # pixels: between tiles, under a tile, of one line of title
     tile = max(round(TILE_HEIGHT * row.shape[2] / row.shape[1]) for row in rows)
     width = margin + columns * (tile + margin)
-    letters = int((width - 2 * margin) / large.getlength("n"))
-    blocks = [textwrap.wrap(title, letters) for title in titles]
+    room = width - 2 * margin
+    letters = [int(len(title) * room / (large.getlength(title) + 1)) for title in titles]  # of a line
+    blocks = [textwrap.wrap(title, max(1, n)) for title, n in zip(titles, letters, strict=True)]
     height = margin + sum(line * len(block) + TILE_HEIGHT + strip + margin for block in blocks)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -303,9 +303,8 @@ class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
     """diffusers' Euler on evenly spaced sigmas; its own spacing ends at its smallest sigma, not at 0."""
 
     def set_timesteps(self, num_inference_steps, device=None):
-        super().set_timesteps(
-            sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device
-        )
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def test_times_are_diffusers_shifted_sigmas():
@@ -323,30 +322,17 @@ def test_guided_sampling_is_diffusers_pipeline(folder):
     noise, prompts = latents(folder, 2, 2, 4, 6), ["a person waves", "the dancer turns"]
     stride = pipeline.vae_scale_factor_spatial
     options = {
-        "negative_prompt": "jumps",
-        "height": 4 * stride,
-        "width": 6 * stride,
-        "num_frames": 5,
-        "num_inference_steps": 4,
-        "guidance_scale": 3.0,
-        "latents": noise,
-    }
+        "negative_prompt": "jumps", "height": 4 * stride, "width": 6 * stride, "num_frames": 5,
+        "num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise,
+    }  # fmt: skip
     expected = pipeline(prompts, **options, output_type="latent").frames
     pixels = pipeline(prompts, **options, output_type="pt").frames  # (b f 3 h w) in [0, 1]
 
     encode = wan.TextEncoder(folder)
-    sampled = flow.sample(
-        wan.load_transformer(folder),
-        noise,
-        None,
-        encode(prompts),
-        encode(["jumps"]).expand(2, -1, -1),
-        Task.VIDEO_ONLY,
-        steps=4,
-        guidance_text=3.0,
-        shift=5.0,
-        solver="euler",
-    )[0]
+    text = encode(prompts), encode(["jumps"]).expand(2, -1, -1)
+    how = {"steps": 4, "guidance_text": 3.0, "shift": 5.0, "solver": "euler"}
+    model = wan.load_transformer(folder)
+    sampled = flow.sample(model, noise, None, *text, Task.VIDEO_ONLY, **how)[0]
     assert relative(sampled, expected) < 1e-4
     assert relative(sampled, noise) > 0.1
     found = (wan.VideoVAE(folder).decode(sampled) + 1) / 2
@@ -370,21 +356,12 @@ def clip(f: int, h: int, w: int, b: int = 1) -> Tensor:
     return 2 * torch.rand(b, 3, f, h, w, generator=torch.Generator().manual_seed(f * h * w)) - 1
 
 
-def shapes_given(module: torch.nn.Module) -> list[tuple[int, ...]]:
-    """The (t h w) of every call of a module from here on."""
-    shapes = []
-    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
-    return shapes
-
-
 @torch.no_grad()
 def test_latents_are_diffusers_normalised(vae, reference_vae):
     video = clip(9, 32, 64, b=2)
     mode = reference_vae.encode(video).latent_dist.mode()
-    mean, std = (
-        torch.tensor(x).view(-1, 1, 1, 1)
-        for x in (reference_vae.config.latents_mean, reference_vae.config.latents_std)
-    )
+    config = reference_vae.config
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
     found = vae.encode(video)
     assert relative(found, (mode - mean) / std) < 1e-6
     assert found.shape == (2, vae.channels, 3, 32 // vae.stride[1], 64 // vae.stride[2])
@@ -394,20 +371,17 @@ def test_latents_are_diffusers_normalised(vae, reference_vae):
 
 @torch.no_grad()
 @pytest.mark.parametrize("height", [256, 288])
-def test_large_frames_are_decoded_in_tiles(folder, vae, reference_vae, height):
+def test_large_frames_are_decoded_in_tiles_and_encoded_whole(folder, vae, reference_vae, height):
     stride = vae.stride[1]
     noise = latents(folder, 1, 1, height // stride, 64 // stride)
-    given = shapes_given(vae.vae.decoder)
+    given = []
+    vae.vae.decoder.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
     found = vae.decode(noise)
     assert given[0] == (1, 256 // stride, 64 // stride)
     assert len(given) == (1 if height == 256 else 2)
     whole = reference_vae.decode(noise * vae.std + vae.mean).sample
     assert relative(found, whole) < (1e-6 if height == 256 else 0.2)
-
-
-def test_encoding_uses_no_tiles_whatever_came_before(vae, reference_vae):
-    video = clip(1, 288, 32)
-    vae.decode(vae.encode(clip(1, 32, 32)))
+    video = clip(1, height, 32)  # after decoding: tiles were on
     mode = reference_vae.encode(video).latent_dist.mode()
     assert relative(vae.encode(video), (mode - vae.mean) / vae.std) < 1e-6
 
@@ -554,12 +528,6 @@ REFUSED = {
         lambda f: edit(f, lambda t: t.update({"blocks.0.attn2.add_k_proj.weight": torch.ones(2, 2)})),
         "image keys such as .*add_k_proj.weight: an image-to-video model",
     ),
-    "image keys, Wan": (
-        lambda f: edit(
-            wan_folder.original(f), lambda t: t.update({"img_emb.proj.1.weight": torch.ones(2, 2)})
-        ),
-        "image keys such as img_emb.proj.1.weight: an image-to-video model",
-    ),
     "another model's config.json": (
         lambda f: wan_folder.edit_json(config(f), _class_name="WanVACETransformer3DModel"),
         "describes a WanVACETransformer3DModel, expected WanTransformer3DModel or WanModel",
@@ -603,10 +571,6 @@ REFUSED = {
         lambda f: config(f).write_text("<!doctype html>"),
         "config.json is no JSON object .*: fetch it again",
     ),
-    "a config.json of another depth": (
-        lambda f: wan_folder.edit_json(config(f), num_layers=30),
-        "config.json says layers is 30, the tensors say 2",
-    ),
     "a config.json of another width": (
         lambda f: wan_folder.edit_json(config(f), num_attention_heads=12),
         "config.json says width is 480, the tensors say 120",
@@ -626,10 +590,6 @@ REFUSED = {
     "a tensor too few, of those that tell the sizes": (
         lambda f: edit(f, lambda t: t.pop("blocks.0.ffn.net.0.proj.weight")),
         "no whole Wan transformer: it lacks 'blocks.0.ffn.0.weight'",
-    ),
-    "a tensor of another shape": (
-        lambda f: edit(f, lambda t: t.update({"blocks.1.ffn.net.2.bias": torch.ones(7)})),
-        r"1 tensors do not fit, first blocks.1.ffn.2.bias: found \(7,\), expected \(120,\)",
     ),
 }
 
