@@ -8,8 +8,7 @@ a latent's attention to motion that falls on the frames it holds. Chance is 1/T 
 Axes: b batch, f motion frames, i token in a frame (51), T latent frames, n tokens.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +28,6 @@ Read = Callable[[Tensor, Tensor], Tensor]  # queries, keys (b heads n k) -> what
 # ---------------------------------------------------------------- the recorder
 
 
-@contextmanager
-def listening(tokens: int, read: Read) -> Iterator[list[Tensor]]:
-    """The list collects `read(q, k)` of every attention of all `tokens` to each other.
-
-    That is each block's joint attention: a cross-attention has the queries of one stream alone.
-    """
-    heard, attention = [], dual_dit.attention
-
-    def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[2] == k.shape[2] == tokens:
-            heard.append(read(q, k))
-        return attention(q, k, v)
-
-    dual_dit.attention = listen
-    try:
-        yield heard
-    finally:
-        dual_dit.attention = attention
-
-
 @torch.no_grad()
 def record(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int, read: Read
@@ -65,8 +44,20 @@ def record(
         inputs.append((1 - t) * x + t * noise)
         times.append(torch.full((len(x),), t, device=x.device))
     tokens = video_tokens(model, video) + motion.shape[1] * TOKENS_PER_FRAME
-    with torch.autocast(video.device.type, enabled=False), listening(tokens, read) as layers:
-        model(*inputs, *times, text, task)
+    layers, attention = [], dual_dit.attention
+
+    def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # each block's joint attention: a cross-attention has the queries of one stream alone
+        if q.shape[2] == k.shape[2] == tokens:
+            layers.append(read(q, k))
+        return attention(q, k, v)
+
+    dual_dit.attention = listen
+    try:
+        with torch.autocast(video.device.type, enabled=False):
+            model(*inputs, *times, text, task)
+    finally:
+        dual_dit.attention = attention
     return torch.stack(layers)
 
 

@@ -6,7 +6,6 @@ asked for and freed when its user lets go of it, so that one of Wan's three netw
 
 import dataclasses
 import gc
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,15 +53,9 @@ class Backbone(NamedTuple):
 
 
 def open_backbone(
-    folder: Path | None,
-    file: Path | None,
-    body: Path | None,
-    frames: int | None,
-    size: tuple[int, int] | None,
-    fps: float | None,
-    precision: str | None,
-    device: str,
-) -> Backbone:
+    folder: Path | None, file: Path | None, body: Path | None, frames: int | None,
+    size: tuple[int, int] | None, fps: float | None, precision: str | None, device: str,
+) -> Backbone:  # fmt: skip
     """The Wan in `folder`, or the puppet, with the weights in `file` (default: the shipped puppet's).
 
     Where frames, size and rate are not given they are what the weights were trained on, else the
@@ -70,15 +63,9 @@ def open_backbone(
     """
     devices.use_fast_attention(torch.device(device))
     if not folder:
-        for name, value in {
-            "frames": frames,
-            "size": size,
-            "fps": fps,
-            "body": body,
-            "precision": precision,
-        }.items():
-            if value:
-                raise ValueError(f"--{name} is for --wan; the puppet has one size, one rate and one body")
+        given = {"frames": frames, "size": size, "fps": fps, "body": body, "precision": precision}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size, one rate and one body")
         return puppet_backbone(file or SHIPPED, device)
     trained = (file and weights.read_settings(file)) or {}
     if file:
@@ -128,13 +115,12 @@ def wan_backbone(
         torch.manual_seed(0)  # the untrained motion expert is the same in every call
         return wan.load_transformer(folder, dtype, device)
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "echomotion" / "text"
     return Backbone(
         geometry,
         Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, lead=0.0),
         False,
         body,
-        lambda: wan.TextEncoder(folder, dtype, device, cache),
+        lambda: wan.TextEncoder(folder, dtype, device),
         lambda: wan.VideoVAE(folder, device=device),
         transformer,
         None,
@@ -147,9 +133,8 @@ def check_weights(file: Path, folder: Path) -> None:
     for name, value in dataclasses.asdict(wan.transformer_config(folder)).items():
         found = getattr(config, name)
         if found != value and name not in ABLATED:
-            raise ValueError(
-                f"{file} has {name} {found}, {folder} {value}: give the Wan that these weights are of"
-            )
+            of = f"{file} has {name} {found}, {folder} {value}"
+            raise ValueError(f"{of}: give the Wan that these weights are of")
 
 
 def free(device: str) -> None:

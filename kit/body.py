@@ -107,15 +107,11 @@ class Body(torch.nn.Module):
         paths tried, ValueError naming a file that is damaged, that is no SMPL model or that could run code.
         """
         path = Path(path)
-        if gender not in GENDERS:
-            raise ValueError(f"gender is {gender!r}, expected one of {', '.join(GENDERS)}")
         tried = _official_paths(path, gender) if path.is_dir() else [path]
         file = next((candidate for candidate in tried if candidate.is_file()), None)
         if file is None:
-            raise FileNotFoundError(
-                "no SMPL model found; download one from https://smpl.is.tue.mpg.de and place it at one of: "
-                + ", ".join(map(str, tried))
-            )
+            places = ", ".join(map(str, tried))
+            raise FileNotFoundError(f"no SMPL model: get one from https://smpl.is.tue.mpg.de as {places}")
         if file.suffix not in (".npz", ".pkl"):
             raise ValueError(f"{file}: expected an SMPL model file ending in .npz or .pkl")
         read = read_arrays(file, FIELDS) if file.suffix == ".npz" else read_object(file, "SMPL model", FIELDS)
@@ -153,10 +149,6 @@ def _flatten(
     global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Broadcast the leading axes and fold them into one: pose (n 24 3), betas (n 10), transl (n 3), lead."""
-    if body_pose.shape[-2:] != (23, 3):
-        raise ValueError(f"body_pose must be (... 23 3), axis-angle; got {tuple(body_pose.shape)}")
-    if betas.shape[-1] != NUM_BETAS:
-        raise ValueError(f"betas must be (... {NUM_BETAS}); got {tuple(betas.shape)}")
     lead = np.broadcast_shapes(  # torch's imports half a second of symbolic mathematics
         global_orient.shape[:-1], body_pose.shape[:-2], betas.shape[:-1], transl.shape[:-1]
     )
@@ -170,26 +162,22 @@ def _flatten(
 
 def _check(data: dict[str, np.ndarray]) -> None:
     """Raise ValueError unless `data` holds the arrays of an SMPL model."""
-    missing = [name for name in FIELDS if name not in data]
-    if missing:
+    if missing := [name for name in FIELDS if name not in data]:
         raise ValueError(f"not an SMPL model: it lacks {missing}; expected the fields {list(FIELDS)}")
     if data["weights"].shape[-1:] != (24,):
         raise ValueError(f"weights is {data['weights'].shape}: expected 24 joints, not SMPL-H's or SMPL-X's")
     vertices = data["v_template"].size // 3
     shapes = {
-        "v_template": (vertices, 3),
-        "shapedirs": (vertices, 3, max((NUM_BETAS, *data["shapedirs"].shape[2:]))),
-        "posedirs": (vertices, 3, 207),
-        "J_regressor": (24, vertices),
-        "weights": (vertices, 24),
-        "kintree_table": (2, 24),
-        "f": (max((1, *data["f"].shape[:1])), 3),
-    }
+        "v_template": (vertices, 3), "shapedirs": (vertices, 3, NUM_BETAS), "posedirs": (vertices, 3, 207),
+        "J_regressor": (24, vertices), "weights": (vertices, 24), "kintree_table": (2, 24),
+        "f": (data["f"].size // 3, 3),
+    }  # fmt: skip
     for name, shape in shapes.items():
-        if data[name].shape != shape:
-            raise ValueError(f"{name} is {data[name].shape}, expected {shape}")
-        if data[name].dtype.kind not in "fiu" or not np.isfinite(data[name]).all():
-            raise ValueError(f"{name} ({data[name].dtype}) holds something else than finite numbers")
+        array = data[name][..., :NUM_BETAS] if name == "shapedirs" else data[name]
+        if array.shape != shape or not array.size:
+            raise ValueError(f"{name} is {array.shape}, expected {shape}")
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise ValueError(f"{name} ({array.dtype}) holds something else than finite numbers")
     parents, faces = data["kintree_table"][0, 1:].astype(np.int64), data["f"]
     if not ((parents >= 0) & (parents < np.arange(1, 24))).all():
         raise ValueError(f"kintree_table has the parents {parents}, expected each to come before its joint")

@@ -21,15 +21,9 @@ LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may 
 
 
 def jobs(
-    tasks: dict[str, Task],
-    name: str | None,
-    prompt: str | None,
-    prompts: Path | None,
-    count: int,
-    seed: int,
-    motion: Path | None,
-    video: Path | None,
-) -> list[Job]:
+    tasks: dict[str, Task], name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
+    motion: Path | None, video: Path | None,
+) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
     if motion and name != "m2v":
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")

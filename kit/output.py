@@ -21,7 +21,7 @@ from flow import Task
 from kit.attention import attention_to_latents
 from kit.backbone import Backbone
 from kit.body import JOINT_NAMES, Body
-from kit.data.motion_files import Motion, check_motion, save_amass
+from kit.data.motion_files import Motion, save_amass
 from kit.files import whole_file
 from kit.page import SHOWN, PageSample, write_page
 from kit.pictures import contact_sheet, draw_skeleton, fitted, resized, side_by_side, to_frames, write_video
@@ -30,8 +30,6 @@ from motion_tokens import axis_angle_to_matrix, decode_smpl
 PICTURE = 256  # height of the video in the GIF, pixels
 AT_ONCE = 256  # frames skinned at a time: SMPL's 6,890 vertices then take a few hundred megabytes
 MESH = {"npz": "-mesh.npz", "obj": "-mesh"}  # what is added to a sample's name
-
-
 WORDS = {
     Task.JOINT: "text to video and motion", Task.MOTION_TO_VIDEO: "motion to video",
     Task.VIDEO_TO_MOTION: "video to motion", Task.VIDEO_ONLY: "text to video",
@@ -63,12 +61,12 @@ def save_latents(
 ) -> Path:
     """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing. -> the file"""
     path = out / "latents" / f"{job.name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"latents": latents, "motion": motion, "attention": attention}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"job": json.dumps(job)}  # one key: safetensors keeps no order of several
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        # one key of metadata: safetensors keeps no order of several
+        save_file(tensors, temporary, metadata={"job": json.dumps(job)})
     return path
 
 
@@ -109,14 +107,9 @@ def motion_folder(out: Path, pictures: bool) -> Path:
 
 
 def write_all(
-    out: Path,
-    latents: list[Path],
-    pixels: Tensor | None,
-    world: Backbone,
-    device: str,
-    pictures: bool,
+    out: Path, latents: list[Path], pixels: Tensor | None, world: Backbone, device: str, pictures: bool,
     mesh: str | None,
-) -> None:
+) -> None:  # fmt: skip
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
     codec, samples = None, []
     for file in latents:
@@ -125,63 +118,50 @@ def write_all(
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
             codec = codec or world.codec()
             video = codec.decode(made.to(device))
-        names = write(out, job, video, motion, world, pictures, mesh)
+        frames = to_frames(video[0])
+        smpl = None if motion is None else decode_smpl(motion.float().cpu())
+        names = write(out, job, frames, smpl, world, pictures, mesh)
         print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
-        shown = (video, motion, attention) if len(samples) < SHOWN else (None, None, None)
-        samples.append(page_sample(job, *shown, world.geometry.fps))
+        if len(samples) < SHOWN:
+            joints = None if smpl is None else smpl["joints"][0].numpy()
+            shown = frames.numpy(), joints, world.geometry.fps, attention
+            samples.append(PageSample(job.name, WORDS[job.task], job.prompt, *shown))
     if pictures and samples:
-        write_page(out / "index.html", samples)
+        write_page(out / "index.html", samples, total=len(latents))
         print(f"{out}/index.html shows them")
 
 
-def page_sample(
-    job: Job, video: Tensor | None, motion: Tensor | None, attention: Tensor | None, fps: float
-) -> PageSample:
-    """One sample as the page wants it."""
-    frames = None if video is None else to_frames(video[0]).numpy()
-    joints = None if motion is None else decode_smpl(motion.float().cpu())["joints"][0].numpy()
-    attention = None if attention is None else attention.numpy()
-    return PageSample(job.name, WORDS[job.task], job.prompt, frames, joints, fps, attention)
-
-
 def write(
-    out: Path,
-    job: Job,
-    video: Tensor,
-    motion: Tensor | None,
-    world: Backbone,
-    pictures: bool = True,
-    mesh: str | None = None,
-) -> list[str]:
+    out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, world: Backbone, pictures: bool,
+    mesh: str | None,
+) -> list[str]:  # fmt: skip
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
-    `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder NAME-mesh. Returns what was added to the names,
-    and where that is another folder's.
+    frames (f h w 3) uint8, smpl as decode_smpl gives it; `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder
+    NAME-mesh. Returns what was added to the names, and where that is another folder's.
     """
-    frames, fps = to_frames(video[0]), world.geometry.fps
-    rows, titles, made = [frames], [f"{job.name}: {job.prompt or 'no text'}"], [".mp4"]
+    fps, made = world.geometry.fps, [".mp4"]
+    rows, titles = [frames], [f"{job.name}: {job.prompt or 'no text'}"]
     out.mkdir(parents=True, exist_ok=True)
     write_video(out / f"{job.name}.mp4", frames, fps)
-    if motion is not None:
-        smpl = decode_smpl(motion.float().cpu())
+    if smpl:
         fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
+        motion = Motion(*fields, fps, "neutral")
         folder = motion_folder(out, pictures)
         folder.mkdir(exist_ok=True)
-        moved = Motion(*fields, fps, "neutral")
-        save_amass(folder / f"{job.name}.npz", moved, world.body)
-        save_bvh(folder / f"{job.name}.bvh", moved, world.body)
+        save_amass(folder / f"{job.name}.npz", motion, world.body)
+        save_bvh(folder / f"{job.name}.bvh", motion, world.body)
         made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
         if mesh:
             save = {"npz": save_mesh, "obj": save_objs}[mesh]
-            save(mesh_path(out, job, mesh, pictures), moved, world.body)
+            save(mesh_path(out, job, mesh, pictures), motion, world.body)
             made += [MESH[mesh]]
     if pictures:
-        if motion is not None:
+        if smpl:
             joints = smpl["joints"][0]
-            project = world.project or fitted(joints)
-            rows += [draw_skeleton(joints, world.body.parents, project, PICTURE)]
+            rows += [draw_skeleton(joints, world.body.parents, world.project or fitted(joints), PICTURE)]
             titles += ["motion"]
-        moving = side_by_side(*rows) if motion is not None else resized(frames, PICTURE)
+        moving = side_by_side(*rows) if smpl else resized(frames, PICTURE)
         write_video(out / f"{job.name}.gif", moving, fps)
         contact_sheet(out / f"{job.name}.png", rows, titles)
         made += [".gif", ".png"]
@@ -196,12 +176,8 @@ def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
 
     Lengths are metres (many programs expect centimetres: import with a scale of 100), angles degrees. The
     pelvis has its place in the world and its rotation, all others a rotation; a rotation is Rz·Rx·Ry, as its
-    channels are listed. The same motion gives the same bytes. ValueError for a malformed motion or another
-    suffix, FileNotFoundError for a missing folder.
+    channels are listed. The same motion gives the same bytes.
     """
-    if Path(path).suffix != ".bvh":
-        raise ValueError(f"cannot write {path}: a Biovision Hierarchy ends in .bvh")
-    check_motion(motion, f"motion for {path}")
     rest, parents = body.rest_joints(motion.betas).double(), body.parents.tolist()
     offsets = rest - rest[[0, *parents[1:]]]  # zero for the pelvis: its channels hold its whole position
     order: list[int] = []
@@ -251,51 +227,39 @@ def _euler_zxy(matrix: Tensor) -> Tensor:
 def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
     """Write the skinned mesh as FILE.npz: vertices (f V 3) float32, faces (F 3) int32, fps.
 
-    The same motion gives the same bytes. ValueError for a malformed motion or another suffix.
+    The same motion gives the same bytes.
     """
-    path = Path(path)
-    if path.suffix != ".npz":
-        raise ValueError(f"cannot write {path}: expected FILE.npz")
-    vertices, faces = _mesh(path, motion, body)
+    vertices, faces = _mesh(motion, body).numpy(), body.faces.int().numpy()
     with whole_file(path) as temporary:
-        np.savez(temporary, vertices=vertices.numpy(), faces=faces.numpy(), fps=np.array(float(motion.fps)))
+        np.savez(temporary, vertices=vertices, faces=faces, fps=np.array(float(motion.fps)))
 
 
 def save_objs(folder: str | Path, motion: Motion, body: Body) -> None:
     """Write the skinned mesh as a new folder of frame_000000.obj, frame_000001.obj, ...
 
-    The same motion gives the same bytes. ValueError for a malformed motion, FileExistsError for a folder that
-    is there already.
+    The folder appears when all are written; FileExistsError if it is there already.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; choose another folder")
-    _write_objs(folder, *_mesh(folder, motion, body))
-
-
-@torch.no_grad()
-def _mesh(path: Path, motion: Motion, body: Body) -> tuple[Tensor, Tensor]:
-    """Vertices (f V 3) and faces (F 3) int32 for a file of this name."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
-    check_motion(motion, f"motion for {path}")
-    pieces = (x.split(AT_ONCE) for x in (motion.global_orient, motion.body_pose, motion.transl))
-    vertices = [
-        body.mesh(orient, pose, motion.betas, transl)[0] for orient, pose, transl in zip(*pieces, strict=True)
-    ]
-    return torch.cat(vertices), body.faces.int()
-
-
-def _write_objs(folder: Path, vertices: Tensor, faces: Tensor) -> None:
-    """A file a frame, in a folder that appears when all are written."""
-    triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (faces + 1).tolist())  # .obj counts from 1
+    triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (body.faces + 1).tolist())  # .obj counts from 1
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir()
-        for number, frame in enumerate(vertices.tolist()):
+        for number, frame in enumerate(_mesh(motion, body).tolist()):
             points = "".join(f"v {_numbers(point)}\n" for point in frame)
             file = temporary / f"frame_{number:06d}.obj"
             file.write_text(points + triangles, encoding="ascii", newline="\n")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def _mesh(motion: Motion, body: Body) -> Tensor:
+    """Vertices (f V 3)."""
+    pieces = (x.split(AT_ONCE) for x in (motion.global_orient, motion.body_pose, motion.transl))
+    vertices = [
+        body.mesh(orient, pose, motion.betas, transl)[0] for orient, pose, transl in zip(*pieces, strict=True)
+    ]
+    return torch.cat(vertices)

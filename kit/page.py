@@ -2,7 +2,6 @@
 
 import base64
 import io
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from kit.body import JOINT_NAMES
 from kit.files import whole_file
@@ -17,11 +17,9 @@ from kit.puppet.skeleton import PARENTS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]
-PLACEHOLDER = "{{page}}"
-LIMIT = 2_000_000  # bytes of the page
 SHOWN = 12  # samples at most
 LOSSLESS = 128  # pixels: videos of at most this height are embedded as they are
-RUNGS = ((256, 85), (256, 70), (256, 50), (192, 50), (128, 40), (96, 30))  # height, quality of taller ones
+HEIGHT, QUALITY = 256, 60  # of taller ones
 
 
 class PageSample(NamedTuple):
@@ -33,71 +31,55 @@ class PageSample(NamedTuple):
     video: np.ndarray | None  # (f h w 3) uint8
     joints: np.ndarray | None  # (f 24 3) metres, y up
     fps: float
-    attention: np.ndarray | None  # (layers f T), of a frame's attention to video the share of each latent
+    attention: Tensor | None  # (layers f T), of a frame's attention to video the share of each latent
 
 
-def write_page(path: Path, samples: list[PageSample]) -> None:
-    """Write one HTML file below 2 MB.
+def write_page(path: Path, samples: list[PageSample], total: int) -> None:
+    """Write one HTML file that shows these samples and says of how many they are.
 
     A video becomes one WebP image with all its frames: lossless up to 128 pixels high; taller ones, such as
-    Wan's, are shrunk to 256 pixels or less and compressed as far as the limit demands. At most twelve samples
-    are shown, and fewer where even that does not suffice; the page says how many there are.
+    Wan's, are shrunk to 256 pixels and compressed.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
-    shown = min(len(samples), SHOWN)
-    counts = [shown >> halved for halved in range(shown.bit_length() + 1)]  # the last is 0
-    for count, rung in itertools.product(counts, RUNGS):
-        page = {
-            "samples": [described(sample, *rung) for sample in samples[:count]],
-            "total": len(samples),
-            "parents": PARENTS,
-            "sides": SIDES,
-            "head": JOINT_NAMES.index("head"),
-        }
-        data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
-        html = template.replace(PLACEHOLDER, data)
-        if len(html.encode()) < LIMIT:
-            break
+    page = {
+        "samples": [described(sample) for sample in samples],
+        "total": total,
+        "parents": PARENTS,
+        "sides": SIDES,
+        "head": JOINT_NAMES.index("head"),
+    }
+    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
+    html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
     with whole_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
 
-def described(sample: PageSample, height: int, quality: int) -> dict:
+def described(sample: PageSample) -> dict:
     """What the page's script reads: joints in millimetres, attention in thousandths."""
-    frames = {len(x) for x in (sample.video, sample.joints) if x is not None}
-    if sample.attention is not None:
-        frames.add(sample.attention.shape[1])
-    if len(frames) != 1:
-        raise ValueError(f"{sample.name} has parts of {sorted(frames)} frames, expected one number of them")
-    return {
-        "name": sample.name,
-        "task": sample.task,
-        "prompt": sample.prompt,
-        "fps": sample.fps,
-        "frames": frames.pop(),
-        "video": None if sample.video is None else sheet(sample.video, height, quality),
+    return sample._asdict() | {
+        "frames": len(sample.joints if sample.video is None else sample.video),
+        "video": None if sample.video is None else sheet(sample.video),
         "joints": whole(sample.joints),
         "attention": whole(sample.attention),
     }
 
 
-def whole(x: np.ndarray | None) -> list | None:
+def whole(x: np.ndarray | Tensor | None) -> list | None:
     """In thousandths: short to write."""
     return None if x is None else np.rint(1000 * np.asarray(x)).astype(int).tolist()
 
 
-def sheet(video: np.ndarray, height: int, quality: int) -> dict:
+def sheet(video: np.ndarray) -> dict:
     """All frames in one image, row by row."""
     f, h, w = video.shape[:3]
     lossless = h <= LOSSLESS
-    if not lossless and h > height:
-        w, h = max(1, round(w * height / h)), height
+    if h > HEIGHT:
+        w, h = max(1, round(w * HEIGHT / h)), HEIGHT
     columns = math.ceil(math.sqrt(f * h / w))  # about as wide as high: a browser limits both
     picture = Image.new("RGB", (columns * w, math.ceil(f / columns) * h))
     for i, frame in enumerate(video):
         tile = Image.fromarray(frame).resize((w, h), Image.Resampling.LANCZOS)
         picture.paste(tile, (i % columns * w, i // columns * h))
     data = io.BytesIO()
-    picture.save(data, "WEBP", lossless=lossless, quality=20 if lossless else quality, method=2)
+    picture.save(data, "WEBP", lossless=lossless, quality=20 if lossless else QUALITY, method=2)
     uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
     return {"sheet": uri, "width": w, "height": h, "columns": columns}

@@ -4,10 +4,7 @@ A pickle may name any function to be called; the reader here gives it nothing bu
 writes a pickle, too, in which an array's bytes follow a wrapper that says its shape and type.
 """
 
-import bz2
-import gzip
 import io
-import lzma
 import pickle
 import re
 import zipfile
@@ -21,9 +18,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-OPENERS = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-OPENERS |= {b"x" + level: zlib.decompress for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")}
-TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+ZLIB = tuple(b"x" + level for level in (b"\x01", b"\x5e", b"\x9c", b"\xda"))
 
 
 def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -64,19 +59,16 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
 
 
 def _read(data: bytes, what: str) -> object:
-    opener = next((opener for magic, opener in OPENERS.items() if data.startswith(magic)), None)
-    if opener:
-        return _read(opener(data), what)
     if not data:
         raise ValueError("it is empty")
+    if data.startswith(ZLIB):  # joblib's way to compress
+        data = zlib.decompress(data)
     stream = io.BytesIO(data)
-    if data.startswith(TORCH_BEFORE_1_6):
-        return _read_torch(stream)
     if data.startswith(b"PK"):
         with zipfile.ZipFile(stream) as archive:
-            names = archive.namelist()
+            of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
         stream.seek(0)
-        if any(name.endswith("data.pkl") for name in names):
+        if of_torch:
             return _read_torch(stream)
         with np.load(stream, allow_pickle=False) as archive:  # of plain arrays only
             return dict(archive)
@@ -152,27 +144,18 @@ _NUMPY = {
     "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
     "scalar": lambda dtype, data: dtype.read(data, ()),
 }
-_PYTHON = (
-    {
-        ("_codecs", "encode"): lambda text, _: text.encode(
-            "latin1"
-        ),  # how Python 3 writes bytes for Python 2
-        ("copyreg", "_reconstructor"): lambda kind, *_: kind(),
-        ("copy_reg", "_reconstructor"): lambda kind, *_: kind(),  # Python 2's names
-        ("collections", "OrderedDict"): OrderedDict,
-        ("collections", "defaultdict"): defaultdict,
-        ("joblib.numpy_pickle", "NumpyArrayWrapper"): _Wrapper,
-        ("torch._utils", "_rebuild_tensor_v2"): lambda *parts: torch._utils._rebuild_tensor_v2(
-            *parts[:5], {}
-        ),
-        ("torch.storage", "_load_from_bytes"): _storage,
-    }
-    | {
-        (module, kind.__name__): kind  # chumpy notes its changed variables in a set
-        for module in ("builtins", "__builtin__")
-        for kind in (object, set, dict, list)
-    }
-)
+_OTHERS = {
+    "_codecs.encode": lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
+    "copyreg._reconstructor": lambda kind, *_: kind(),
+    "copy_reg._reconstructor": lambda kind, *_: kind(),  # Python 2's name
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": defaultdict,
+    "joblib.numpy_pickle.NumpyArrayWrapper": _Wrapper,
+    "torch._utils._rebuild_tensor_v2": lambda *parts: torch._utils._rebuild_tensor_v2(*parts[:5], {}),
+    "torch.storage._load_from_bytes": _storage,
+}
+for _kind in (object, set, dict, list):  # chumpy notes its changed variables in a set
+    _OTHERS |= {f"{module}.{_kind.__name__}": _kind for module in ("builtins", "__builtin__")}
 
 
 class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into the arrays between
@@ -183,10 +166,9 @@ class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into
         self.stream, self.what = stream, what
 
     def find_class(self, module: str, name: str) -> object:
-        found = _NUMPY.get(name) if module in _NUMPY_MODULES else _PYTHON.get((module, name))
-        if module.split(".")[0] == "chumpy" or (
-            module.startswith("scipy.sparse") and name.endswith("_matrix")
-        ):
+        found = _NUMPY.get(name) if module in _NUMPY_MODULES else _OTHERS.get(f"{module}.{name}")
+        sparse = module.startswith("scipy.sparse") and name.endswith("_matrix")
+        if sparse or module.split(".")[0] == "chumpy":
             found = _Record
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no {self.what} needs")
@@ -239,15 +221,9 @@ def _array_of(record: _Record, seen: dict) -> np.ndarray:
     if kind == "Select":
         selected = np.asarray(_plain(record.a, seen)).ravel()[_plain(record.idxs, seen)]
         return selected.reshape(getattr(record, "preferred_shape", selected.shape))
-    if kind in ("csc_matrix", "csr_matrix"):
-        return _dense(record, seen, by_column=kind == "csc_matrix")
-    raise ValueError(f"expected arrays of numpy, chumpy (Ch, Select) or scipy.sparse (csc, csr), got {kind}")
-
-
-def _dense(matrix: _Record, seen: dict, by_column: bool) -> np.ndarray:
-    """Dense array of a compressed sparse matrix: `indptr` counts along columns (csc) or rows (csr)."""
-    indptr, indices, data = (_plain(x, seen) for x in (matrix.indptr, matrix.indices, matrix.data))
-    major = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    dense = np.zeros(matrix._shape)
-    np.add.at(dense, (indices, major) if by_column else (major, indices), data)
-    return dense
+    if kind == "csc_matrix":
+        indptr, indices, data = (_plain(x, seen) for x in (record.indptr, record.indices, record.data))
+        dense = np.zeros(record._shape)
+        np.add.at(dense, (indices, np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))), data)
+        return dense
+    raise ValueError(f"expected arrays of numpy, chumpy (Ch, Select) or scipy.sparse (csc), got {kind}")

@@ -1,5 +1,6 @@
 """Video files, decoded as players show them: upright, of square pixels, in their own colours and times."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,23 +25,22 @@ ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.m
 
 
 class Shown(NamedTuple):
-    """A decoded frame, not yet converted."""
+    """A decoded frame, not yet converted, and how its picture is to be turned."""
 
     time: float  # seconds, no earlier than the frame before it
     frame: av.VideoFrame
     pixel: Fraction  # its width over its height
-    turn: "Turn"
-
-    def image(self) -> Image.Image:
-        return _upright(_square(_rgb(self.frame), self.pixel), self.turn)
-
-
-class Turn(NamedTuple):
-    """How a frame is to be turned."""
-
-    lying: bool  # rows and columns change places, before anything else
+    lying: bool  # rows and columns change places, before they are mirrored
     right: int  # -1: columns run to the left
     down: int  # -1: rows run up
+
+    def image(self) -> Image.Image:
+        image = _rgb(self.frame)
+        if self.pixel != 1:  # of DV, DVDs and anamorphic lenses
+            size = (round(image.width * self.pixel), image.height)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).swapaxes(0, 1) if self.lying else np.asarray(image)  # (h w 3)
+        return Image.fromarray(np.ascontiguousarray(pixels[:: self.down, :: self.right]))
 
 
 def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
@@ -67,26 +67,24 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
 
 def shown_frames(path: Path) -> Iterator[Shown]:
     """Every frame of a video, at least one, in the order in which they are shown; errors as `images_at`."""
-    times, last, count = _avi_times(path) if path.suffix.lower() == ".avi" else None, None, 0
+    times, last = _avi_times(path) if path.suffix.lower() == ".avi" else None, -math.inf
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         pixel = stream.sample_aspect_ratio or Fraction(1)
         if not 1 / MAX_PIXEL <= pixel <= MAX_PIXEL:
             raise ValueError(f"{path}: its pixels are {pixel} times as wide as high, expected about 1")
-        for frame in container.decode(stream):
+        for count, frame in enumerate(container.decode(stream)):
             time = frame.time if times is None else next(times, None)
             if frame.is_corrupt or time is None:
                 raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
-            if last is not None and time < last:
-                raise ValueError(
-                    f"{path}: frame {count} is shown at {time:.3f} s, before the one that comes before it at "
-                    f"{last:.3f} s; {ENCODE_AGAIN}"
-                )
+            if time < last:
+                shown = f"frame {count} is shown at {time:.3f} s, the one before it at {last:.3f} s"
+                raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
             if frame.color_trc in HDR:
                 raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
-            yield Shown(time, frame, pixel, _turn(frame, path))
-            last, count = time, count + 1
-    if not count:
+            yield Shown(time, frame, pixel, *_turn(frame, path))
+            last = time
+    if last == -math.inf:
         raise ValueError(f"{path} has no frames, expected at least one")
 
 
@@ -127,32 +125,18 @@ def _rgb(frame: av.VideoFrame) -> Image.Image:
     return frame.to_image(src_colorspace=Colorspace.ITU709 if hd else Colorspace.ITU601)
 
 
-def _square(image: Image.Image, pixel: Fraction) -> Image.Image:
-    """With its width as of square pixels; pixels of DV, DVDs and anamorphic lenses are none."""
-    if pixel == 1:
-        return image
-    return image.resize((max(1, round(image.width * pixel)), image.height), Image.Resampling.BICUBIC)
-
-
-def _turn(frame: av.VideoFrame, path: Path) -> Turn:
+def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
     """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
 
     The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
-        return Turn(False, 1, 1)
+        return False, 1, 1
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
     lying = abs(a) + abs(d) < abs(b) + abs(c)
     right, down, *rest = (c, b, a, d) if lying else (a, d, b, c)
     if max(map(abs, rest)) > 0.01 * min(abs(right), abs(down)) or not right * down:
-        raise ValueError(
-            f"{path}: its display matrix has {a} {b} {c} {d}, no quarter turns; turn the pixels themselves"
-        )
-    return Turn(lying, int(np.sign(right)), int(np.sign(down)))
-
-
-def _upright(image: Image.Image, turn: Turn) -> Image.Image:
-    pixels = np.asarray(image)  # (h w 3)
-    pixels = pixels.swapaxes(0, 1) if turn.lying else pixels
-    return Image.fromarray(np.ascontiguousarray(pixels[:: turn.down, :: turn.right]))
+        found = f"its display matrix has {a} {b} {c} {d}, no quarter turns"
+        raise ValueError(f"{path}: {found}; turn the pixels themselves")
+    return lying, int(np.sign(right)), int(np.sign(down))

@@ -27,17 +27,12 @@ TRANSFORMERS = {
 VAES = {
     "2.1": {},  # the class's defaults are the published file's
     "2.2": {
-        "decoder_base_dim": 8,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
+        "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+        "patch_size": 2, "scale_factor_spatial": 16,
         "latents_mean": torch.linspace(-0.3, 0.5, 48).tolist(),
         "latents_std": torch.linspace(0.4, 1.7, 48).tolist(),
     },
-}
+}  # fmt: skip
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
@@ -74,23 +69,16 @@ def write(folder: Path, version: str, seed: int = 0) -> Path:
         **sizes, out_channels=sizes["in_channels"], text_dim=TEXT_DIM, freq_dim=32, num_layers=2
     )
     umt5 = UMT5Config(
-        vocab_size=64,
-        d_model=TEXT_DIM,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
+        vocab_size=64, d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu",
-    )
+    )  # fmt: skip
     pipeline = WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=randomised(UMT5EncoderModel(umt5), seed),
         vae=randomised(AutoencoderKLWan(base_dim=4, **VAES[version]), seed),
         transformer=randomised(transformer, seed),
         scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction",
-            use_flow_sigmas=True,
-            flow_shift={"2.1": 3.0, "2.2": 5.0}[version],
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         expand_timesteps=version == "2.2",
     )
@@ -145,20 +133,14 @@ def original(folder: Path, shards: int = 1) -> Path:
     }
     for file in folder.iterdir():
         file.unlink()
+    width = theirs["num_attention_heads"] * theirs["attention_head_dim"]
     config = {
-        "_class_name": "WanModel",
-        "_diffusers_version": "0.30.0",
-        "dim": theirs["num_attention_heads"] * theirs["attention_head_dim"],
-        "eps": theirs["eps"],
-        "ffn_dim": theirs["ffn_dim"],
-        "freq_dim": theirs["freq_dim"],
-        "in_dim": theirs["in_channels"],
-        "model_type": "ti2v" if theirs["in_channels"] == 48 else "t2v",
-        "num_heads": theirs["num_attention_heads"],
-        "num_layers": theirs["num_layers"],
+        "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": width, "eps": theirs["eps"],
+        "ffn_dim": theirs["ffn_dim"], "freq_dim": theirs["freq_dim"], "in_dim": theirs["in_channels"],
+        "model_type": "ti2v" if theirs["in_channels"] == 48 else "t2v", "text_len": 512,
+        "num_heads": theirs["num_attention_heads"], "num_layers": theirs["num_layers"],
         "out_dim": theirs["out_channels"],
-        "text_len": 512,
-    }
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     if shards == 1:
         save_file(tensors, folder / f"{STEM}.safetensors")

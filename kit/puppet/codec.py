@@ -8,7 +8,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from kit.puppet.drawing import render
-from kit.puppet.world import clips, nearest_frames
+from kit.puppet.world import clips
 
 LATENT_CHANNELS = 48
 FIT_SEEDS = range(1 << 20, (1 << 20) + 512)
@@ -57,14 +57,6 @@ class Codec:
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (b 3 f H W) in [-1, 1], f = 4n+1, H and W multiples of 8 -> latents (b c n+1 H/8 W/8)."""
-        frames, height, width = video.shape[-3:]
-        if frames % 4 != 1:
-            raise ValueError(
-                f"a video must have 4n+1 frames, got {frames}; the nearest is {nearest_frames(frames)}"
-            )
-        if height % 8 or width % 8:
-            fits = f"{max(8, 8 * round(height / 8))}x{max(8, 8 * round(width / 8))}"
-            raise ValueError(f"height and width must be multiples of 8, got {height}x{width}; nearest {fits}")
         self._follow(video)
         latents = (_blocks(video) - self.mean) @ self.weight.T / self.scale
         return rearrange(latents, "b t h w c -> b c t h w")
@@ -92,11 +84,9 @@ class Codec:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "Codec":
-        missing = {"encode", "decode", "mean", "scale"} - state.keys()
-        if missing:
+        if missing := sorted({"encode", "decode", "mean", "scale"} - state.keys()):
             raise ValueError(
-                f"no puppet codec in these weights: {sorted(missing)} missing. Weights of a real Wan need "
-                "--wan FOLDER; the puppet's, written by train.py, have one"
+                f"no puppet codec in these weights, {missing} missing: a real Wan's need --wan FOLDER"
             )
         return cls(**state)
 

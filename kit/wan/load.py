@@ -11,19 +11,20 @@ alone, in Wan's own layout or in Diffusers'. Nothing is fetched from a network.
 
 import hashlib
 import html
+import importlib
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 from kit.wan.names import (
+    FIELDS,
     STEM,
     SUPPORTED,
     TEXT_TOKENS,
@@ -39,32 +40,24 @@ from kit.wan.names import (
 )
 from kit.weights import stored_dtype
 
-NEEDED = "a real Wan needs diffusers and transformers: pip install -r requirements-wan.txt"
-
 # ---------------------------------------------------------------- the transformer
 
 
 def load_transformer(
-    folder: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    init_motion: str = "copy",
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DualDiT:
-    """A Wan transformer as the video expert of a DualDiT, in evaluation mode; the motion expert is new.
+    """A Wan transformer as the video expert of a DualDiT, in evaluation mode; the motion expert is its copy.
 
-    `init_motion`: "copy" starts it from the video expert where shapes agree, "fresh" from scratch. Timestep
-    layers, modulation and norms stay fp32 whatever `dtype`. Strict: FileNotFoundError or ValueError unless
-    every tensor of the files, and no other, makes up the video expert.
+    Timestep layers, modulation and norms stay fp32 whatever `dtype`. Strict: FileNotFoundError or ValueError
+    unless every tensor of the files, and no other, makes up the video expert.
     """
-    if init_motion not in ("copy", "fresh"):
-        raise ValueError(f"init_motion is 'copy' or 'fresh', got {init_motion!r}")
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
-    shapes, own_name, precisions = read_header(files)
-    config = config_of(shapes, read_config(folder))
+    shapes, own_name, fp8 = read_header(files)
     with torch.device("meta"):
-        model = DualDiT(config)
-    expected = {own: tuple(model.state_dict()[name].shape) for name, own in own_names(model).items()}
+        model = DualDiT(config_of(shapes, read_config(folder)))
+    video = own_names(model)
+    expected = {own: tuple(model.state_dict()[name].shape) for name, own in video.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):
         name = wrong[0][0]
         raise ValueError(
@@ -72,8 +65,7 @@ def load_transformer(
             f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
         )
     # what Wan lacks is allocated and initialised; the video expert stays on the meta device until it is read
-    video = set(own_names(model))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in model.state_dict().items():
         if name not in video:
             _replace(model, name, torch.empty_like(tensor, dtype=stored_dtype(name, dtype), device=device))
     model.init_weights()
@@ -82,13 +74,10 @@ def load_transformer(
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 ours = expert_name(own_name[name])
                 _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
-    if "fp8" in precisions:
-        print(
-            f"{folder}: weights of fp8 are computed in {str(dtype).removeprefix('torch.')}, no finer for that"
-        )
+    if fp8:
+        print(f"{folder}: its fp8 weights are computed in {dtype}, no finer for that")
     # paper is silent: what the motion expert starts from
-    if init_motion == "copy":
-        copy_video_to_motion(model)
+    copy_video_to_motion(model)
     return model.eval().requires_grad_(False)
 
 
@@ -100,8 +89,8 @@ def transformer_config(folder: str | Path) -> DualDiTConfig:
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put `tensor` where the parameter or buffer of this name is."""
-    *path, leaf = name.split(".")
-    module = model.get_submodule(".".join(path))
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
     setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
 
 
@@ -122,8 +111,6 @@ def save_transformer(
     model: DualDiT, folder: str | Path, layout: str = "diffusers", dtype=torch.float32
 ) -> None:
     """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json."""
-    if layout not in ("diffusers", "wan"):
-        raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any((folder / f"{STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
@@ -132,27 +119,25 @@ def save_transformer(
     names = own_names(model)
     if layout == "diffusers":
         names = {ours: diffusers_name(own) for ours, own in names.items()}
-        config = {
-            "_class_name": "WanTransformer3DModel", "num_layers": c.layers, "num_attention_heads": c.heads,
-            "attention_head_dim": c.width // c.heads, "ffn_dim": c.ffn, "in_channels": c.channels,
-            "out_channels": c.channels, "text_dim": c.text_dim, "patch_size": list(c.patch),
-            "freq_dim": c.freq_dim, "eps": c.eps, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+        kind = "WanTransformer3DModel"
+        more = {
+            "attention_head_dim": c.width // c.heads, "out_channels": c.channels, "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
         }  # fmt: skip
+    elif layout == "wan":
+        kind = "WanModel"
+        model_type = "ti2v" if c.channels == 48 else "t2v"
+        more = {"model_type": model_type, "out_dim": c.channels, "text_len": TEXT_TOKENS}
     else:
-        config = {
-            "_class_name": "WanModel", "model_type": "ti2v" if c.channels == 48 else "t2v",
-            "num_layers": c.layers, "num_heads": c.heads,
-            "dim": c.width, "ffn_dim": c.ffn, "in_dim": c.channels, "out_dim": c.channels,
-            "text_dim": c.text_dim, "patch_size": list(c.patch), "freq_dim": c.freq_dim,
-            "eps": c.eps, "text_len": TEXT_TOKENS,
-        }  # fmt: skip
+        raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
+    config = {"_class_name": kind} | {theirs: getattr(c, ours) for ours, theirs in FIELDS[kind].items()}
     tensors = {
         name: state[ours].to("cpu", stored_dtype(ours, dtype)).contiguous() for ours, name in names.items()
     }
     with whole_file(folder / f"{STEM}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with whole_file(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        temporary.write_text(json.dumps(config | more, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -165,12 +150,9 @@ class VideoVAE:
     Time is worked through latent by latent, and large frames are decoded in tiles: memory stays bounded.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-        try:
-            from diffusers import AutoencoderKLWan
-        except ImportError as error:
-            raise ValueError(NEEDED) from error
-        self.vae = _model(AutoencoderKLWan, Path(folder), "vae", dtype).to(device)
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        vae = _model("diffusers", "AutoencoderKLWan", Path(folder) / "vae", torch.float32)
+        self.vae = vae.to(device)
         config = self.vae.config
         self.channels: int = config.z_dim
         self.stride = (config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial)
@@ -182,45 +164,43 @@ class VideoVAE:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Pixels (b 3 f h w) in [-1, 1] -> latents (b c t h w) float32, the posterior's mode."""
-        stride_t, stride_h, stride_w = self.stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video: expected (b, 3, f, h, w), got {tuple(video.shape)}")
         f, h, w = video.shape[2:]
-        if f % stride_t != 1 or h % stride_h or w % stride_w:
-            raise ValueError(
-                f"video of {f} frames, {h}x{w}: expected {stride_t}n+1 frames, sizes a multiple of {stride_h}"
-            )
+        if f % 4 != 1 or h % self.stride[1] or w % self.stride[2]:
+            expected = f"4n+1 frames, sizes a multiple of {self.stride[1]}"
+            raise ValueError(f"video of {f} frames, {h}x{w}: expected {expected}")
         self.vae.disable_tiling()  # seams between tiles would be trained on
-        latents = self.vae.encode(video.to(self.mean.device, self.vae.dtype)).latent_dist.mode().float()
+        latents = self.vae.encode(video.to(self.mean)).latent_dist.mode()
         return (latents - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b c t h w) -> pixels (b 3 f h w) in [-1, 1], float32 on the CPU."""
-        if latents.ndim != 5 or latents.shape[1] != self.channels:
+        if latents.shape[1] != self.channels:
             raise ValueError(f"latents: expected (b, {self.channels}, t, h, w), got {tuple(latents.shape)}")
-        raw = latents.to(self.mean.device).float() * self.std + self.mean
         self.vae.enable_tiling()  # takes effect above 256 pixels a side only
-        return self.vae.decode(raw.to(self.vae.dtype)).sample.float().cpu()
+        return self.vae.decode(latents.to(self.mean) * self.std + self.mean).sample.cpu()
 
 
-def _pretrained(cls, folder: Path, part: str, **options):
-    """cls.from_pretrained(folder/part), offline, with an error that says what is missing."""
-    path = folder / part
-    if not path.is_dir():
-        raise FileNotFoundError(f"no {path}: expected the Diffusers layout's {part}/ there; {SUPPORTED}")
+def _pretrained(library: str, cls: str, path: Path, **options):
+    """library.cls.from_pretrained(path), offline, with an error that says what is missing."""
     try:
-        return cls.from_pretrained(path, local_files_only=True, **options)
+        kind = getattr(importlib.import_module(library), cls)
+    except ImportError as error:
+        raise ValueError(f"a real Wan needs {library}: pip install -r requirements-wan.txt") from error
+    if not path.is_dir():
+        raise FileNotFoundError(f"no {path}: expected the Diffusers layout's {path.name}/ there; {SUPPORTED}")
+    try:
+        return kind.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read ({first}): fetch that folder again") from error
 
 
-def _model(cls, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+def _model(library: str, cls: str, path: Path, dtype: torch.dtype) -> nn.Module:
     """A whole model of diffusers or transformers: both only warn of a missing tensor, and make it random."""
-    model, info = _pretrained(cls, folder, part, dtype=dtype, output_loading_info=True)
+    model, info = _pretrained(library, cls, path, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder / part} lacks {len(missing)} tensors such as {missing[0]}: fetch it again")
+        raise ValueError(f"{path} lacks {len(missing)} tensors such as {missing[0]}: fetch it again")
     return model.eval()
 
 
@@ -228,28 +208,13 @@ def _model(cls, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
 
 
 class TextEncoder:
-    """umT5: prompts -> features (b 512 text_dim), zeros after each prompt's last token, as Wan was trained.
+    """umT5: prompts -> features (b 512 text_dim), zeros after a prompt's last token, as Wan was trained."""
 
-    `cache` names a folder that keeps features by a hash of tokens, model and precision.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        cache: Path | None = None,
-    ):
-        try:
-            from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-        except ImportError as error:
-            raise ValueError(NEEDED) from error
-        folder = Path(folder)
+    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         # tokenizer.json as it stands: AutoTokenizer would rebuild it as T5's, with another <unk>
-        self.tokenizer = _pretrained(PreTrainedTokenizerFast, folder, "tokenizer")
-        self.model = _model(UMT5EncoderModel, folder, "text_encoder", dtype).to(device)
-        self.cache = cache
-        self.key = f"{dtype} {fingerprint(folder / 'text_encoder')}"
+        self.tokenizer = _pretrained("transformers", "PreTrainedTokenizerFast", Path(folder) / "tokenizer")
+        model = _model("transformers", "UMT5EncoderModel", Path(folder) / "text_encoder", dtype)
+        self.model = model.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
@@ -258,19 +223,8 @@ class TextEncoder:
 
     def _features(self, prompt: str) -> Tensor:
         tokens = self.tokenizer(prompt, max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-        name = hashlib.blake2b(f"{self.key} {tokens.input_ids.tolist()}".encode(), digest_size=16).hexdigest()
-        file = self.cache / f"{name}.safetensors" if self.cache else None
-        known = None
-        if file and file.is_file():
-            with suppress(SafetensorError, KeyError):  # a damaged file is made again
-                known = load_file(file)["features"]
-        if known is None:
-            tokens = tokens.to(self.model.device)
-            known = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].cpu()
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(file) as temporary:
-                    save_file({"features": known.contiguous()}, temporary)
+        tokens = tokens.to(self.model.device)
+        known = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].cpu()
         return torch.cat((known, known.new_zeros(TEXT_TOKENS - len(known), known.shape[1])))
 
 

@@ -1,17 +1,14 @@
 """kit/body.py: joints without the mesh, and model files that cannot run code."""
 
 import copyreg
-import io
 import pickle
 import struct
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 
-from kit.body import FIELDS, JOINT_NAMES, Body
+from kit.body import JOINT_NAMES, Body
 from kit.puppet.skeleton import _body_data, body
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -68,12 +65,6 @@ def assert_same_body(loaded: Body) -> None:
         torch.testing.assert_close(theirs, ours)
 
 
-def test_npz_round_trip(tmp_path):
-    np.savez(tmp_path / "SMPL_NEUTRAL.npz", **_body_data())
-    assert_same_body(Body.load(tmp_path / "SMPL_NEUTRAL.npz"))
-    assert_same_body(Body.load(tmp_path))
-
-
 def test_three_hundred_shapes_are_read_as_ten(tmp_path):
     data = _body_data()
     data["shapedirs"] = np.concatenate((data["shapedirs"], np.ones((*data["v_template"].shape, 290))), axis=2)
@@ -81,23 +72,14 @@ def test_three_hundred_shapes_are_read_as_ten(tmp_path):
     assert_same_body(Body.load(tmp_path / "wide.npz"))
 
 
-NAMES = {
-    "neutral": (
-        "SMPL_NEUTRAL.npz", "SMPL_NEUTRAL.pkl", "smpl/SMPL_NEUTRAL.pkl",
-        "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl", "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl",
-    ),
-    "female": (
-        "SMPL_FEMALE.npz", "SMPL_FEMALE.pkl", "smpl/SMPL_FEMALE.npz",
-        "basicmodel_f_lbs_10_207_0_v1.1.0.pkl", "basicModel_f_lbs_10_207_0_v1.0.0.pkl",
-    ),
-    "male": (
-        "SMPL_MALE.npz", "SMPL_MALE.pkl", "smpl/SMPL_MALE.pkl",
-        "basicmodel_m_lbs_10_207_0_v1.1.0.pkl", "basicmodel_m_lbs_10_207_0_v1.0.0.pkl",
-    ),
-}  # fmt: skip
+NAMES = [
+    ("neutral", "SMPL_NEUTRAL.npz"), ("neutral", "smpl/SMPL_NEUTRAL.pkl"),
+    ("neutral", "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl"), ("female", "smpl/SMPL_FEMALE.npz"),
+    ("female", "basicModel_f_lbs_10_207_0_v1.0.0.pkl"), ("male", "basicmodel_m_lbs_10_207_0_v1.0.0.pkl"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("gender, name", [(gender, name) for gender in NAMES for name in NAMES[gender]])
+@pytest.mark.parametrize("gender, name", NAMES)
 def test_a_folder_holds_a_model_for_each_gender(tmp_path, gender, name):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
@@ -109,35 +91,6 @@ def test_a_folder_holds_a_model_for_each_gender(tmp_path, gender, name):
     other = "male" if gender == "female" else "female"
     with pytest.raises(FileNotFoundError, match=f"SMPL_{other.upper()}.npz.*basicModel_{other[0]}_lbs"):
         Body.load(tmp_path, gender=other)
-
-
-@pytest.fixture
-def chumpy(monkeypatch):
-    """Classes under chumpy's names, to write pickles that hold them, as the official files do."""
-    module, ch, reordering = (types.ModuleType(n) for n in ("chumpy", "chumpy.ch", "chumpy.reordering"))
-    ch.Ch = type("Ch", (), {"__module__": "chumpy.ch"})
-    reordering.Select = type("Select", (), {"__module__": "chumpy.reordering"})
-    for written in (module, ch, reordering):
-        monkeypatch.setitem(sys.modules, written.__name__, written)
-    return types.SimpleNamespace(Ch=ch.Ch, Select=reordering.Select)
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_official_pickle(tmp_path, chumpy, protocol):
-    sparse = pytest.importorskip("scipy.sparse")
-    data = _body_data()
-    data["J_regressor"] = sparse.csc_matrix(data["J_regressor"])
-    data["v_template"], wrapped = chumpy.Ch(), data["v_template"]
-    data["v_template"].x = wrapped
-    wide, select = np.concatenate((data["shapedirs"], data["shapedirs"] * 7), axis=2), chumpy.Select()
-    select.a, select.idxs = chumpy.Ch(), np.arange(wide.size).reshape(wide.shape)[..., :10].ravel()
-    select.a.x, select.preferred_shape = np.asfortranarray(wide), data["shapedirs"].shape
-    data["shapedirs"] = select
-    data["bs_type"] = "lrotmin"
-    (tmp_path / "SMPL_NEUTRAL.pkl").write_bytes(pickle.dumps(data, protocol=protocol))
-    for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
-        del sys.modules[name]  # a reader does not have it
-    assert_same_body(Body.load(tmp_path))
 
 
 def python2(value: object) -> bytes:
@@ -169,8 +122,9 @@ def python2(value: object) -> bytes:
     return f"c{name[0]}\n{name[1]}\n".encode() + b")\x81" + python2(state) + b"b"
 
 
-def python2_object(module: str, name: str, **state: object) -> list:
-    return [(module, name), state]
+def python2_object(name: str, **state: object) -> list:
+    """An object of the class module.name, with what chumpy keeps beside its numbers."""
+    return [name.rsplit(".", 1), {"_dirty_vars": {"x"}, "_itr": None, "_make_dense": False, **state}]
 
 
 def test_a_pickle_of_python_2(tmp_path):
@@ -178,50 +132,30 @@ def test_a_pickle_of_python_2(tmp_path):
     data = _body_data()
     rows, columns = np.nonzero(data["J_regressor"].T)[::-1]
     counts = np.bincount(columns, minlength=data["J_regressor"].shape[1])
-    common = {"_dirty_vars": {"x"}, "_itr": None, "_depends_on_deps": {}, "_make_dense": False}
     wide = np.asfortranarray(np.concatenate((data["shapedirs"], data["shapedirs"] * 7), axis=2))
     chosen = np.arange(wide.size).reshape(wide.shape)[..., :10].ravel()
+    regressor = {
+        "_shape": data["J_regressor"].shape, "data": data["J_regressor"][rows, columns],
+        "indices": rows.astype(np.int32), "indptr": np.concatenate(([0], counts.cumsum())).astype(np.int32),
+    }  # fmt: skip
+    selection = {"idxs": chosen, "preferred_shape": data["shapedirs"].shape}
     data |= {
-        "J_regressor": python2_object(
-            "scipy.sparse.csc",
-            "csc_matrix",
-            _shape=data["J_regressor"].shape,
-            maxprint=50,
-            indices=rows.astype(np.int32),
-            indptr=np.concatenate(([0], counts.cumsum())).astype(np.int32),
-            data=data["J_regressor"][rows, columns],
-        ),
-        "v_template": python2_object("chumpy.ch", "Ch", x=data["v_template"], **common),
+        "J_regressor": python2_object("scipy.sparse.csc.csc_matrix", **regressor),
+        "v_template": python2_object("chumpy.ch.Ch", x=data["v_template"]),
         "shapedirs": python2_object(
-            "chumpy.reordering",
-            "Select",
-            a=python2_object("chumpy.ch", "Ch", x=wide, **common),
-            idxs=chosen,
-            preferred_shape=data["shapedirs"].shape,
-            **common,
+            "chumpy.reordering.Select", a=python2_object("chumpy.ch.Ch", x=wide), **selection
         ),
         "kintree_table": data["kintree_table"].astype(np.uint32),  # the root's parent is 4294967295
-        "J": python2_object("chumpy.reordering", "transpose", a=None, **common),  # not needed, not evaluated
-        "bs_style": "lbs",
+        "J": python2_object("chumpy.reordering.transpose", a=None),  # not needed, not evaluated
         "pose_training_info": {"gender": "female", "note": "\xe9"},
     }
     file = tmp_path / "basicModel_f_lbs_10_207_0_v1.0.0.pkl"
     file.write_bytes(b"\x80\x02" + python2(data) + b".")
     assert_same_body(Body.load(tmp_path, "female"))
-    data["v_template"] = python2_object("chumpy.ch_ops", "add", x=_body_data()["v_template"])
+    data["v_template"] = python2_object("chumpy.ch_ops.add", x=_body_data()["v_template"])
     file.write_bytes(b"\x80\x02" + python2(data) + b".")
     with pytest.raises(ValueError, match=r"v1\.0\.0\.pkl.*got add"):
         Body.load(file)
-
-
-class Touch:
-    """Unpickled by the plain reader, it creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return io.open, (self.path, "w")
 
 
 class Forged:
@@ -232,28 +166,16 @@ class Forged:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_hostile_pickle_is_refused(tmp_path, protocol):
-    bait, file = tmp_path / "bait", tmp_path / "model.pkl"
-    file.write_bytes(pickle.dumps({"bs_type": Touch(bait)}, protocol=protocol))
-    with open(file, "rb") as stream:
-        pickle.load(stream)  # it is armed
-    assert bait.exists()
-    bait.unlink()
-    file.write_bytes(pickle.dumps({**_body_data(), "bs_type": Touch(bait)}, protocol=protocol))
-    with pytest.raises(ValueError, match=r"model\.pkl.*io\.open"):
-        Body.load(file)
-    assert not bait.exists()
-    file.write_bytes(pickle.dumps(Forged(), protocol=protocol))
+def test_an_array_over_raw_memory_is_refused(tmp_path, protocol):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Forged(), protocol=protocol))
     with pytest.raises(ValueError, match=r"model\.pkl"):
-        Body.load(file)
+        Body.load(tmp_path / "model.pkl")
 
 
 HOSTILE = [
-    "posix system", "os system", "builtins eval", "__builtin__ execfile", "builtins getattr",
-    "subprocess Popen", "numpy load", "numpy fromfile", "numpy.core.multiarray fromfile",
-    "numpy.testing measure", "copyreg __newobj__", "scipy.sparse load_npz",
-    "scipy.sparse.os system", "chumpyx.ch Ch", "codecs open", "_codecs lookup", "pickle loads",
-    "shutil rmtree", "functools partial", "torch load", "kit.body load",
+    "posix system", "builtins eval", "__builtin__ execfile", "builtins getattr", "numpy fromfile",
+    "numpy.core.multiarray fromfile", "scipy.sparse load_npz", "scipy.sparse.os system", "chumpyx.ch Ch",
+    "_codecs lookup", "pickle loads",
 ]  # fmt: skip
 
 
@@ -290,21 +212,14 @@ def test_extension_codes_meet_the_allow_list(tmp_path):
 GOOD = _body_data()
 MALFORMED = [
     ({"v_template": None}, "lacks.*v_template"),
-    (dict.fromkeys(FIELDS), "lacks"),
     ({"v_template": GOOD["v_template"].ravel()}, "v_template is"),
-    ({"v_template": np.array(1.0)}, "v_template is"),
     ({"v_template": GOOD["v_template"] * np.nan}, "v_template.*finite"),
     ({"shapedirs": GOOD["shapedirs"][..., :9]}, r"shapedirs is .*9\), expected .*10"),
-    ({"shapedirs": GOOD["shapedirs"][..., 0]}, "shapedirs is"),
     ({"shapedirs": GOOD["shapedirs"][:5]}, "shapedirs is"),
-    ({"posedirs": GOOD["posedirs"][..., :9]}, "posedirs is"),
     ({"posedirs": GOOD["posedirs"].astype(str)}, "posedirs.*finite numbers"),
     ({"J_regressor": GOOD["J_regressor"].T}, "J_regressor is"),
-    ({"J_regressor": GOOD["J_regressor"] + np.inf}, "J_regressor.*finite"),
     ({"weights": np.zeros((5, 52))}, "24 joints"),
-    ({"weights": GOOD["weights"][:5]}, "weights is"),
     ({"weights": np.array(1.0)}, "24 joints"),
-    ({"kintree_table": GOOD["kintree_table"][:1]}, "kintree_table is"),
     ({"kintree_table": GOOD["kintree_table"][:, ::-1]}, "come before its joint"),
     ({"f": GOOD["f"] + 10_000}, "f names vertices"),
     ({"f": GOOD["f"][:0]}, "f is"),
@@ -312,17 +227,14 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
 @pytest.mark.parametrize("change, message", MALFORMED)
-def test_malformed_models(tmp_path, suffix, change, message):
+def test_malformed_models(tmp_path, change, message):
     data = {name: value for name, value in (GOOD | change).items() if value is not None}
-    file = tmp_path / f"bad{suffix}"
-    if suffix == ".npz":
-        np.savez(file, **data)
-    else:
-        file.write_bytes(pickle.dumps(data))
-    with pytest.raises(ValueError, match=rf"bad\{suffix}.*{message}"):
-        Body.load(file)
+    np.savez(tmp_path / "bad.npz", **data)
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(data))
+    for suffix in ("npz", "pkl"):
+        with pytest.raises(ValueError, match=rf"bad\.{suffix}.*{message}"):
+            Body.load(tmp_path / f"bad.{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pkl"])
@@ -332,17 +244,8 @@ def test_damaged_files(tmp_path, suffix):
     whole = (tmp_path / f"whole{suffix}").read_bytes()
     damaged = bytearray(whole)
     damaged[len(whole) // 3 : len(whole) // 3 + 50] = bytes(50)
-    lone = io.BytesIO()
-    np.save(lone, GOOD["f"])
-    contents = [
-        b"",
-        b"\0" * 64,
-        b"no model",
-        b"\x80\x02K\x05.",
-        b"\x80\x02]q\x00.",
-        b"PK\x03\x04" + whole[4:99],
-    ]
-    contents += [whole[:n] for n in (1, 100, len(whole) // 2, len(whole) - 1)] + [lone.getvalue()]
+    contents = [b"", b"no model", b"\x80\x02K\x05.", b"\x80\x02]q\x00.", b"PK\x03\x04" + whole[4:99]]
+    contents += [whole[:n] for n in (1, len(whole) // 2, len(whole) - 1)]
     if suffix == ".npz":  # a pickle's numbers have no checksum
         contents.append(bytes(damaged))
     for content in contents:
@@ -352,11 +255,9 @@ def test_damaged_files(tmp_path, suffix):
 
 
 def test_objects_in_an_npz_are_refused(tmp_path):
-    bait = tmp_path / "bait"
-    np.savez(tmp_path / "bad.npz", **GOOD | {"f": np.array([Touch(bait)], dtype=object)})
+    np.savez(tmp_path / "bad.npz", **GOOD | {"f": np.array([{}], dtype=object)})
     with pytest.raises(ValueError, match=r"bad\.npz.*Object arrays"):
         Body.load(tmp_path / "bad.npz")
-    assert not bait.exists()
 
 
 def test_bad_input(tmp_path):
@@ -364,13 +265,6 @@ def test_bad_input(tmp_path):
         Body.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         Body.load(tmp_path / "none.pkl")
-    with pytest.raises(ValueError, match="expected one of female, male, neutral"):
-        Body.load(tmp_path, gender="other")
     (tmp_path / "model.txt").write_text("")
     with pytest.raises(ValueError, match=r"\.npz or \.pkl"):
         Body.load(tmp_path / "model.txt")
-    orient, pose, betas, transl = parameters(2)
-    with pytest.raises(ValueError, match="body_pose"):
-        body().joints(orient, pose[:, :21], betas, transl)
-    with pytest.raises(ValueError, match="betas"):
-        body().joints(orient, pose, betas[:, :4], transl)

@@ -152,27 +152,3 @@ def test_a_failed_export_leaves_nothing(tmp_path, body, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_objs(tmp_path / "mesh", random_motion(), body)
     assert len(written) == FRAMES and not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [("a.txt", "ends in|expected FILE.npz"), ("none/a", "does not exist"), ("a.fbx", "cannot write")],
-)
-def test_places_that_cannot_be_written(tmp_path, body, name, message):
-    bvh = name if "." in name else f"{name}.bvh"
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        save_bvh(tmp_path / bvh, random_motion(), body)
-    mesh = name if "." in name else f"{name}.npz"
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        save_mesh(tmp_path / mesh, random_motion(), body)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        save_objs(tmp_path / "none" / "a", random_motion(), body)
-    assert not os.listdir(tmp_path)
-
-
-def test_malformed_motions(tmp_path, body):
-    bad = random_motion()._replace(fps=-1.0)
-    for save, name in ((save_bvh, "a.bvh"), (save_mesh, "a.npz"), (save_objs, "a")):
-        with pytest.raises(ValueError, match=f"{name}: -1.0 frames a second"):
-            save(tmp_path / name, bad, body)
-    assert not os.listdir(tmp_path)

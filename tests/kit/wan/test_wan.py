@@ -45,14 +45,8 @@ def folder(request, published) -> Path:
 
 
 @pytest.fixture
-def copied(tmp_path, folder) -> Path:
-    """A folder that a test may change."""
-    return shutil.copytree(folder, tmp_path / "wan")
-
-
-@pytest.fixture
 def small(tmp_path, published) -> Path:
-    """The same, of one version, where the version makes no difference."""
+    """A folder that a test may change."""
     return shutil.copytree(published["2.2"], tmp_path / "wan")
 
 
@@ -79,8 +73,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def theirs(folder: Path, dtype: torch.dtype = torch.float32):
-    return diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype).eval()
+def theirs(folder: Path):
+    return diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
 
 
 def latents(folder: Path, b: int, t: int, h: int, w: int) -> Tensor:
@@ -119,15 +113,7 @@ def in_dual_dit(name: str) -> str:
 def test_presets_have_the_tensors_of_the_published_models(preset, heads, ffn, channels):
     with torch.device("meta"):
         reference = diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=heads,
-            attention_head_dim=128,
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=4096,
-            freq_dim=256,
-            ffn_dim=ffn,
-            num_layers=30,
+            num_attention_heads=heads, in_channels=channels, out_channels=channels, ffn_dim=ffn, num_layers=30
         )
         model = DualDiT(PRESETS[preset])
     ours, expected = model.state_dict(), reference.state_dict()
@@ -155,50 +141,40 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tensor_lands(copied, layout):
-    tensors = file_tensors(copied)
-    heads = json.loads((copied / "transformer" / "config.json").read_text())["num_attention_heads"]
-    changed = LAYOUTS[layout](copied)
-    assert len(list((copied / "transformer").glob("*.safetensors"))) == 1 or "shards" in layout
-    for dtype in (torch.float32, torch.bfloat16):
-        for place in (changed, changed / "transformer"):
-            model = wan.load_transformer(place, dtype)
-            state = model.state_dict()
-            assert {in_dual_dit(name) for name in tensors} == {k for k in state if "video" in k.split(".")}
-            for name, tensor in tensors.items():
-                found = state[in_dual_dit(name)]
-                exact = re.search("time_embed|time_proj|norm|scale_shift", name)  # fp32 in Wan
-                assert torch.equal(found, tensor if exact else tensor.to(dtype)), name
-                assert found.dtype == (torch.float32 if exact else dtype), name
-            assert not model.training and not any(p.requires_grad for p in model.parameters())
-            assert model.config.heads == heads
+def test_every_tensor_lands(folder, tmp_path, layout):
+    tensors, heads = file_tensors(folder), theirs(folder).config.num_attention_heads
+    changed = LAYOUTS[layout](shutil.copytree(folder, tmp_path / "wan"))
+    assert len(list((changed / "transformer").glob("*.safetensors"))) == 1 or "shards" in layout
+    model = wan.load_transformer(changed, torch.bfloat16)
+    state = model.state_dict()
+    assert {in_dual_dit(name) for name in tensors} == {k for k in state if "video" in k.split(".")}
+    for name, tensor in tensors.items():
+        exact = re.search("time_embed|time_proj|norm|scale_shift", name)  # fp32 in Wan
+        expected = tensor if exact else tensor.bfloat16()
+        found = state[in_dual_dit(name)]
+        assert found.dtype == expected.dtype and torch.equal(found, expected), name
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert model.config.heads == heads
+    assert wan.transformer_config(changed / "transformer") == model.config
 
 
 PREFIXES = {
-    "model.": "model.{}",
-    "diffusion_model.": "diffusion_model.{}",
-    "ComfyUI": "model.diffusion_model.{}",
-    "DDP": "module.{}",
-    "any": "a.b.c.{}",
-    "compiled": "_orig_mod.{}",
-    "DDP, compiled": "module._orig_mod.{}",
+    "ComfyUI": "model.diffusion_model.{}".format,
+    "DDP, compiled": "module._orig_mod.{}".format,
     "compiled blocks": lambda name: re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name),
     "FSDP, checkpointed": lambda name: re.sub(
-        r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", f"{name}"
+        r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
     ),
 }
 
 
-@pytest.mark.parametrize("layout", ("diffusers shards", "wan"))
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_names_may_have_one_prefix(published, tmp_path, prefix, layout):
+def test_names_may_have_one_prefix(small, prefix):
     # catches files of ComfyUI, DDP, torch.compile and FSDP taken for no Wan
-    folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
-    expected, put = video_expert(folder), PREFIXES[prefix]
-    put = put.format if isinstance(put, str) else put
-    for file in (folder / "transformer").glob("*.safetensors"):
-        save_file({put(name): tensor for name, tensor in load_file(file).items()}, file)
-    found = video_expert(folder)
+    expected = video_expert(wan_folder.shard(small))
+    for file in (small / "transformer").glob("*.safetensors"):
+        save_file({PREFIXES[prefix](name): tensor for name, tensor in load_file(file).items()}, file)
+    found = video_expert(small)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -208,42 +184,26 @@ def video_expert(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if "video" in name.split(".")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_other_precisions_are_read_and_fp8_is_said(small, stored, dtype, capsys):
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_precisions_are_read_and_fp8_is_said(small, stored, capsys):
     # catches a network that stays in fp8, and coarse weights that nobody is told of
     edit(small, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
     (small / "transformer" / f"{STEM}.safetensors").rename(small / "transformer" / "wan_fp8.safetensors")
-    tensors = file_tensors(small)
-    state = wan.load_transformer(small, dtype).state_dict()
-    for name, tensor in tensors.items():
+    state = wan.load_transformer(small, torch.bfloat16).state_dict()
+    for name, tensor in file_tensors(small).items():
         found = state[in_dual_dit(name)]
-        assert found.dtype in (dtype, torch.float32) and torch.equal(found, tensor.to(found.dtype)), name
-    said = capsys.readouterr().out
-    assert ("fp8" in said and str(dtype)[6:] in said) == (stored.itemsize == 1)
+        assert found.dtype in (torch.bfloat16, torch.float32), name
+        assert torch.equal(found, tensor.to(found.dtype)), name
+    assert ("fp8 weights are computed in torch.bfloat16" in capsys.readouterr().out) == (stored.itemsize == 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ("diffusers", "wan shards"))
 def test_without_config_json_heads_are_128_wide(published, tmp_path, layout):
     folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
-    expected = wan.load_transformer(folder)
+    expected = wan.transformer_config(folder)
     (folder / "transformer" / "config.json").unlink()
-    assert wan.load_transformer(folder).config == expected.config
-    assert expected.config.heads == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_motion_expert_is_initialised(folder, dtype, nan_memory):
-    model = wan.load_transformer(folder, dtype, init_motion="fresh")
-    state = model.state_dict()
-    for name, expected in DualDiT(model.config).state_dict().items():
-        found = state[name].float()
-        if "video" in name.split("."):
-            continue
-        if expected.unique().numel() == 1:  # zeros or ones
-            assert torch.equal(found, expected), name
-        else:
-            assert 0.7 < found.std() / expected.std() < 1.4, name
+    assert wan.transformer_config(folder) == expected
+    assert expected.heads == 2
 
 
 DUAL = {"2.1": [0, 1], "2.2": [1]}  # blocks with a motion expert, of two
@@ -256,9 +216,7 @@ def dual_blocks(model: DualDiT) -> list[int]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_wan22_becomes_a_hybrid(published, version):
     # 2.2's 48 channels tell; its config.json and its tensors are the same with and without motion
-    model = wan.load_transformer(published[version])
-    assert dual_blocks(model) == DUAL[version]
-    assert model.config == wan.transformer_config(published[version])
+    assert dual_blocks(wan.load_transformer(published[version])) == DUAL[version]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +228,7 @@ def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(laye
         model = DualDiT(preset)
     state = model.state_dict()
     shapes = {own: tuple(state[name].shape) for name, own in own_names(model).items()}
-    assert config_of(shapes, None) == preset
+    assert config_of(shapes, {}) == preset
 
 
 @torch.no_grad()
@@ -286,32 +244,30 @@ def test_the_video_of_a_hybrid_is_that_of_an_all_dual_network(published):
     assert relative(expected, theirs(published["2.2"])(video, 1000 * TIMES[2:4], text).sample) < 1e-5
 
 
-def test_a_copied_motion_expert_is_the_video_expert_but_for_its_ends(folder):
-    model = wan.load_transformer(folder)
-    state = model.state_dict()
-    assert dual_blocks(model)
+def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder, nan_memory):
+    model = wan.load_transformer(folder, torch.bfloat16)
+    state, fresh = model.state_dict(), DualDiT(model.config).state_dict()
     copied = r"blocks\.\d+\.motion\.|motion\.(text_embedding|time_embedding|time_projection|head\.modulation)"
     for name in state:
+        found, expected = state[name].float(), fresh[name]
         if re.match(copied, name):
-            assert torch.equal(state[name], state[name.replace("motion", "video")]), name
-        elif "motion" in name.split("."):
-            assert name.startswith(("motion.encoder.", "motion.head.head.")), name
+            assert torch.equal(found, state[name.replace("motion", "video")].float()), name
+        elif "video" not in name.split("."):
+            assert name.startswith(("motion.encoder.", "motion.head.head.", "task_hint.", "motion_")), name
+            if expected.unique().numel() == 1:  # zeros or ones
+                assert torch.equal(found, expected), name
+            else:
+                assert 0.7 < found.std() / expected.std() < 1.4, name
 
 
+@torch.no_grad()
 def test_training_starts_from_wan(folder):
     video, text, t = latents(folder, 2, 2, 4, 4), text_features(2), TIMES[2:4]
-    motion = torch.randn(2, 5, MOTION_DIM)
-    with torch.no_grad():
-        expected = theirs(folder)(video, 1000 * t, text).sample
-    for init_motion in ("copy", "fresh"):
-        model = wan.load_transformer(folder, init_motion=init_motion)
-        assert relative(velocity(model, video, t, text), expected) < 1e-5
-        with torch.no_grad():
-            u_video, u_motion = model(video, motion, t, t, text, Task.JOINT)
-        assert not u_motion.any()
-        assert relative(u_video, expected) > 1e-3  # the video does see the motion
-    with pytest.raises(ValueError, match="init_motion is 'copy' or 'fresh', got 'copied'"):
-        wan.load_transformer(folder, init_motion="copied")
+    expected = theirs(folder)(video, 1000 * t, text).sample
+    model = wan.load_transformer(folder)
+    u_video, u_motion = model(video, torch.randn(2, 5, MOTION_DIM), t, t, text, Task.JOINT)
+    assert not u_motion.any()
+    assert relative(u_video, expected) > 1e-3  # the video does see the motion
 
 
 # ---------------------------------------------------------------- number for number
@@ -333,15 +289,11 @@ def test_video_only_is_diffusers(folder, grid):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_video_only_is_diffusers_in_bf16(folder, grid):
+def test_video_only_is_diffusers_in_bf16(folder):
     model = wan.load_transformer(folder, torch.bfloat16)
-    video, text = latents(folder, len(TIMES), *grid), text_features(len(TIMES))
-    found = velocity(model, video, TIMES, text)
+    video, text = latents(folder, len(TIMES), 3, 4, 6), text_features(len(TIMES))
     expected = theirs(folder)(video, 1000 * TIMES, text).sample
-    low = theirs(folder, torch.bfloat16)(video.bfloat16(), 1000 * TIMES, text.bfloat16()).sample
-    assert max(map(relative, found, expected)) < 2e-2
-    assert max(map(relative, found, low)) < 2e-2
+    assert max(map(relative, velocity(model, video, TIMES, text), expected)) < 2e-2
 
 
 # ---------------------------------------------------------------- from a prompt to pixels
@@ -351,9 +303,8 @@ class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
     """diffusers' Euler on evenly spaced sigmas; its own spacing ends at its smallest sigma, not at 0."""
 
     def set_timesteps(self, num_inference_steps, device=None):
-        super().set_timesteps(
-            sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device
-        )
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(sigmas=sigmas, device=device)
 
 
 def test_times_are_diffusers_shifted_sigmas():
@@ -371,30 +322,17 @@ def test_guided_sampling_is_diffusers_pipeline(folder):
     noise, prompts = latents(folder, 2, 2, 4, 6), ["a person waves", "the dancer turns"]
     stride = pipeline.vae_scale_factor_spatial
     options = {
-        "negative_prompt": "jumps",
-        "height": 4 * stride,
-        "width": 6 * stride,
-        "num_frames": 5,
-        "num_inference_steps": 4,
-        "guidance_scale": 3.0,
-        "latents": noise,
-    }
+        "negative_prompt": "jumps", "height": 4 * stride, "width": 6 * stride, "num_frames": 5,
+        "num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise,
+    }  # fmt: skip
     expected = pipeline(prompts, **options, output_type="latent").frames
     pixels = pipeline(prompts, **options, output_type="pt").frames  # (b f 3 h w) in [0, 1]
 
     encode = wan.TextEncoder(folder)
-    sampled = flow.sample(
-        wan.load_transformer(folder),
-        noise,
-        None,
-        encode(prompts),
-        encode(["jumps"]).expand(2, -1, -1),
-        Task.VIDEO_ONLY,
-        steps=4,
-        guidance_text=3.0,
-        shift=5.0,
-        solver="euler",
-    )[0]
+    text = encode(prompts), encode(["jumps"]).expand(2, -1, -1)
+    how = {"steps": 4, "guidance_text": 3.0, "shift": 5.0, "solver": "euler"}
+    model = wan.load_transformer(folder)
+    sampled = flow.sample(model, noise, None, *text, Task.VIDEO_ONLY, **how)[0]
     assert relative(sampled, expected) < 1e-4
     assert relative(sampled, noise) > 0.1
     found = (wan.VideoVAE(folder).decode(sampled) + 1) / 2
@@ -418,83 +356,40 @@ def clip(f: int, h: int, w: int, b: int = 1) -> Tensor:
     return 2 * torch.rand(b, 3, f, h, w, generator=torch.Generator().manual_seed(f * h * w)) - 1
 
 
-def shapes_given(module: torch.nn.Module) -> list[tuple[int, ...]]:
-    """The (t h w) of every call of a module from here on."""
-    shapes = []
-    module.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
-    return shapes
-
-
 @torch.no_grad()
 def test_latents_are_diffusers_normalised(vae, reference_vae):
     video = clip(9, 32, 64, b=2)
     mode = reference_vae.encode(video).latent_dist.mode()
-    mean, std = (
-        torch.tensor(x).view(-1, 1, 1, 1)
-        for x in (reference_vae.config.latents_mean, reference_vae.config.latents_std)
-    )
+    config = reference_vae.config
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
     found = vae.encode(video)
     assert relative(found, (mode - mean) / std) < 1e-6
     assert found.shape == (2, vae.channels, 3, 32 // vae.stride[1], 64 // vae.stride[2])
+    assert (vae.channels, vae.stride) in ((16, (4, 8, 8)), (48, (4, 16, 16)))
     assert relative(vae.decode(found), reference_vae.decode(mode).sample) < 1e-5
-    assert torch.equal(found, vae.encode(video)) and torch.equal(vae.decode(found), vae.decode(found))
-
-
-def test_vae_geometry(published):
-    for version, channels, stride in (("2.1", 16, (4, 8, 8)), ("2.2", 48, (4, 16, 16))):
-        vae = wan.VideoVAE(published[version])
-        assert (vae.channels, vae.stride) == (channels, stride)
-
-
-def test_vae_in_bf16(folder, vae):
-    low, video = wan.VideoVAE(folder, torch.bfloat16), clip(5, 32, 32)
-    found = low.encode(video)
-    assert found.dtype == low.decode(found).dtype == torch.float32
-    assert relative(found, vae.encode(video)) < 5e-2
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("height", [256, 288])
-def test_large_frames_are_decoded_in_tiles(folder, vae, reference_vae, height):
+def test_large_frames_are_decoded_in_tiles_and_encoded_whole(folder, vae, reference_vae, height):
     stride = vae.stride[1]
     noise = latents(folder, 1, 1, height // stride, 64 // stride)
-    given = shapes_given(vae.vae.decoder)
+    given = []
+    vae.vae.decoder.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
     found = vae.decode(noise)
     assert given[0] == (1, 256 // stride, 64 // stride)
     assert len(given) == (1 if height == 256 else 2)
     whole = reference_vae.decode(noise * vae.std + vae.mean).sample
     assert relative(found, whole) < (1e-6 if height == 256 else 0.2)
-
-
-def test_encoding_uses_no_tiles_whatever_came_before(vae, reference_vae):
-    video = clip(1, 288, 32)
-    vae.decode(vae.encode(clip(1, 32, 32)))
+    video = clip(1, height, 32)  # after decoding: tiles were on
     mode = reference_vae.encode(video).latent_dist.mode()
     assert relative(vae.encode(video), (mode - vae.mean) / vae.std) < 1e-6
 
 
-def test_a_long_clip_is_worked_through_in_pieces(vae):
-    decoded, encoded = shapes_given(vae.vae.decoder), shapes_given(vae.vae.encoder)
-    found = vae.encode(clip(17, 32, 32))
-    video = vae.decode(found)
-    assert [t for t, _, _ in encoded] == [1, 4, 4, 4, 4]
-    assert [t for t, _, _ in decoded] == [1] * 5
-    assert relative(vae.decode(found[:, :, :3]), video[:, :, :9]) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ((1, 3, 8, 32, 32), "video of 8 frames, 32x32: expected 4n.1 frames"),
-        ((1, 3, 5, 36, 32), r"36x32: .* a multiple of (8|16)"),
-        ((1, 3, 5, 32, 36), r"32x36: .* a multiple of (8|16)"),
-        ((1, 4, 5, 32, 32), r"expected \(b, 3, f, h, w\), got \(1, 4, 5, 32, 32\)"),
-        ((5, 3, 32, 32), r"expected \(b, 3, f, h, w\), got \(5, 3, 32, 32\)"),
-    ],
-)
-def test_videos_that_do_not_fit_are_refused(vae, shape, message):
-    with pytest.raises(ValueError, match=message):
-        vae.encode(torch.zeros(shape))
+@pytest.mark.parametrize("f, h, w", [(8, 32, 32), (5, 36, 32), (5, 32, 36)])
+def test_videos_that_do_not_fit_are_refused(vae, f, h, w):
+    with pytest.raises(ValueError, match=rf"{f} frames, {h}x{w}: expected 4n.1 frames, sizes a multiple of"):
+        vae.encode(torch.zeros(1, 3, f, h, w))
 
 
 def test_latents_of_another_vae_are_refused(vae):
@@ -526,11 +421,6 @@ def test_features_are_diffusers_prompt_embeddings(folder, dtype):
         assert row[:length].any(dim=1).all() and not row[length:].any()
 
 
-def test_prompts_are_cleaned():
-    assert clean_prompt("  a\n\n b &amp;amp; &lt;c&gt;\t ") == "a b & <c>"
-    assert clean_prompt("") == ""
-
-
 def test_tokens_are_those_of_tokenizer_json(folder):
     encode, given = wan.TextEncoder(folder), []
     encode.model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0][0].tolist()))
@@ -541,85 +431,39 @@ def test_tokens_are_those_of_tokenizer_json(folder):
     assert file.token_to_id("<unk>") in given[1] and given[2] == [1]
 
 
-class Unusable(torch.nn.Module):
-    device = torch.device("cpu")
-
-    def forward(self, *_):
-        raise AssertionError("the model was called")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cached_features_need_no_model(folder, tmp_path, dtype):
-    expected = wan.TextEncoder(folder, dtype)(PROMPTS)
-    cache = tmp_path / "not" / "there"
-    assert torch.equal(wan.TextEncoder(folder, dtype, cache=cache)(PROMPTS), expected)
-    encode = wan.TextEncoder(folder, dtype, cache=cache)
-    encode.model = Unusable()
-    found = encode(PROMPTS)
-    assert torch.equal(found, expected) and found.dtype == dtype
-    with pytest.raises(AssertionError, match="the model was called"):
-        encode(["a person jumps"])
-    assert len(list(cache.iterdir())) == len(PROMPTS)
-
-
-def test_cache_tells_models_and_precisions_apart(small, tmp_path):
-    other = wan_folder.write(tmp_path / "other", "2.2", seed=1)
-    encoders = [(small, torch.float32), (small, torch.bfloat16), (other, torch.float32)]
-    for folder, dtype in encoders:
-        expected = wan.TextEncoder(folder, dtype)(PROMPTS[:1])
-        assert torch.equal(wan.TextEncoder(folder, dtype, cache=tmp_path / "cache")(PROMPTS[:1]), expected)
-    assert len(list((tmp_path / "cache").iterdir())) == len(encoders)
-
-
-@pytest.mark.parametrize("damage", [b"", b"no safetensors", None])
-def test_damaged_cache_is_made_again(small, tmp_path, damage):
-    encode = wan.TextEncoder(small, cache=tmp_path / "cache")
-    expected = encode(PROMPTS[:1])
-    (file,) = (tmp_path / "cache").iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-8] if damage is None else damage)
-    assert torch.equal(encode(PROMPTS[:1]), expected)
-    assert file.read_bytes() == whole
-
-
 # ---------------------------------------------------------------- export
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_diffusers_reads_what_is_exported(folder, tmp_path, dtype):
+def test_diffusers_reads_what_is_exported(folder, tmp_path):
     model = wan.load_transformer(folder)
-    wan.save_transformer(model, tmp_path / "transformer", dtype=dtype)
+    wan.save_transformer(model, tmp_path / "transformer")
     back = theirs(tmp_path)
     assert {k: v for k, v in back.config.items() if k[0] != "_"} == {
         k: v for k, v in theirs(folder).config.items() if k[0] != "_"
     }
-    video, text = latents(folder, 2, 2, 4, 4), text_features(2)
-    found, expected = back(video, 1000 * TIMES[2:4], text).sample, velocity(model, video, TIMES[2:4], text)
-    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
-    if dtype == torch.float32:
-        written, read = file_tensors(tmp_path), file_tensors(folder)
-        assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+    assert_same_tensors(tmp_path, folder)
 
 
 def test_wans_own_layout_is_exported_as_published(folder, tmp_path):
     wan.save_transformer(wan.load_transformer(folder), tmp_path / "transformer", "wan")
     expected = wan_folder.original(shutil.copytree(folder, tmp_path / "published"))
-    written, read = file_tensors(tmp_path), file_tensors(expected)
-    assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
-    ours, published = (
-        json.loads((p / "transformer" / "config.json").read_text()) for p in (tmp_path, expected)
-    )
-    for field in published.keys() - {"_diffusers_version", "model_type"}:
+    assert_same_tensors(tmp_path, expected)
+    ours, published = (json.loads(config(path).read_text()) for path in (tmp_path, expected))
+    for field in published.keys() - {"_diffusers_version"}:
         assert ours[field] == published[field], field
 
 
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    written, read = file_tensors(folder), file_tensors(expected)
+    assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "wan"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_exported_comes_back(folder, tmp_path, layout, dtype):
-    model = wan.load_transformer(folder, dtype)
-    wan.save_transformer(model, tmp_path / "new" / "folder", layout, dtype)
-    back = wan.load_transformer(tmp_path / "new" / "folder", dtype)
+def test_what_is_exported_comes_back(folder, tmp_path, layout):
+    model = wan.load_transformer(folder, torch.bfloat16)
+    wan.save_transformer(model, tmp_path / "new" / "folder", layout, torch.bfloat16)
+    back = wan.load_transformer(tmp_path / "new" / "folder", torch.bfloat16)
     assert back.config == model.config
     expected = model.state_dict()
     for name in own_names(model):
@@ -629,8 +473,6 @@ def test_what_is_exported_comes_back(folder, tmp_path, layout, dtype):
 
 def test_export_refuses_what_it_would_spoil(small):
     model = wan.load_transformer(small)
-    with pytest.raises(ValueError, match="layout is 'diffusers' or 'wan', got 'ldm'"):
-        wan.save_transformer(model, small, "ldm")
     for folder in (small / "transformer", wan_folder.shard(small) / "transformer"):
         with pytest.raises(ValueError, match="holds a transformer: name another folder"):
             wan.save_transformer(model, folder)
@@ -647,25 +489,9 @@ def edit(folder: Path, change) -> None:
     save_file(tensors, file)
 
 
-def header_only(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of any size that takes no room: a header, then a hole."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(file, 8 + len(text) + end)
-
-
 def fourteen_b(folder: Path) -> None:
-    """Wan2.1-T2V-14B in its own layout: 11 GB to read, were it read."""
-    shapes = {f"blocks.{i}.ffn.0.weight": (13824, 5120) for i in range(40)}
-    header_only(
-        folder / "transformer" / f"{STEM}.safetensors",
-        shapes | {"patch_embedding.weight": (5120, 16, 1, 2, 2)},
-    )
-    (folder / "transformer" / "config.json").unlink()
+    """Wan2.1-T2V-14B's first tensor: its width is enough to tell."""
+    edit(folder, lambda tensors: tensors.update({"patch_embedding.weight": torch.ones(5120, 16, 1, 2, 2)}))
 
 
 def shard_of(folder: Path) -> Path:
@@ -676,124 +502,78 @@ def config(folder: Path) -> Path:
     return folder / "transformer" / "config.json"
 
 
-def index(folder: Path) -> Path:
-    return folder / "transformer" / f"{STEM}.safetensors.index.json"
-
-
-SUPPORTED = "supported are Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B"
 REFUSED = {
-    "no folder": (shutil.rmtree, f"no folder .*{SUPPORTED}"),
-    "an empty folder": (
-        lambda f: (shutil.rmtree(f), f.mkdir()),
-        f"neither {STEM}.safetensors nor an index .it has nothing.; {SUPPORTED}",
-    ),
+    "no folder": (shutil.rmtree, "no folder .*supported are Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B"),
     "files of another name": (
         lambda f: (f / "transformer" / f"{STEM}.safetensors").rename(f / "transformer" / "wan.gguf"),
-        "it has config.json, wan.gguf",
+        f"neither {STEM}.safetensors nor an index .it has config.json, wan.gguf",
     ),
-    "14B": (fourteen_b, f"width 5120, as Wan 14B has; {SUPPORTED}"),
-    "two transformers": (
+    "two files": (
+        lambda f: [
+            (f / "transformer" / f"{STEM}.safetensors").rename(f / "transformer" / "a.safetensors"),
+            (f / "transformer" / "b.safetensors").write_bytes(b""),
+        ],
+        "nor an index .it has a.safetensors, b.safetensors, config.json.",
+    ),
+    "14B": (fourteen_b, "width 5120, as Wan 14B has"),
+    "two transformers, Diffusers": (
         lambda f: shutil.copytree(f / "transformer", f / "transformer_2"),
-        f"two transformers, as Wan2.2-A14B has; {SUPPORTED}",
+        "two transformers, as Wan2.2-A14B has",
     ),
     "two transformers, Wan": (
-        lambda f: [
-            shutil.copytree(f / "transformer", f / "high_noise_model"),
-            (f / "transformer").rename(f / "low_noise_model"),
-        ],
-        f"two transformers, as Wan2.2-A14B has; {SUPPORTED}",
+        lambda f: (f / "transformer").rename(f / "low_noise_model"),
+        "two transformers, as Wan2.2-A14B has",
     ),
     "image keys, Diffusers": (
         lambda f: edit(f, lambda t: t.update({"blocks.0.attn2.add_k_proj.weight": torch.ones(2, 2)})),
-        f"image keys such as .*add_k_proj.weight: an image-to-video model; {SUPPORTED}",
-    ),
-    "image keys, Wan": (
-        lambda f: edit(
-            wan_folder.original(f), lambda t: t.update({"img_emb.proj.1.weight": torch.ones(2, 2)})
-        ),
-        f"image keys such as img_emb.proj.1.weight: an image-to-video model; {SUPPORTED}",
-    ),
-    "an image-to-video config.json, Diffusers": (
-        lambda f: wan_folder.edit_json(config(f), image_dim=1280, added_kv_proj_dim=5120),
-        f"is an image-to-video model .*{SUPPORTED}",
-    ),
-    "an image-to-video config.json, Wan": (
-        lambda f: wan_folder.edit_json(config(wan_folder.original(f)), model_type="i2v"),
-        f"is a 'i2v' model, expected 't2v'; {SUPPORTED}",
+        "image keys such as .*add_k_proj.weight: an image-to-video model",
     ),
     "another model's config.json": (
         lambda f: wan_folder.edit_json(config(f), _class_name="WanVACETransformer3DModel"),
-        f"describes a WanVACETransformer3DModel, expected WanModel or WanTransformer3DModel; {SUPPORTED}",
-    ),
-    "other norms": (
-        lambda f: wan_folder.edit_json(config(f), cross_attn_norm=False),
-        f"expected cross_attn_norm and qk_norm .*{SUPPORTED}",
+        "describes a WanVACETransformer3DModel, expected WanTransformer3DModel or WanModel",
     ),
     "a prefix before some names only": (
         lambda f: edit(
             f, lambda t: [t.update({f"model.{k}": t.pop(k)}) for k in list(t) if "proj_out" not in k]
         ),
-        f"names begin with 'model.', but for proj_out.*: more than one model; {SUPPORTED}",
+        "names begin with 'model.', but for proj_out.*: more than one model",
     ),
     "the same tensor under two names": (
         lambda f: edit(f, lambda t: t.update({"_orig_mod.proj_out.bias": t["proj_out.bias"] + 1})),
-        "head.head.bias is there twice",
+        "there twice, under two names",
     ),
     "no transformer's file": (
         lambda f: edit(f, lambda t: [t.update({f"vae.{k[:9]}": t.pop(k)}) for k in list(t)]),
-        f"no Wan transformer: found keys such as 'vae.*{SUPPORTED}",
+        "no Wan transformer: found keys such as 'vae.*",
     ),
     "fp8 with scales, ComfyUI's": (
         lambda f: edit(f, lambda t: t.update({"scaled_fp8": torch.ones(2), "x.scale_weight": torch.ones(1)})),
         "found .*: fp8 with scales; fetch the same model in fp16, bf16 or plain fp8",
     ),
-    "fp8 with scales, by module": (
-        lambda f: edit(f, lambda t: t.update({"model.blocks.0.ffn.0.scale_weight": torch.ones(1)})),
-        "found .*scale_weight: fp8 with scales",
-    ),
     "fp8 with scales, others'": (
-        lambda f: edit(f, lambda t: t.update({"blocks.0.ffn.0.weight_scale": torch.ones(1)})),
+        lambda f: edit(f, lambda t: t.update({"model.blocks.0.ffn.0.weight_scale": torch.ones(1)})),
         "found .*weight_scale: fp8 with scales",
     ),
     "whole numbers": (
         lambda f: edit(f, lambda t: t.update({"proj_out.bias": t["proj_out.bias"].to(torch.int8)})),
         "holds I8 numbers, expected one of F64, F32",
     ),
-    "two files": (
-        lambda f: (
-            [(f / "transformer" / f"{x}.safetensors").write_bytes(b"") for x in "ab"]
-            + [(f / "transformer" / f"{STEM}.safetensors").unlink()]
-        ),
-        "nor an index .it has a.safetensors, b.safetensors, config.json.",
-    ),
     "a shard that is missing": (lambda f: shard_of(f).unlink(), "the index names .*-00002-of-.*, not there"),
     "a shard cut short": (
         lambda f: os.truncate(shard_of(f), 5000),
         r"-00002-of-.* is cut short or no safetensors file .*: fetch it again",
     ),
-    "an index that is not JSON": (
-        lambda f: index(wan_folder.shard(f)).write_text("<!doctype html>"),
+    "an index without a map": (
+        lambda f: (f / "transformer" / f"{STEM}.safetensors.index.json").write_text("[]"),
         "index.json is no index of shards",
     ),
-    "an index without a map": (lambda f: index(f).write_text("[]"), "index.json is no index of shards"),
     "a config.json that is not JSON": (
         lambda f: config(f).write_text("<!doctype html>"),
         "config.json is no JSON object .*: fetch it again",
     ),
-    "a config.json that is a list": (lambda f: config(f).write_text("[]"), "config.json is no JSON object"),
-    "a config.json of another depth": (
-        lambda f: wan_folder.edit_json(config(f), num_layers=30),
-        "config.json says layers is 30, the tensors say 2",
-    ),
     "a config.json of another width": (
         lambda f: wan_folder.edit_json(config(f), num_attention_heads=12),
         "config.json says width is 480, the tensors say 120",
-    ),
-    "a config.json without heads": (
-        lambda f: config(f).write_text(
-            json.dumps({"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm_across_heads"})
-        ),
-        "config.json says width is 0, the tensors say 120",
     ),
     "no config.json, and heads of another size": (
         lambda f: config(f).unlink(),
@@ -801,7 +581,7 @@ REFUSED = {
     ),
     "a tensor too many": (
         lambda f: edit(f, lambda t: t.update({"blocks.1.attn1.gate.weight": torch.ones(3)})),
-        r"1 tensors do not fit, first blocks.1.self_attn.gate.weight: found \(3,\), expected none",
+        r"1 tensors do not fit, first blocks.1.attn1.gate.weight: found \(3,\), expected none",
     ),
     "a tensor too few": (
         lambda f: edit(f, lambda t: t.pop("blocks.1.attn1.to_q.weight")),
@@ -810,10 +590,6 @@ REFUSED = {
     "a tensor too few, of those that tell the sizes": (
         lambda f: edit(f, lambda t: t.pop("blocks.0.ffn.net.0.proj.weight")),
         "no whole Wan transformer: it lacks 'blocks.0.ffn.0.weight'",
-    ),
-    "a tensor of another shape": (
-        lambda f: edit(f, lambda t: t.update({"blocks.1.ffn.net.2.bias": torch.ones(7)})),
-        r"1 tensors do not fit, first blocks.1.ffn.2.bias: found \(7,\), expected \(120,\)",
     ),
 }
 
@@ -826,44 +602,26 @@ def test_a_transformer_that_is_not_whole_or_not_supported_is_refused(small, case
         wan.load_transformer(small)
 
 
-def load_part(folder: Path, part: str) -> object:
-    return wan.VideoVAE(folder) if part == "vae" else wan.TextEncoder(folder)
+FILES = {
+    "vae": f"{STEM}.safetensors",
+    "text_encoder": "model.safetensors",
+    "tokenizer": "tokenizer.json",
+}
 
 
-@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
-def test_a_part_that_is_missing_is_named(small, part):
+@pytest.mark.parametrize("part", FILES)
+def test_a_part_that_is_damaged_or_missing_is_named(small, part):
+    load = wan.VideoVAE if part == "vae" else wan.TextEncoder
+    file = small / part / FILES[part]
+    if file.suffix == ".safetensors":
+        tensors = load_file(file)
+        name = min(tensors)
+        save_file({k: v for k, v in tensors.items() if k != name}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{part} lacks 1 tensors such as {name}: fetch it again"):
+            load(small)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"{part} cannot be read \(.+\): fetch that folder again"):
+        load(small)
     shutil.rmtree(small / part)
-    with pytest.raises(
-        FileNotFoundError, match=f"no .*{part}: expected the Diffusers layout's {part}/ there"
-    ):
-        load_part(small, part)
-    (small / part).mkdir()
-    with pytest.raises(ValueError, match=rf"{part} cannot be read \(.+\): fetch that folder again"):
-        load_part(small, part)
-
-
-@pytest.mark.parametrize(
-    ("part", "file"),
-    [
-        ("vae", f"{STEM}.safetensors"),
-        ("text_encoder", "model.safetensors"),
-        ("tokenizer", "tokenizer.json"),
-    ],
-)
-def test_a_part_that_is_damaged_is_named(small, part, file):
-    path = small / part / file
-    os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match=rf"{part} cannot be read \(.+\): fetch that folder again"):
-        load_part(small, part)
-
-
-@pytest.mark.parametrize(
-    ("part", "file"), [("vae", f"{STEM}.safetensors"), ("text_encoder", "model.safetensors")]
-)
-def test_a_part_without_all_its_tensors_is_refused(small, part, file):
-    tensors = load_file(small / part / file)
-    name = min(tensors)
-    del tensors[name]
-    save_file(tensors, small / part / file, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{part} lacks 1 tensors such as {name}: fetch it again"):
-        load_part(small, part)
+    with pytest.raises(FileNotFoundError, match=f"no .*{part}: expected the Diffusers layout's {part}/"):
+        load(small)
