@@ -106,7 +106,9 @@ def lengths() -> dict[str, dict[str, float]]:
     print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
     for _, frames in train.CLIP_LENGTHS:
         plain, compiled = (training_step(BATCH, CPU, bf16, each, frames) for each in (False, True))
-        times = interleaved({"plain": plain.step, **compiled._asdict()}, budget=BUDGET)  # by turns
+        times = interleaved(
+            {"plain": lambda: [part() for part in plain]} | compiled._asdict(), budget=BUDGET
+        )  # by turns
         plain, *parts = (statistics.median(each) for each in times.values())
         shares = [100 * part / sum(parts) for part in parts]
         found[str(frames)] = {"clips_per_second": BATCH / plain, "compiled": BATCH / sum(parts)}
