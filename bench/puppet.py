@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,11 @@ class Parts(NamedTuple):
     gradients: Callable[[], None]
     optimizers: Callable[[], None]
     average: Callable[[], None]
+
+
+def done(parts: Iterable[Callable[[], None]]) -> None:
+    for part in parts:
+        part()
 
 
 def training_step(
@@ -89,7 +94,7 @@ def training(setting: Setting) -> list[Row]:
     """A training step, and the clips that feed it."""
     devices.use_fast_attention(CPU)
     data, *others = training_step(BATCH, CPU, devices.has_bf16_units(CPU))
-    times = setting.rounds({"data": data, "step": lambda: [part() for part in others]})
+    times = setting.rounds({"data": data, "step": functools.partial(done, others)})
     what = f"seconds of a training step on {BATCH} clips of {puppet.FRAMES} frames, without its data"
     fed = "clips generated / trained on a second"
     return [
@@ -106,9 +111,8 @@ def lengths() -> dict[str, dict[str, float]]:
     print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
     for _, frames in train.CLIP_LENGTHS:
         plain, compiled = (training_step(BATCH, CPU, bf16, each, frames) for each in (False, True))
-        times = interleaved(
-            {"plain": lambda: [part() for part in plain]} | compiled._asdict(), budget=BUDGET
-        )  # by turns
+        calls = {"plain": functools.partial(done, plain)} | compiled._asdict()
+        times = interleaved(calls, budget=BUDGET)
         plain, *parts = (statistics.median(each) for each in times.values())
         shares = [100 * part / sum(parts) for part in parts]
         found[str(frames)] = {"clips_per_second": BATCH / plain, "compiled": BATCH / sum(parts)}
