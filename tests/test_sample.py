@@ -66,7 +66,7 @@ def test_without_a_task_each_has_its_files_and_there_is_one_page_and_one_record(
 def page(folder: Path) -> list[dict]:
     """The samples in the data that a page's script reads."""
     html = (folder / "index.html").read_text()
-    start = html.index('{"samples":')
+    start = html.index('{"total":')
     return json.JSONDecoder().raw_decode(html[start:])[0]["samples"]
 
 
