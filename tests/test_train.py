@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import sys
 import types
 from pathlib import Path
@@ -629,3 +630,23 @@ def test_a_run_of_another_version_is_not_gone_on_with(verb, one_step, tmp_path):
 def test_weights_are_not_overwritten_where_checkpoints_are_gone(verb, tiny_weights, tmp_path):
     shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
     refused(verb, tmp_path, r"weights\.safetensors exists", "--init", tiny_weights)
+
+
+def test_export_says_what_the_run_was(whole, tmp_path, verb):
+    # catches a summary of another run, and bf16 where numbers are small: times, norms, the codec
+    file = tmp_path / "mine.safetensors"
+    assert verb(train, "export", "--out", whole.out, "--bf16", file).code == 0
+    record, lines = json.loads(file.with_suffix(".json").read_text()), metrics(whole.out)
+    steps = [line for line in lines if "loss" in line]
+    assert record["steps"] == len(steps) and record["options"]["seed"] == 0 and record["versions"]["torch"]
+    assert record["validation"] == [line for line in lines if "validation" in line]
+    first = [line for line in steps if line["step"] < record["losses"][1]["step"]]
+    for task in {line["task"] for line in first}:
+        mean = statistics.mean(line["loss"] for line in first if line["task"] == task)
+        assert record["losses"][0][task] == pytest.approx(mean, abs=1e-4)
+    exact, half = load_file(whole.out / "weights.safetensors"), load_file(file)
+    assert half["blocks.0.video.ffn.0.weight"].dtype is torch.bfloat16
+    for name, x in exact.items():
+        torch.testing.assert_close(half[name].float(), x, rtol=2**-8, atol=0, msg=name)
+        if any(part in name for part in ("time_", "norm", "modulation", "extra.")):
+            assert torch.equal(half[name], x), name
