@@ -81,14 +81,15 @@ class Plan(NamedTuple):
     runs: Path
     out: Path
     device: str
+    compile: bool  # as the run was
 
     def stage(self, stage: int) -> Path:
         """The weights with which a stage of the run has ended."""
         return self.start / f"stage-{stage}.safetensors"
 
 
-def check_start(folder: Path) -> tuple[dict[int, int], int]:
-    """Steps of each stage and batch of a run of all stages, which has ended; an error for another."""
+def check_start(folder: Path) -> tuple[dict[int, int], int, bool]:
+    """Steps of each stage, batch and --compile of a run that has ended; an error for another."""
     for name in ("run.json", "stage-0.safetensors", "stage-1.safetensors", "weights.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -100,7 +101,7 @@ def check_start(folder: Path) -> tuple[dict[int, int], int]:
     steps = train.stage_steps("puppet", None, options["steps"], False)
     if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
-    return steps, options["batch"]
+    return steps, options["batch"], options["compile"]
 
 
 # ---------------------------------------------------------------- training
@@ -145,6 +146,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         command = [sys.executable, str(ROOT / "train.py")]
         for key, value in options.items():
             command += [] if value is None else [f"--{key}", str(value)]
+        command += ["--compile"] * plan.compile
         print(f"{name}, seed {seed}: {steps} steps", flush=True)
         code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
         if code or not checkpoints.folder_of(out, steps).is_dir():
@@ -311,10 +313,11 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    stages, batch = check_start(args.start)
+    stages, batch, compiled = check_start(args.start)
     plan = Plan(
-        args.start, stages, batch, args.seeds, args.clips, args.steps, args.runs, args.out, args.device
-    )
+        args.start, stages, batch, args.seeds, args.clips, args.steps, args.runs, args.out, args.device,
+        compiled,
+    )  # fmt: skip
     plan.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
     devices.use_fast_attention(torch.device(args.device))
     for part in PARTS if "all" in args.parts else args.parts:

@@ -24,11 +24,12 @@ from study.ablate import NETWORKS
 def plan(tiny_weights, tmp_path) -> ablate.Plan:
     """From what train.py leaves of a run of all stages."""
     start = tmp_path / "run"
-    write_record(start / "run.json", {"ablate": None, "steps": 12, "batch": 2})
+    write_record(start / "run.json", {"ablate": None, "steps": 12, "batch": 2, "compile": True})
     for name in ("stage-0", "stage-1", "weights"):
         shutil.copy(tiny_weights, start / f"{name}.safetensors")
-    stages, batch = ablate.check_start(start)
-    return ablate.Plan(start, stages, batch, 1, 2, None, tmp_path / "runs", tmp_path / "results.json", "cpu")
+    stages, batch, compiled = ablate.check_start(start)
+    where = tmp_path / "runs", tmp_path / "results.json"
+    return ablate.Plan(start, stages, batch, 1, 2, None, *where, "cpu", compiled)
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def test_ablations_differ_in_one_thing(trainings, plan):
     changes = [{name for name, value in other.items() if value != base[name]} for other in others]
     assert changes == [{"ablate"}, {"ablate"}, {"ablate", "init"}, {"ablate", "init"}]
     one_stage, single_stream = others[2:]
+    assert base["compile"]  # as the run was
     assert one_stage["init"] == single_stream["init"] == str(plan.stage(0))
     assert base["init"] == str(plan.stage(1))
 
