@@ -81,7 +81,7 @@ def test_ablations_differ_in_one_thing(trainings, plan):
     changes = [{name for name, value in other.items() if value != base[name]} for other in others]
     assert changes == [{"ablate"}, {"ablate"}, {"ablate", "init"}, {"ablate", "init"}]
     one_stage, single_stream = others[2:]
-    assert base["compile"]  # as the run was
+    assert base["compile"] == "True"  # as the run was
     assert one_stage["init"] == single_stream["init"] == str(plan.stage(0))
     assert base["init"] == str(plan.stage(1))
 
