@@ -28,10 +28,10 @@ TINY = DualDiTConfig(
 )
 
 
-def tiny_model() -> DualDiT:
+def tiny_model(config: DualDiTConfig = TINY) -> DualDiT:
     """An untrained network in which nothing is zero, so that every input reaches every output."""
     torch.manual_seed(0)
-    model = DualDiT(TINY)
+    model = DualDiT(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
@@ -63,11 +63,8 @@ class Ended(NamedTuple):
     err: str
 
 
-Verb = Callable[..., Ended]
-
-
 @pytest.fixture
-def verb(monkeypatch, capsys) -> Verb:
+def verb(monkeypatch, capsys) -> Callable[..., Ended]:
     """verb(module, *arguments): run a script's main as its command line would."""
 
     def call(module: ModuleType, *arguments: object) -> Ended:

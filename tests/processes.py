@@ -1,25 +1,55 @@
-"""train.py in processes of its own that start in no time: forked from one that has imported torch."""
+"""Processes that start in no time, forked from one that has imported torch; train.py in them."""
 
+import functools
 import multiprocessing
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 
-def _context() -> multiprocessing.context.BaseContext:
+@functools.cache
+def forking() -> multiprocessing.context.BaseContext:
+    """The context whose processes start so; one thread each, so that results can be compared bitwise."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo"])  # torch's optimizers import the second
+    with pytest.MonkeyPatch.context() as patch:  # what they are forked from inherits these
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
     return context
 
 
-def _train(arguments: list[str], environment: dict[str, str], log: str, before: Callable | None) -> None:
+def _rank(environment: dict[str, str], target: Callable, arguments: tuple) -> None:
     os.environ |= environment
+    target(*arguments)
+
+
+def start_ranks(
+    target: Callable, *arguments: object, ranks: int = 1, ranks_a_node: int | None = None
+) -> list[BaseProcess]:
+    """target(*arguments) in a process for each rank, with the environment that torchrun would give it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks}
+    node = ranks_a_node or ranks
+    processes = []
+    for rank in range(ranks):
+        names = address | {"RANK": rank, "LOCAL_RANK": rank % node, "LOCAL_WORLD_SIZE": node}
+        environment = {name: str(value) for name, value in names.items()} if ranks > 1 else {}
+        processes.append(forking().Process(target=_rank, args=(environment, target, arguments)))
+        processes[-1].start()
+    return processes
+
+
+def _train(arguments: list[str], log: str, before: Callable | None) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -33,47 +63,20 @@ def _train(arguments: list[str], environment: dict[str, str], log: str, before: 
 
 
 def start(
-    *arguments: object,
-    log: Path,
-    ranks: int = 1,
-    ranks_a_node: int | None = None,
-    before: Callable[[], None] | None = None,
+    *arguments: object, log: Path, before: Callable[[], None] | None = None, **ranks: int
 ) -> list[BaseProcess]:
-    """train.py with these arguments, a process for each rank; what it prints is added to `log`.
-
-    `before` is called in each process first. One thread a process, so that results can be compared bitwise.
-    """
+    """train.py with these arguments; what it prints is added to `log`; each process calls `before` first."""
     alone = ["--device", "cpu", "--precision", "fp32", *map(str, arguments)]
-    kept = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    processes = []
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    for rank in range(ranks):
-        node = ranks_a_node or ranks
-        names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % node, "LOCAL_WORLD_SIZE": node}
-        environment = {name: str(value) for name, value in names.items()}
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        given = (alone, environment if ranks > 1 else {}, str(log), before)
-        processes.append(_context().Process(target=_train, args=given))
-        processes[-1].start()
-    for name, value in kept.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    return processes
+    return start_ranks(_train, alone, str(log), before, **ranks)
 
 
 def finish(processes: Sequence[BaseProcess], log: Path, code: int = 0) -> str:
     """Wait for all of them to end with this exit code -> what they printed."""
     for process in processes:
         process.join(300)
+        process.kill()
     printed = log.read_text() if log.exists() else ""
     codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
     assert codes == [code] * len(processes), f"exit codes {codes}\n{printed[-4000:]}"
     return printed
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_rope import complex_rotation
 from torch import Tensor, nn
 
 import dual_dit
@@ -57,23 +58,7 @@ def inputs(b: int = 3, task: Task = Task.JOINT) -> dict:
     return arguments
 
 
-def expert_parameters(model: DualDiT, modality: str) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if modality in name.split(".")}
-
-
 # ---------------------------------------------------------------- Wan, number for number
-
-
-def complex_rope(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Wan's rope_apply: x (b n heads k) of a t x h x w grid, by one complex multiplication."""
-    k = x.shape[-1]
-    dims = (k - 4 * (k // 6), 2 * (k // 6), 2 * (k // 6))
-    places = torch.cartesian_prod(*(torch.arange(size).double() for size in grid))
-    frequencies = [10_000.0 ** -(torch.arange(0, dim, 2).double() / dim) for dim in dims]
-    angles = [places[:, axis, None] * frequency for axis, frequency in enumerate(frequencies)]
-    turns = torch.polar(torch.ones(len(places), k // 2).double(), torch.cat(angles, dim=1))
-    rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns[:, None]
-    return torch.view_as_real(rotated).flatten(-2)
 
 
 def wan(model: DualDiT, video: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -105,14 +90,15 @@ def wan(model: DualDiT, video: Tensor, t: Tensor, text: Tensor) -> Tensor:
     def rms(x: Tensor, name: str) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + config.eps).sqrt() * get(f"{name}.weight")
 
-    def attention(x: Tensor, context: Tensor, name: str, grid: tuple[int, int, int] | None) -> Tensor:
-        q = rms(linear(x, f"{name}.q"), f"{name}.norm_q").unflatten(-1, (config.heads, -1))
-        k = rms(linear(context, f"{name}.k"), f"{name}.norm_k").unflatten(-1, (config.heads, -1))
-        v = linear(context, f"{name}.v").unflatten(-1, (config.heads, -1))
-        if grid:
-            q, k = complex_rope(q, grid), complex_rope(k, grid)
-        weight = (torch.einsum("bnhk,bmhk->bhnm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
-        return linear(torch.einsum("bhnm,bmhk->bnhk", weight, v).flatten(-2), f"{name}.o")
+    def attention(x: Tensor, context: Tensor, name: str, places: Tensor | None) -> Tensor:
+        q = rms(linear(x, f"{name}.q"), f"{name}.norm_q")
+        k = rms(linear(context, f"{name}.k"), f"{name}.norm_k")
+        v = linear(context, f"{name}.v")
+        q, k, v = (y.unflatten(-1, (config.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (b heads n k)
+        if places is not None:
+            q, k = complex_rotation(q, places), complex_rotation(k, places)
+        weight = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return linear((weight @ v).transpose(1, 2).flatten(2), f"{name}.o")
 
     video, t, text = video.double(), t.double(), text.double()
     half = config.freq_dim // 2
@@ -125,13 +111,14 @@ def wan(model: DualDiT, video: Tensor, t: Tensor, text: Tensor) -> Tensor:
     _, ph, pw = config.patch
     b, c, frames, height, width = video.shape
     grid = (frames, height // ph, width // pw)
+    places = torch.cartesian_prod(*(torch.arange(size).double() for size in grid))
     patches = video.view(b, c, grid[0], grid[1], ph, grid[2], pw).permute(0, 2, 3, 5, 1, 4, 6)
     x = patches.reshape(b, math.prod(grid), -1) @ get("patch_embedding.weight").flatten(1).T
     x = x + get("patch_embedding.bias")
     for i in range(config.layers):
         e0, e1, e2, e3, e4, e5 = (get(f"blocks.{i}.modulation") + e6).chunk(6, dim=1)
         y = norm(x) * (1 + e1) + e0
-        x = x + attention(y, y, f"blocks.{i}.self_attn", grid) * e2
+        x = x + attention(y, y, f"blocks.{i}.self_attn", places) * e2
         y = norm(x) * get(f"blocks.{i}.norm3.weight") + get(f"blocks.{i}.norm3.bias")
         x = x + attention(y, context, f"blocks.{i}.cross_attn", None)
         y = gelu(linear(norm(x) * (1 + e4) + e3, f"blocks.{i}.ffn.0"))
@@ -176,7 +163,7 @@ def test_presets_are_the_released_models_and_motion_experts(preset, dual, wan_pa
 
 
 def test_a_configuration_from_json_is_the_same():
-    assert replace(TINY, patch=[1, 2, 2], dual=[1], grid=[2, 3]) == replace(TINY, dual=(1,), grid=(2, 3))
+    assert replace(TINY, patch=[1, 2, 2], dual=[1]) == replace(TINY, dual=(1,))
 
 
 # ---------------------------------------------------------------- how training starts
@@ -301,10 +288,8 @@ def test_positions_count_patches_not_latents(model, monkeypatch):
     monkeypatch.setattr(dual_dit, "rope_tables", lambda *given: asked.append(given) or tables(*given))
     model(**inputs())
     assert asked == [(TINY, (3, 2, 3), 9, torch.device("cpu"))]
-    for table, at in zip(
-        tables(*asked[0]), (video_positions(3, 2, 3), motion_positions(9, 2, 3)), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(table, rope_table(at, 12), strict=True))
+    expected = tuple(rope_table(at, 12) for at in (video_positions(3, 2, 3), motion_positions(9, 2, 3)))
+    torch.testing.assert_close(tuple(tables(*asked[0])), expected, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -367,23 +352,15 @@ def test_autocast_leaves_the_time_in_fp32(model):
         ({"video": None, "motion": None}, "nothing to denoise"),
         ({"motion": torch.zeros(3, 8, MOTION_DIM)}, "3 video latents span 9 frames, but motion has 8"),
         ({"motion": torch.zeros(3, 9, 263)}, r"motion: expected \(3, f, 235\), got \(3, 9, 263\)"),
-        ({"motion": torch.zeros(9, MOTION_DIM)}, r"motion: expected \(3, f, 235\), got \(9, 235\)"),
         ({"motion": torch.zeros(2, 9, MOTION_DIM)}, r"motion: expected \(3, f, 235\), got \(2, 9, 235\)"),
         ({"video": torch.zeros(3, 16, 3, 4, 6)}, r"expected \(3, 4, T, h, w\).*got \(3, 16, 3, 4, 6\)"),
-        ({"video": torch.zeros(4, 3, 4, 6)}, r"expected \(3, 4, T, h, w\).*got \(4, 3, 4, 6\)"),
-        ({"video": torch.zeros(3, 4, 3, 5, 6)}, r"h a multiple of 2 and w of 2; got \(3, 4, 3, 5, 6\)"),
-        ({"video": torch.zeros(3, 4, 3, 4, 7)}, r"h a multiple of 2 and w of 2; got \(3, 4, 3, 4, 7\)"),
+        ({"video": torch.zeros(3, 4, 3, 4, 7)}, r"got \(3, 4, 3, 4, 7\)"),
         ({"text": torch.zeros(2, 5, 8)}, r"video: expected \(2, 4, T"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
         model(**inputs() | change)
-
-
-def test_a_video_of_another_grid_than_the_learned_places_is_refused():
-    with pytest.raises(ValueError, match=r"expected \(4, 4\) tokens a frame, got \(2, 3\)"):
-        DualDiT(replace(TINY, grid=(4, 4)))(**inputs())
 
 
 @pytest.mark.parametrize(

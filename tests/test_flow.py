@@ -13,7 +13,6 @@ from flow import Draw, Role, Task
 
 B = 3
 every_task = pytest.mark.parametrize("task", Task, ids=[task.name for task in Task])
-every_solver = pytest.mark.parametrize("solver", flow.SOLVERS)
 TEXT, NULL = torch.ones(B, 5, 8), torch.zeros(B, 5, 8)
 
 
@@ -24,7 +23,7 @@ def seed():
 
 def randn(*roles: Role) -> list[Tensor | None]:
     """Small stand-ins for video (b c T h w) and motion (b f 235), None where absent."""
-    shapes = ((B, 2, 1, 2, 2), (B, 1, 4))
+    shapes = ((B, 2, 1, 2, 2), (B, 2, 4))
     return [
         None if role is Role.ABSENT else torch.randn(shape) for shape, role in zip(shapes, roles, strict=True)
     ]
@@ -95,9 +94,8 @@ class Recorder:
         self.calls.append(call)
         self.times.append(tuple(None if t is None else t.item() for t in (t_video, t_motion)))
         unit = torch.eye(8)[list(dict.fromkeys(self.calls)).index(call)]
-        return tuple(
-            None if x is None else unit.view(1, *x.shape[1:]).expand(x.shape) for x in (video, motion)
-        )
+        answers = (None if x is None else unit.view(1, *x.shape[1:]).expand(x.shape) for x in (video, motion))
+        return tuple(answers)
 
 
 GUIDED = {  # every call with its weight, from equations 4 to 6; None: is not made
@@ -118,11 +116,7 @@ GUIDED = {  # every call with its weight, from equations 4 to 6; None: is not ma
 def test_guidance_makes_these_calls_with_these_weights(task, w1, w2):
     # catches a wrong weight, text in video to motion, text that stays where motion is dropped, a condition
     # with noise or at another time than 0
-    shapes = ((B, 2, 1, 2, 2), (B, 2, 4))
-    start = [
-        None if role is Role.ABSENT else torch.randn(shape)
-        for shape, role in zip(shapes, (task.video, task.motion), strict=True)
-    ]
+    start = randn(task.video, task.motion)
     network, options = Recorder(), {"guidance_text": w1, "guidance_condition": w2}
     made = flow.sample(network, *start, TEXT, NULL, task, steps=1, shift=1.0, **options)  # x0 = x1 - u
     expected = {call: w for call, w in GUIDED[task](w1, w2).items() if w is not None}
@@ -200,71 +194,42 @@ def test_noise_levels_are_shifted_and_each_modalitys_own():
 
 
 @every_task
-def test_conditions_enter_clean_and_noise_at_its_own_time(task):
+def test_a_step_asks_for_the_velocity_at_a_point_of_the_path_and_its_loss_is_the_squared_error(task):
+    # catches a condition with noise, noise shared by the modalities, a wrong target, samples averaged before
+    # their time, text that is dropped for all samples
     video, motion = randn(task.video, task.motion)
-    draw, asked = a_draw(task), []
-    flow.loss(lambda *given: asked.append(given) or given[:2], video, motion, TEXT, NULL, draw)
-    ((x_video, x_motion, t_video, t_motion, _, asked_task),) = asked
-    assert asked_task is task
-    for x, t, x0, drawn, seeds, role in (
-        (x_video, t_video, video, draw.t_video, draw.seeds, task.video),
-        (x_motion, t_motion, motion, draw.t_motion, draw.seeds + 1, task.motion),
+    outputs, asked, total = randn(Role.NOISY, Role.NOISY), [], 0.0
+    draw = a_draw(task, drop_text=torch.tensor([True, False, True]))
+    got = flow.loss(lambda *given: asked.append(given) or outputs, video, motion, TEXT, NULL, draw)
+    ((x_video, x_motion, t_video, t_motion, text, asked_task),) = asked
+    assert asked_task is task and text.mean(dim=(1, 2)).tolist() == [0, 1, 0]
+    for role, x0, x, t, drawn, seeds, u, part in (
+        (task.video, video, x_video, t_video, draw.t_video, draw.seeds, outputs[0], got.video),
+        (task.motion, motion, x_motion, t_motion, draw.t_motion, draw.seeds + 1, outputs[1], got.motion),
     ):
-        if role is Role.ABSENT:
-            assert x is None and t is None
-        elif role is Role.CLEAN:
-            assert torch.equal(x, x0) and not t.any()
-        else:
+        if role is Role.NOISY:
             noise = flow.noise_like(x0, seeds)
             assert torch.equal(t, drawn)
             for i in range(B):
-                torch.testing.assert_close(x[i], (1 - drawn[i]) * x0[i] + drawn[i] * noise[i])
-
-
-def test_text_is_dropped_sample_by_sample():
-    drop, asked = torch.tensor([True, False, True]), []
-    given = randn(Role.NOISY, Role.NOISY)
-    flow.loss(
-        lambda *call: asked.append(call[4]) or call[:2],
-        *given,
-        TEXT,
-        NULL,
-        a_draw(Task.JOINT, drop_text=drop),
-    )
-    assert asked[0].mean(dim=(1, 2)).tolist() == [0, 1, 0]
-
-
-@every_task
-def test_loss_is_each_samples_mean_squared_velocity_error(task):
-    # catches noise shared by the modalities, a wrong target, samples averaged before their time
-    video, motion = randn(task.video, task.motion)
-    draw, outputs = a_draw(task), randn(Role.NOISY, Role.NOISY)
-    got, total = flow.loss(lambda *_: outputs, video, motion, TEXT, NULL, draw), 0.0
-    for part, u, x0, seeds, role in zip(
-        got, outputs, (video, motion), (draw.seeds, draw.seeds + 1), (task.video, task.motion), strict=True
-    ):
-        if role is not Role.NOISY:
-            assert part is None
-            continue
-        noise = flow.noise_like(x0, seeds)
-        by_hand = [((u[i] - (noise[i] - x0[i])) ** 2).sum().item() / u[i].numel() for i in range(B)]
-        torch.testing.assert_close(part, torch.tensor(by_hand))
-        total += sum(by_hand) / B
+                torch.testing.assert_close(x[i], (1 - t[i]) * x0[i] + t[i] * noise[i])
+            by_hand = [((u[i] - (noise[i] - x0[i])) ** 2).sum().item() / u[i].numel() for i in range(B)]
+            torch.testing.assert_close(part, torch.tensor(by_hand))
+            total += sum(by_hand) / B
+        elif role is Role.CLEAN:
+            assert part is None and torch.equal(x, x0) and not t.any()
+        else:
+            assert part is x is t is None
     assert got.total.item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("task", [Task.MOTION_TO_VIDEO, Task.VIDEO_TO_MOTION])
 def test_the_output_of_a_condition_is_not_in_the_loss(task):
-    draw, given = a_draw(task), randn(Role.NOISY, Role.NOISY)
     outputs = [x.requires_grad_() for x in randn(Role.NOISY, Role.NOISY)]
     condition = 1 if task is Task.MOTION_TO_VIDEO else 0
-    expected = flow.loss(lambda *_: outputs, *given, TEXT, NULL, draw).total.item()
-    with torch.no_grad():
-        outputs[condition].fill_(math.nan)
-    total = flow.loss(lambda *_: outputs, *given, TEXT, NULL, draw).total
-    assert total.item() == expected > 0
-    total.backward()
-    assert outputs[condition].grad is None and outputs[1 - condition].grad.any()
+    outputs[condition].data.fill_(math.nan)
+    given = randn(Role.NOISY, Role.NOISY)
+    flow.loss(lambda *_: outputs, *given, TEXT, NULL, a_draw(task)).total.backward()
+    assert outputs[condition].grad is None and outputs[1 - condition].grad.isfinite().all()
 
 
 # ---------------------------------------------------------------- the solvers
@@ -293,7 +258,7 @@ def solve(network, state: list[Tensor | None], task=Task.JOINT, **options) -> tu
 def test_order_of_convergence(solver, order, shift, lead):
     # u = x² cos t has 1/x(0) = 1/x(1) + sin 1, and u = -2tx has x(0) = e·x(1)
     network = ode(lambda x, t: x.square() * t.cos(), lambda x, t: -2 * t * x)
-    start = [x.abs().double() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
+    start = [x.double().sigmoid() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
     exact = 1 / (1 / start[0] + math.sin(1)), math.e * start[1]
     errors = []
     for steps in (12, 24, 48):
@@ -316,21 +281,6 @@ def test_ab2_is_exact_for_linear_velocities_after_its_first_step(shift):
     first_step = 1 - shift * t / (1 + (shift - 1) * t)
     exact = video.double() - 0.5 - slope / 2
     torch.testing.assert_close(got, exact - slope * first_step**2 / 2, atol=1e-6, rtol=0)
-
-
-@every_task
-@every_solver
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (7, 5.0)])
-def test_the_velocity_of_the_path_leads_from_noise_to_data(task, solver, steps, shift):
-    data, state = randn(task.video, task.motion), randn(task.video, task.motion)
-    velocity = [None if x is None else noise - x for x, noise in zip(data, state, strict=True)]
-    before = [None if x is None else x.clone() for x in state]
-    got = solve(lambda *_: velocity, state, task, steps=steps, shift=shift, solver=solver)
-    for x, x0, x1, role in zip(got, data, before, (task.video, task.motion), strict=True):
-        assert (x is None) == (role is Role.ABSENT)
-        if x is not None:  # a condition comes back as it went in
-            torch.testing.assert_close(x, x0 if role is Role.NOISY else x1, atol=1e-5, rtol=1e-5)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(state, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -359,13 +309,8 @@ def test_sampling_asks_at_these_times(task, steps, shift, lead, t_video, t_motio
 
 def test_progress_sees_every_step_and_gradients_are_off():
     seen, x = [], torch.randn(B, 1, 4, requires_grad=True)
-    _, made = solve(
-        lambda *given: given[:2],
-        [None, x],
-        Task.MOTION_ONLY,
-        steps=5,
-        progress=lambda s: seen.append(len(s)) or s,
-    )
+    progress = lambda steps: seen.append(len(steps)) or steps
+    _, made = solve(lambda *given: given[:2], [None, x], Task.MOTION_ONLY, steps=5, progress=progress)
     assert seen == [5] and not made.requires_grad
 
 
@@ -373,19 +318,15 @@ def test_progress_sees_every_step_and_gradients_are_off():
     ("task", "absent", "options", "message"),
     [
         (Task.JOINT, (), {"solver": "heun"}, "unknown solver 'heun': choose one of euler, ab2"),
-        (Task.JOINT, (), {"steps": 0}, "steps must be at least 1, got 0"),
-        (Task.JOINT, (), {"lead": 0.6}, "lead must be from 0 .* to 0.5 .*, got 0.6"),
-        (Task.MOTION_TO_VIDEO, ("motion",), {}, "MOTION_TO_VIDEO: motion is a condition.*got none"),
-        (Task.VIDEO_TO_MOTION, ("video",), {}, "VIDEO_TO_MOTION: video is a condition.*got none"),
-        (Task.JOINT, ("video",), {}, "JOINT: video is generated; got none"),
-        (Task.MOTION_ONLY, (), {}, "MOTION_ONLY: video .*no tokens.*got a tensor"),
-        (Task.VIDEO_ONLY, (), {}, "VIDEO_ONLY: motion .*no tokens.*got a tensor"),
+        (Task.JOINT, (), {"steps": 0}, "steps must be at least 1"),
+        (Task.JOINT, (), {"lead": 0.6}, "lead must be from 0"),
+        (Task.MOTION_TO_VIDEO, ("motion",), {}, "motion is a condition.*got none"),
+        (Task.JOINT, ("video",), {}, "video is generated; got none"),
+        (Task.MOTION_ONLY, (), {}, "video .*no tokens.*got a tensor"),
     ],
 )
 def test_impossible_requests_are_refused(task, absent, options, message):
-    state = [
-        None if name in absent else x
-        for name, x in zip(("video", "motion"), randn(Role.NOISY, Role.NOISY), strict=True)
-    ]
+    both = randn(Role.NOISY, Role.NOISY)
+    state = [None if name in absent else x for name, x in zip(("video", "motion"), both, strict=True)]
     with pytest.raises(ValueError, match=message):
         solve(lambda *given: given[:2], state, task, **options)

@@ -1,4 +1,7 @@
+"""motion_tokens.py: rotations against scipy, the 235 numbers against smplx, and which token has which."""
+
 import math
+import re
 
 import numpy as np
 import pytest
@@ -49,17 +52,15 @@ def smpl(b: int = 2, f: int = 5) -> dict[str, torch.Tensor]:
     }
 
 
-def joints(body, global_orient, body_pose, betas, transl) -> torch.Tensor:
-    return body.joints(global_orient, body_pose, betas[:, None], transl)
-
-
 # ---------------------------------------------------------------- rotations
 
 
 def rotation_vectors(angles: list[float]) -> np.ndarray:
-    """Each angle about 20 random axes: (n 3)."""
-    axes = np.random.default_rng(0).normal(size=(len(angles), 20, 3))
+    """Each angle about 20 random axes and the six of the frame: (n 3)."""
+    axes = np.random.default_rng(0).normal(size=(20, 3))
     axes /= np.linalg.norm(axes, axis=-1, keepdims=True)
+    # half a turn about one of these: the quaternion's real part is zero, another of its rows must lead
+    axes = np.vstack((axes, np.eye(3), -np.eye(3)))
     return (axes * np.array(angles)[:, None, None]).reshape(-1, 3)
 
 
@@ -80,16 +81,6 @@ def test_rotations_equal_scipy(angles, dtype):
     assert off.max() < tolerance
     if max(angles) <= 1e-3:  # a tiny angle is not rounded to zero
         np.testing.assert_allclose(back, vectors, rtol=1e-5 if dtype is torch.float32 else 1e-9)
-
-
-@pytest.mark.parametrize("axis", np.vstack((np.eye(3), -np.eye(3))).tolist())
-def test_half_turns_about_each_axis(
-    axis,
-):  # the quaternion's real part is zero: another of its rows must lead
-    half_turn = Rotation.from_rotvec(math.pi * np.array(axis))
-    back = matrix_to_axis_angle(torch.tensor(half_turn.as_matrix()))
-    assert back.norm() == pytest.approx(math.pi)
-    assert (Rotation.from_rotvec(back.numpy()) * half_turn.inv()).magnitude() < 1e-12
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-6, 1e-4])
@@ -142,14 +133,14 @@ def test_layout_of_the_235_numbers(body):
 
 def test_smpl_survives_the_235_numbers(body):
     parameters = smpl()
-    original = joints(body, **parameters)
+
+    def joints(global_orient, body_pose, betas, transl) -> torch.Tensor:
+        return body.joints(global_orient, body_pose, betas[:, None], transl)
+
     decoded = decode_smpl(encode_smpl(**parameters, body=body))
-    generated = decoded.pop("joints")
-    assert {name: value.shape for name, value in decoded.items()} == {
-        name: value.shape for name, value in parameters.items()
-    }
-    assert torch.equal(generated, original)
-    torch.testing.assert_close(joints(body, **decoded), original, atol=1e-5, rtol=0)
+    assert torch.equal(decoded.pop("joints"), joints(**parameters))
+    assert {k: v.shape for k, v in decoded.items()} == {k: v.shape for k, v in parameters.items()}
+    torch.testing.assert_close(joints(**decoded), joints(**parameters), atol=1e-5, rtol=0)
 
 
 def test_decoding_takes_the_root_from_orient_and_averages_betas(body):
@@ -166,35 +157,9 @@ def test_decoding_takes_the_root_from_orient_and_averages_betas(body):
     assert torch.equal(decode_smpl(x)["global_orient"], torch.zeros(2, 5, 3))
 
 
-def test_turning_the_parameters_turns_the_joints(body):
-    parameters = smpl()
-    turn = Rotation.from_rotvec([0.3, -1.1, 0.5])
-    matrix, shift = torch.tensor(turn.as_matrix()).float(), torch.tensor([1.0, -2.0, 0.5])
-    pelvis = body.rest_joints(parameters["betas"])[:, None, 0]  # SMPL turns about it, not about the origin
-    root = Rotation.from_rotvec(parameters["global_orient"].view(-1, 3).double().numpy())
-    turned = parameters | {
-        "global_orient": torch.tensor((turn * root).as_rotvec()).float().view(2, 5, 3),
-        "transl": (parameters["transl"] + pelvis) @ matrix.T + shift - pelvis,
-    }
-    before, after = (decode_smpl(encode_smpl(**each, body=body)) for each in (parameters, turned))
-    moved = before["joints"] @ matrix.T + shift
-    torch.testing.assert_close(after.pop("joints"), moved, atol=1e-5, rtol=0)
-    torch.testing.assert_close(joints(body, **after), moved, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("global_orient", (2, 5, 1, 3)),
-        ("body_pose", (2, 5, 24, 3)),
-        ("body_pose", (2, 4, 23, 3)),
-        ("betas", (2, 5, 10)),
-        ("betas", (2, 16)),
-        ("transl", (2, 5, 4)),
-    ],
-)
+@pytest.mark.parametrize(("name", "shape"), [("body_pose", (2, 4, 23, 3)), ("betas", (2, 16))])
 def test_wrong_shapes_are_named(body, name, shape):
-    with pytest.raises(ValueError, match=rf"{name}: expected shape .*got \({', '.join(map(str, shape))}\)"):
+    with pytest.raises(ValueError, match=rf"{name}: expected shape .*got {re.escape(str(shape))}"):
         encode_smpl(**smpl() | {name: torch.zeros(shape)}, body=body)
 
 

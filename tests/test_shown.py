@@ -1,30 +1,29 @@
 """What each of the four concept files shows when it is run by itself, and that it takes seconds."""
 
-import os
 import re
-import resource
-import subprocess
-import sys
+import runpy
+import time
 
+import pytest
 from conftest import ROOT
 
 SECONDS = 20  # of one core
 
 
-def shown(name: str) -> str:
-    """Its output; fails where it takes long, in time of the processor: others may be busy on it."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / name)], capture_output=True, text=True, env=environment, check=False
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.returncode == 0, ended.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
-    return ended.stdout
+@pytest.fixture
+def shown(capsys):
+    """shown(file): what it prints; fails where it takes long, in time of the processor."""
+
+    def run(name: str) -> str:
+        before = time.process_time()
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+        assert time.process_time() - before < SECONDS
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_rope_shows_the_4_to_1_alignment():
+def test_rope_shows_the_4_to_1_alignment(shown):
     tables = [[], []]
     for row in shown("rope.py").splitlines()[2:]:
         cells = re.findall(r"(\d+\.\d)([* ]|$)", row)
@@ -38,19 +37,19 @@ def test_rope_shows_the_4_to_1_alignment():
     assert not all(unsynced)
 
 
-def test_motion_tokens_counts_51_tokens_and_235_numbers():
+def test_motion_tokens_counts_51_tokens_and_235_numbers(shown):
     out = shown("motion_tokens.py")
     assert "50..50  betas" in out and "numbers 225..234" in out and "(1, 867, 128)" in out
 
 
-def test_dual_dit_shows_the_shapes_through_a_block():
+def test_dual_dit_shows_the_shapes_through_a_block(shown):
     out = shown("dual_dit.py")
     assert re.search(r"out of a block +video \(1, 320, 128\), motion \(1, 867, 128\)", out)
     assert re.search(r"velocities +video \(1, 48, 5, 8, 8\), motion \(1, 17, 235\)", out)
     assert out.splitlines()[-1].endswith("video (1, 320, 128)")  # the video alone
 
 
-def test_flow_learns_two_coupled_modalities_each_way():
+def test_flow_learns_two_coupled_modalities_each_way(shown):
     # half of the circle's points are 1.4 away from a guess; the mean distance of two of them is 1.27
     out = shown("flow.py")
     errors = dict(re.findall(r"(joint|motion to video|video to motion) +(\d\.\d+)", out))

@@ -22,9 +22,9 @@ VIDEO, MOTION = GRID[0] * 2 * 3, 51 * FRAMES  # tokens
 
 def call(model: DualDiT, batch: int, video: bool = True, motion: bool = True):
     t, text = torch.rand(batch), torch.randn(batch, TEXT, model.config.text_dim)
-    seen = (torch.randn(batch, model.config.channels, *GRID), t) if video else (None, None)
-    moving = (torch.randn(batch, FRAMES, 235), t) if motion else (None, None)
-    return model(seen[0], moving[0], seen[1], moving[1], text, Task.JOINT)
+    latents = torch.randn(batch, model.config.channels, *GRID) if video else None
+    moving = torch.randn(batch, FRAMES, 235) if motion else None
+    return model(latents, moving, t if video else None, t if motion else None, text, Task.JOINT)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -65,27 +65,16 @@ def test_a_step_is_three_forwards_and_a_recomputation():
 # ---------------------------------------------------------------- memory
 
 
-def kept_bytes(model: DualDiT, batch: int) -> int:
-    """What a real call keeps for its backward pass: distinct memory that is not the weights'."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = []
-    with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
-        result = call(model, batch)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    del result
-    return sum(size for pointer, size in storages.items() if pointer not in weights)
-
-
 @pytest.mark.parametrize("dual", (None, (2,), (0, 2)), ids=str)
 def test_counted_activations_are_what_a_real_call_keeps(dual):
     # catches motion's share counted in blocks that have no motion expert
     config = dataclasses.replace(SMALL, layers=3, width=192, ffn=400, dual=dual)
     counted = flops.saved_bytes(config, GRID, 2, TEXT)
     assert counted == flops.saved_bytes(config, GRID, 2, TEXT)  # and leaves nothing behind
-    assert counted == pytest.approx(kept_bytes(DualDiT(config), 2), rel=0.01)
+    model = DualDiT(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        real = flops.kept_bytes(lambda: call(model, 2), model.parameters())
+    assert counted == pytest.approx(real, rel=0.01)
 
 
 class Made(TorchDispatchMode):
@@ -123,14 +112,10 @@ def test_a_checkpointed_block_keeps_what_is_counted(dual):
     # catches what a video-only block keeps of motion: nothing, its tokens pass unchanged
     shallow = dataclasses.replace(SMALL, dual=None if dual is None else ())
     deep = dataclasses.replace(SMALL, layers=6, dual=dual)
-    counted, real = (
-        measure(deep) - measure(shallow)
-        for measure in (
-            lambda c: flops.training_memory(c, GRID, 2, checkpointing=True, text=TEXT).activations,
-            alive_bytes,
-        )
-    )
-    assert counted == pytest.approx(real, rel=0.02)
+    counts = [
+        flops.training_memory(c, GRID, 2, checkpointing=True, text=TEXT).activations for c in (deep, shallow)
+    ]
+    assert counts[0] - counts[1] == pytest.approx(alive_bytes(deep) - alive_bytes(shallow), rel=0.02)
 
 
 def test_sharding_divides_state_and_checkpointing_saves_activations():

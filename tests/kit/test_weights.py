@@ -1,6 +1,7 @@
 """kit/weights.py: what is saved comes back, and a bad file is refused with words that help."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from conftest import TINY, contents, tiny_model
 from safetensors.torch import load_file, save_file
 
 from dual_dit import DualDiTConfig
-from flow import Task
 from kit import weights
 from kit.weights import load_weights, save_weights
 
@@ -29,11 +29,13 @@ def saved(tmp_path, model):
     return path
 
 
-def edit(path, change) -> None:
-    """Rewrite a weights file after change(tensors, metadata)."""
-    tensors, metadata = load_file(path), {"config": json.dumps(vars(TINY))}
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
+def with_config(**changed: object) -> str:
+    return json.dumps(vars(TINY) | changed)
+
+
+def edit(path: Path, config: str | None = with_config(), **tensors: torch.Tensor) -> None:
+    """Rewrite a weights file with another configuration, and with these tensors changed."""
+    save_file(load_file(path) | tensors, path, {} if config is None else {"config": config})
 
 
 # ---------------------------------------------------------------- there and back
@@ -41,23 +43,10 @@ def edit(path, change) -> None:
 
 def test_network_configuration_and_extras_come_back(saved, model):
     back, extra = load_weights(saved)
-    assert back.config == model.config
-    for found, expected in ((back.state_dict(), model.state_dict()), (extra, EXTRA)):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=0, rtol=0, msg=name)
-
-
-def test_loaded_network_gives_the_same_outputs_and_asks_for_no_gradients(saved, model):
-    back, _ = load_weights(saved)
-    inputs = (torch.randn(1, TINY.channels, 2, 2, 2), torch.randn(1, 5, 235), torch.rand(1), torch.rand(1))
-    text = torch.randn(1, 3, TINY.text_dim)
-    with torch.no_grad():
-        expected = model(*inputs, text, Task.JOINT)
-    for found, value in zip(back(*inputs, text, Task.JOINT), expected, strict=True):
-        torch.testing.assert_close(found, value)
-        assert not found.requires_grad
-    assert not back.training
+    assert back.config == model.config and not back.training
+    assert not any(p.requires_grad for p in back.parameters())
+    torch.testing.assert_close(dict(back.state_dict()), dict(model.state_dict()), atol=0, rtol=0)
+    torch.testing.assert_close(extra, EXTRA, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("config", ({"synced": False}, {"eps": 1e-5}, {"patch": (1, 2, 2)}), ids=str)
@@ -87,15 +76,6 @@ def test_settings_of_training_come_back_and_older_files_have_none(tmp_path, save
     assert weights.read_settings(saved) is None
 
 
-@pytest.mark.parametrize("settings", ([], {"fps": "30"}, {"frames": 0}, {"fps": float("nan")}), ids=str)
-def test_settings_that_are_none_are_refused_by_name(saved, settings):
-    config = json.dumps(vars(TINY) | {"settings": settings})
-    edit(saved, lambda _, metadata: metadata.update(config=config))
-    for read in (weights.read_settings, load_weights):
-        with pytest.raises(ValueError, match=rf"{saved.name}.*settings"):
-            read(saved)
-
-
 def test_the_same_weights_give_the_same_bytes(tmp_path, model):
     # catches a second entry of metadata: safetensors writes those in random order
     for k in range(8):
@@ -106,37 +86,21 @@ def test_the_same_weights_give_the_same_bytes(tmp_path, model):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_missing_file_says_how_to_get_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors.*train\.py"):
-        load_weights(tmp_path / "nothing.safetensors")
-
-
 DAMAGE = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
-    "empty": (lambda path: path.write_bytes(b""), "truncated"),
     "text": (lambda path: path.write_text("not weights\n" * 100), "not a safetensors file"),
-    "no configuration": (
-        lambda path: edit(path, lambda tensors, metadata: metadata.clear()),
-        "carries no configuration",
-    ),
-    "unknown field": (
-        lambda path: edit(path, lambda _, metadata: metadata.update(config='{"depth": 3}')),
-        "configuration of another version.*depth",
-    ),
-    "configuration is not JSON": (
-        lambda path: edit(path, lambda _, metadata: metadata.update(config="{")),
-        "configuration",
-    ),
+    "no configuration": (lambda path: edit(path, config=None), "carries no configuration"),
+    "unknown field": (lambda path: edit(path, config='{"depth": 3}'), "another version.*depth"),
+    "configuration is not JSON": (lambda path: edit(path, config="{"), "configuration"),
+    "settings that are none": (lambda path: edit(path, with_config(settings=[])), "settings"),
+    "a rate that is none": (lambda path: edit(path, with_config(settings={"fps": "30"})), "settings.*fps"),
     "missing tensor": (
-        lambda path: edit(path, lambda tensors, _: tensors.pop("blocks.1.motion.ffn.0.weight")),
-        r"Missing key.*blocks\.1\.motion\.ffn\.0\.weight",
+        lambda path: edit(path, with_config(layers=3)),
+        r"Missing key.*blocks\.2\.motion\.ffn\.0\.weight",
     ),
-    "unknown tensor": (
-        lambda path: edit(path, lambda tensors, _: tensors.update(stranger=torch.ones(1))),
-        "Unexpected key.*stranger",
-    ),
+    "unknown tensor": (lambda path: edit(path, stranger=torch.ones(1)), "Unexpected key.*stranger"),
     "wrong shape": (
-        lambda path: edit(path, lambda tensors, _: tensors.update(motion_mean=torch.ones(234))),
+        lambda path: edit(path, motion_mean=torch.ones(234)),
         "size mismatch for motion_mean.*234.*235",
     ),
 }
