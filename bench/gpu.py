@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(
-    PRESETS["wan2.1-1.3b"], PRESETS["wan2.2-5b"], SHAPES[0],
+    PRESETS["wan2.1-1.3b"], PRESETS["wan2.2-5b"], SHAPES[-1],
     (Shape(31, 22, 40), Shape(21, 22, 40), Shape(11, 22, 40), Shape(5, 22, 40)), (16, 64, 256), 128, None,
 )  # fmt: skip
 _tiny = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2, width=96, heads=2, ffn=160, text_dim=32)

@@ -6,6 +6,7 @@ is divided by ours, above 1 is good.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,8 +19,7 @@ from bench.plan import price_of_motion
 from bench.timing import CPU, Figure, figure, interleaved, random_model, ratio
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
-from kit.devices import matmul_rate
-from kit.flops import Tokens, forward_flops
+from kit.flops import Tokens
 from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
@@ -51,11 +51,11 @@ class Shape(NamedTuple):
         return f"{self.t} latents of {self.h}x{self.w} tokens, text of {self.text}"
 
 
-# 81 frames of 480x832, and less of it: motion tokens keep their proportion to video tokens. The last are for
-# CPUs that have no units for a dtype.
+# up to 81 frames of 480x832: motion tokens keep their proportion to video tokens. The first are for CPUs that
+# have no units for a dtype.
 SHAPES = (
-    Shape(21, 30, 52), Shape(9, 29, 51), Shape(5, 28, 49), Shape(3, 27, 45), Shape(2, 24, 42),
-    Shape(1, 15, 27), Shape(1, 10, 18, 256), Shape(1, 6, 10, 64), Shape(1, 4, 7, 16), Shape(1, 2, 4, 4),
+    Shape(1, 2, 4, 4), Shape(1, 4, 7, 16), Shape(1, 6, 10, 64), Shape(1, 10, 18, 256), Shape(1, 15, 27),
+    Shape(2, 24, 42), Shape(3, 27, 45), Shape(5, 28, 49), Shape(9, 29, 51), Shape(21, 30, 52),
 )  # fmt: skip
 
 
@@ -78,14 +78,15 @@ class Setting(NamedTuple):
     def rounds(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
         return interleaved(calls, self.seconds, self.least)
 
-    def fitting(self, dtype: torch.dtype, forwards: float) -> Shape:
-        """The largest shape of which a round of so many forward calls takes a sixth of the time."""
-        rate = matmul_rate(CPU, dtype)
+    def fitting(self, calls: Callable[[Shape], dict[str, Callable]]) -> tuple[Shape, dict[str, Callable]]:
+        """The calls of the first shape of which a round takes a twelfth of the time or more."""
         for shape in self.shapes:
-            flops = forwards * sum(forward_flops(self.config, shape.tokens()).values())
-            if flops / rate < self.seconds / 6:
-                return shape
-        return self.shapes[-1]
+            made, begin = calls(shape), time.perf_counter()
+            for call in made.values():
+                call()
+            if time.perf_counter() - begin > self.seconds / 12:
+                break
+        return shape, made
 
 
 def inputs(
@@ -163,19 +164,14 @@ def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
     return Sides(config, dtype)
 
 
-COMPARED = {  # what both do, and how many forward calls it costs them together
-    "forward": (Sides.forward, 2),
-    "sample": (Sides.sample, 4 * STEPS),
-    "train": (Sides.train, 6),
-}
+COMPARED = {"forward": Sides.forward, "sample": Sides.sample, "train": Sides.train}  # what both do
 
 
 @torch.no_grad()
 def compared(setting: Setting, key: str, dtype: torch.dtype) -> list[Row]:
     """diffusers' time over ours."""
-    calls_of, forwards = COMPARED[key]
-    shape = setting.fitting(dtype, forwards)
-    times = setting.rounds(calls_of(sides(setting.config, dtype), shape))
+    shape, calls = setting.fitting(functools.partial(COMPARED[key], sides(setting.config, dtype)))
+    times = setting.rounds(calls)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     what = f"diffusers / ours, {name}, {shape}; ours {figure(times['ours']).median:.3g} s"
     return [Row(f"{key}_ratio_{name}", what, ratio(times["peer"], times["ours"]))]
@@ -184,8 +180,10 @@ def compared(setting: Setting, key: str, dtype: torch.dtype) -> list[Row]:
 @torch.no_grad()
 def motion(setting: Setting) -> list[Row]:
     """What motion tokens cost beyond their share of the arithmetic."""
-    shape, both = setting.fitting(torch.float32, 3), sides(setting.config, torch.float32)
-    times = setting.rounds({"video": both.forward(shape)["ours"], "joint": both.joint(shape)})
+    both = sides(setting.config, torch.float32)
+    calls_of = lambda shape: {"video": both.forward(shape)["ours"], "joint": both.joint(shape)}
+    shape, calls = setting.fitting(calls_of)
+    times = setting.rounds(calls)
     price = 1 + price_of_motion(setting.config, shape.tokens(motion=True))[1]
     what = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs, {shape}"
     return [Row("motion_overhead", what, ratio(times["joint"], times["video"], price))]
