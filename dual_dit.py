@@ -247,12 +247,13 @@ class VideoExpert(Conditioning):
         self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
 
     def embed(self, video: Tensor) -> Tensor:
-        x = self.patch_embedding(video.to(self.patch_embedding.weight.dtype))
-        x = rearrange(x, "b d T H W -> b T H W d")
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        (pt, ph, pw), pattern = self.patch, "b c (T pt) (H ph) (W pw) -> b T H W (c pt ph pw)"
+        patches = rearrange(video.to(weight.dtype), pattern, pt=pt, ph=ph, pw=pw)
+        x = F.linear(patches, weight.flatten(1), bias)  # the convolution: its patches do not overlap
         if self.place is not None:
             x = x + self.place.type_as(x)
-        # a convolution's rows lie across memory, and every layer after it would keep them so
-        return rearrange(x, "b T H W d -> b (T H W) d").contiguous()
+        return rearrange(x, "b T H W d -> b (T H W) d")
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (T, H, W), (pt, ph, pw) = grid, self.patch

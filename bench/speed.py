@@ -79,12 +79,12 @@ class Setting(NamedTuple):
         return interleaved(calls, self.seconds, self.least)
 
     def fitting(self, calls: Callable[[Shape], dict[str, Callable]]) -> tuple[Shape, dict[str, Callable]]:
-        """The calls of the first shape of which a round takes a twelfth of the time or more."""
+        """The calls of the first shape of which a round takes a twentieth of the time or more."""
         for shape in self.shapes:
             made, begin = calls(shape), time.perf_counter()
             for call in made.values():
                 call()
-            if time.perf_counter() - begin > self.seconds / 12:
+            if time.perf_counter() - begin > self.seconds / 20:
                 break
         return shape, made
 
