@@ -23,7 +23,7 @@ from kit import checkpoints, puppet, weights
 from kit.data import batch as batches
 from kit.data.batch import Batch
 
-KILLS, STEPS = 5, 30
+KILLS, STEPS = 3, 24
 
 
 @pytest.fixture(scope="module")
