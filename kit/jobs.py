@@ -2,6 +2,7 @@
 
 import itertools
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def jobs(
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
-        named = read_prompts(prompts)
-        task = tasks[name or "joint"]
-        return [Job(f"{file}-{i}", task, text, seed + i) for file, text in named for i in range(count)]
+        task, seeds, made = tasks[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
+        for file, text in read_prompts(prompts):  # a repeated prompt goes on with other seeds
+            made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
+        return made
     made = []
     for shown in [name] if name else SHOWN:
         task, text = tasks[shown], prompt

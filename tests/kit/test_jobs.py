@@ -2,7 +2,8 @@
 
 import pytest
 
-from kit.jobs import LONGEST, read_prompts
+from flow import Task
+from kit.jobs import LONGEST, jobs, read_prompts
 
 PROMPTS = {
     "plain": (b"a cat\na dog", ["a cat", "a dog"]),
@@ -43,3 +44,12 @@ def test_a_file_that_is_none_is_refused_by_its_line(tmp_path, content, message):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_a_repeated_prompt_is_sampled_anew(tmp_path):
+    # catches the same noise, and so the same bytes, under another name
+    (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
+    made = jobs({"joint": Task.JOINT}, None, None, tmp_path / "p.txt", 2, 5, None, None)
+    assert [(job.name, job.seed) for job in made] == [
+        ("a cat-0", 5), ("a cat-1", 6), ("a dog-0", 5), ("a dog-1", 6), ("a cat 2-0", 7), ("a cat 2-1", 8),
+    ]  # fmt: skip
