@@ -216,6 +216,16 @@ def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path,
     assert not differing(codec.state(), weights.load_weights(tmp_path / "weights.safetensors")[1])
 
 
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    (("cuda", 128), ("cuda:1", 128), ("cpu", 16), ("cuda --batch 32", 32), ("cuda --wan FOLDER", 16)),
+)
+def test_the_puppet_has_more_clips_a_step_on_a_gpu(monkeypatch, given, batch):
+    # catches 16 clips, of which a GPU is done before its host has launched the next kernel
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", *given.split()])
+    assert train.options().batch == batch
+
+
 def test_a_cpu_trains_on_eight_clips_at_a_time(tiny_weights, tmp_path):
     plan = ("--init", tiny_weights, "--stage", 2, "--frames", 5, "--steps", 1, "--batch", 16)
     assert [len(call.motion) for call in run_train(tmp_path, *plan)] == [8, 8]
