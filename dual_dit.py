@@ -2,8 +2,8 @@
 
 Video and motion are two streams of tokens. Each has an expert of its own: embeddings, and in every
 block norms, modulation, query/key/value and output projections, cross-attention to the text and a
-feed-forward network, all exactly Wan's; what is made of the time and of the text before the blocks serves
-both. The streams meet in one place only: self-attention runs once over both, concatenated.
+feed-forward network, all exactly Wan's. Wan's layers of time and text, before the blocks, serve both.
+The streams meet in one place only: self-attention runs once over both, concatenated.
 
         video tokens                      motion tokens
     norm, modulate, q k v, rope       norm, modulate, q k v, rope
@@ -12,7 +12,7 @@ both. The streams meet in one place only: self-attention runs once over both, co
     cross-attention to text           cross-attention to text
     modulate, feed-forward, gate      modulate, feed-forward, gate
 
-Either stream may be absent. Without motion, what runs is Wan, number for number.
+Either stream may be absent. Without motion, and while the task hint is zero, this computes what Wan does.
 
 Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width, heads x k = d.
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder, mlp
 from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
 
-TASKS = 5  # rows of the task embedding, one for each flow.Task
+TASKS = 5  # rows of the task hint's embedding, one for each flow.Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DualDiTConfig:
     ffn: int  # hidden width of the feed-forward networks
     channels: int  # c, of the video latents
     text_dim: int  # width of the text encoder's features
-    patch: tuple[int, int, int] = (1, 2, 2)  # latents (in time, height, width) that make one video token
+    patch: tuple[int, int, int] = (1, 2, 2)  # (time, height, width) of the latents in one video token
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
@@ -291,7 +291,8 @@ class DualDiT(nn.Module):
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         d = config.width
-        embedding = nn.Embedding.from_pretrained(torch.empty(TASKS, d), freeze=False)  # init_weights fills it
+        # nn.Embedding(TASKS, d) would draw random numbers, which init_weights draws anew
+        embedding = nn.Embedding.from_pretrained(torch.empty(TASKS, d), freeze=False)
         self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         dual = range(config.layers) if config.dual is None else config.dual
         self.blocks = nn.ModuleList(DualBlock(config, dual=i in dual) for i in range(config.layers))
@@ -315,9 +316,8 @@ class DualDiT(nn.Module):
         T, H, W = self.grid(video)
         f = 0 if motion is None else motion.shape[1]
         rope_video, rope_motion = rope_tables(self.config, (T, H, W), f, text.device)
-        embedding, *layers = self.task_hint
         with torch.autocast(text.device.type, enabled=False):
-            hint = nn.Sequential(*layers)(embedding.weight[task])  # (d,)
+            hint = self.task_hint[1:](self.task_hint[0].weight[task])  # (d,)
 
         xs, contexts = {}, {}
         if video is not None:
@@ -367,7 +367,7 @@ class DualDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Wan's initialisation. Zero: both heads and the task hint, so that training starts from Wan."""
+        """Wan's initialisation. Zero: the last layers of both heads and of the task hint."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -415,7 +415,7 @@ if __name__ == "__main__":
     block.register_forward_pre_hook(lambda _, inputs: print("into a block      ", shapes(inputs[0])))
     block.register_forward_hook(lambda _, inputs, output: print("out of a block    ", shapes(output)))
     print("latents and motion", shapes(inputs))
-    u_video, u_motion = model(*inputs.values(), t, t, text, 0)
+    u_video, u_motion = model(*inputs.values(), t, t, text, 0)  # Task.JOINT
     print("velocities        ", shapes({"video": u_video, "motion": u_motion}))
     print("video alone:")
-    model(inputs["video"], None, t, None, text, 4)
+    model(inputs["video"], None, t, None, text, 4)  # Task.VIDEO_ONLY

@@ -106,7 +106,7 @@ def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0, one
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t <- s·t / (1 + (s-1)·t): more of [0, 1] is spent near noise, where large signals are decided."""
+    """t <- s·t / (1 + (s-1)·t): more of [0, 1] is spent near noise, which decides the coarse layout."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -147,6 +147,7 @@ def loss(
     drop_text = draw.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
     text = torch.where(drop_text[:, None, None], null_text, text)
     x_video, t_video, target_video = enter(video, draw.t_video, draw.seeds, draw.task.video)
+    # + 1: other noise than the video's
     x_motion, t_motion, target_motion = enter(motion, draw.t_motion, draw.seeds + 1, draw.task.motion)
     u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, draw.task)
     return Loss(squared_error(u_video, target_video), squared_error(u_motion, target_motion))
@@ -204,7 +205,7 @@ def guided(
     def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Velocity:
         """One call of the network; where the condition is absent, as the task without one."""
         # paper is silent: the task hint of a call without its condition
-        called = task if (x is None, m is None) == (video is None, motion is None) else task.unconditional
+        called = task if x is video and m is motion else task.unconditional
         times = (None if x is None else t_video), (None if m is None else t_motion)
         u_video, u_motion = model(x, m, *times, y, called)
         return Velocity(
@@ -214,7 +215,7 @@ def guided(
 
     if task is Task.MOTION_TO_VIDEO:
         u_xmy, u_x = u(x, m, y), u(x, None, null)
-        u_xm = u(x, m, null) if w1 != w2 else u_x  # at equal weights it cancels
+        u_xm = u(x, m, null) if w1 != w2 else u_x  # at equal weights u_xm cancels
         return u_x + w1 * (u_xmy - u_xm) + w2 * (u_xm - u_x)  # (5)
     if task is Task.VIDEO_TO_MOTION:
         u_xm, u_m = u(x, m, null), u(None, m, null)
@@ -242,10 +243,10 @@ SOLVERS = {"euler": euler, "ab2": adams_bashforth}
 
 
 def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
-    """(t_video, t_motion) on the way from (1, 1) to (0, 0), on which each takes `steps` steps.
+    """(t_video, t_motion) of every step, from (1, 1) to (0, 0).
 
-    Video is pure noise for the first share `lead` of the way, and motion is done for the last: 0 is one clock
-    for both, with 0.5 motion is made first, and then video as if from given motion.
+    With `lead` 0 both fall together, in `steps` steps; with 0.5 motion falls first and then video, in `steps`
+    each. Between, video begins when the share `lead` of the way is done, and motion ends that much earlier.
     """
     # paper is silent: one clock, or motion first; a network with a time for each modality can do both
     way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
@@ -274,7 +275,8 @@ def sample(
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
     condition comes back as it went in. `lead` is how far motion is ahead of video in joint sampling (see
-    clocks); `progress` is what the steps go through, such as tqdm. ValueError for what cannot be.
+    clocks); `progress` is what the steps go through, such as tqdm. The defaults are Wan's. ValueError for
+    what cannot be.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -42,7 +42,7 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: positions are relative; another says which of its latent's four frames this is
+        # paper is silent: attention sees only differences of positions; another says which of four frames
         self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:
@@ -52,7 +52,8 @@ class MotionEncoder(nn.Module):
             self.mlps["rotation"](rearrange(rotation, "b f (i c) -> b f i c", c=6)),  # (b f 25 d)
             self.mlps["shape"](rearrange(shape, "b f c -> b f 1 c")),  # (b f 1 d)
         )
-        phase = self.phase.repeat(motion.shape[1] // FRAMES_PER_LATENT + 1, 1)[: motion.shape[1]]  # (f d)
+        f = motion.shape[1]
+        phase = self.phase.repeat(f // FRAMES_PER_LATENT + 1, 1)[:f]  # (f d), rows 0 1 2 3 0 1 ...
         x = torch.cat(tokens, dim=2) + self.token + rearrange(phase, "f d -> f 1 d")  # (b f 51 d)
         return rearrange(x, "b f i d -> b (f i) d")
 

@@ -1,15 +1,15 @@
 """MVS-RoPE: motion-video synchronized rotary positions, one clock for both (paper, section 3.1).
 
 A rotary embedding turns a token's position into rotation angles of its query and key, so that their
-product depends only on the difference of two positions. The rotation needs to know nothing about
-grids: a token has a position (time, height, width), and that is data. All the paper adds to Wan is a
-choice of positions for the motion tokens:
+product depends only on the difference of two positions. The rotation takes any positions (time, height,
+width); MVS-RoPE is the choice of positions for the motion tokens:
 
-    video token  (T, h, w)         sits at  (T,    h,     w)       as in Wan
-    motion token i of frame f      sits at  (f/4,  H + i, W + i)   beyond the H x W grid, on its diagonal
+    video token (h, w) of latent k    stands at  (k,    h,     w)       as in Wan
+    motion token i of frame f         stands at  (f/4,  H + i, W + i)   on the diagonal beyond the H x W grid
 
-Video latents are four times shorter in time than motion, so f/4 puts motion frame 4k and video latent k
-at the same time: attention between them is strongest along a 4:1 diagonal.
+There is one video latent for every four motion frames, so f/4 puts motion frame 4k and video latent k at the
+same time. By position alone a frame attends most to the nearest latent; for frame 4k-3 that is latent k-1,
+although latent k holds it. Training makes the 4:1 alignment sharp (tests/test_alignment.py).
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Train EchoMotion: `python train.py`, or `torchrun --nproc-per-node N train.py` (paper, section 3.2).
 
     stage 0   text -> video: the video expert alone. What Wan's makers have done; only the puppet needs it
-    stage 1   text -> motion: the motion expert alone, which starts as a copy of the video expert
+    stage 1   text -> motion: the motion expert, which starts as a copy of the video expert, and the task hint
     stage 2   both on paired clips; each step draws one of three tasks
 
 Without arguments the puppet goes through all three from nothing; a real Wan (--wan FOLDER) through 1 and 2.
@@ -81,7 +81,7 @@ def options() -> argparse.Namespace:
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     what = "how ranks share the work; default: fsdp from a billion parameters on"
     add("--parallel", choices=("ddp", "fsdp"), help=what)
-    what = "microbatches a step on each rank, to save memory; default: 1, on a CPU as many as have 8 clips"
+    what = "microbatches a step on each rank, to save memory; default: 1 (on a CPU, one for every 8 clips)"
     add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
@@ -128,9 +128,9 @@ def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool
         return {stage: steps or usual[stage]}
     if one_stage:
         usual = {s: n for s, n in usual.items() if s != 1}
-    scale = (steps or sum(usual.values())) / sum(usual.values())
-    counts = {s: round(scale * n) for s, n in usual.items()}
-    return counts | {2: (steps or sum(usual.values())) - sum(n for s, n in counts.items() if s != 2)}
+    total = steps or sum(usual.values())
+    counts = {s: round(total * n / sum(usual.values())) for s, n in usual.items() if s != 2}
+    return counts | {2: total - sum(counts.values())}
 
 
 def learning_rate(peak: float, now: Step) -> float:
@@ -145,12 +145,13 @@ def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
     decay = {"weight_decay": WEIGHT_DECAY[kind]}
     if kind == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
-    matrices = [p for name, p in trained if name.startswith("blocks.") and p.ndim == 2]
-    others = [p for name, p in trained if not (name.startswith("blocks.") and p.ndim == 2)]
+    matrices = {name: p for name, p in trained if name.startswith("blocks.") and p.ndim == 2}
+    others = [p for name, p in trained if name not in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)
     if not matrices:  # stage 1 of a single stream: all blocks are frozen
         return [adamw]
-    muon = Muon(matrices, **decay)  # its steps have AdamW's size: one learning rate serves both
+    # Muon's steps have AdamW's size: one learning rate serves both
+    muon = Muon(list(matrices.values()), **decay)
     muon.register_step_pre_hook(distributed.gather_gradients)
     return [muon, adamw]
 
@@ -199,7 +200,8 @@ def gradients(
 ) -> Tensor:
     """Forward and backward of the samples in `parts`, part by part -> losses: in all, and of what is made."""
     losses = 0.0
-    for samples, batch in zip(parts, clips, strict=False):  # clips go on with the next step
+    for samples in parts:
+        batch = next(clips)
         with distributed.exchange(objective, last=samples is parts[-1]):
             with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 loss = objective(*batch, drawn.rows(samples.start, samples.stop))
@@ -309,7 +311,7 @@ def train(args: argparse.Namespace) -> None:
             break
 
     writer.wait()
-    if first < len(steps) == done and held_out:
+    if first < done == len(steps) and held_out:
         validation.watch(args.out, done, now.stage, model, ema, held_out, codec, micro, bf16, ranks, log)
     if log:
         log.close()
