@@ -42,7 +42,7 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: attention sees only differences of positions; another says which of four frames
+        # paper is silent: attention sees only differences of positions; this tells a latent's frames apart
         self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def options() -> argparse.Namespace:
     export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="see above")
     # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
-    export.add_argument("--bf16", action="store_true", help="half the size; sampling computes as before")
+    export.add_argument("--bf16", action="store_true", help="rounded weights, half the size")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     args = parser.parse_args()
     # the puppet is so small that 16 clips leave a GPU waiting for its host
@@ -246,6 +246,7 @@ def train(args: argparse.Namespace) -> None:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
     stopping, done = distributed.terminated(), first
+    # each is made when it is asked for: by then the model is on its device
     reads = (
         functools.partial(
             batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,

@@ -9,6 +9,7 @@ recipe   the three stages of training, and the three tasks with the equations of
 import argparse
 import functools
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -174,7 +175,7 @@ def tokens(path: Path) -> None:
     inner.scatter(video[:, 2], video[:, 1], s=5, marker="s", color=VIDEO)
     where = motion[:, 2].tolist(), motion[:, 1].tolist()
     edges = [sum(GROUPS[name][0] for name in list(GROUPS)[:k]) for k in range(4)]
-    for group, start, end in zip(GROUPS, edges, edges[1:], strict=False):
+    for group, (start, end) in zip(GROUPS, pairwise(edges), strict=True):
         inner.scatter(where[0][start:end], where[1][start:end], s=7, color=colours[group])
     inner.set(xlim=(-2, 60), ylim=(60, -2), aspect="equal", xticks=(0, W, W + 50), yticks=(0, H, H + 50))
     inner.set_xticklabels(("0", "W", "W+50"))
