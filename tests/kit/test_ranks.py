@@ -121,7 +121,7 @@ def found(tmp_path_factory) -> list[dict]:
 
 
 def test_compiled_blocks_under_ddp_are_recomputed(found):
-    # the DDPOptimizer of older torch, which ended in a TypeError here, is off; torch 2.13's would pass as well
+    # older torch's DDPOptimizer ended in a TypeError here, so it is off; torch 2.13's would pass as well
     for each in found:
         plain, compiled = each["compiled_ddp"]
         assert compiled == pytest.approx(plain, rel=1e-5)
