@@ -144,7 +144,10 @@ class Writer:
         self.weights = run / "weights.safetensors" if weights_too else None
         # a group of their own: collectives of two threads must not mix
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
-        self.thread = ThreadPoolExecutor(1)
+        # With OpenMP threads of its own it would slow the training loop: that has then more threads than a
+        # CPU's cores in all, and lets them sleep at every barrier.
+        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self.thread.submit(int).result()  # threads that torch starts from now on have one, too
         self.pending: Future | None = None
         self.stager = None
         if world.device.type == "cuda":  # copies to pinned memory are several times faster, and it is kept
