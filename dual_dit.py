@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder, mlp
 from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
 
-TASKS = 5  # rows of the task hint's embedding, one for each flow.Task
+TASK_COUNT = 5  # rows of the task hint's embedding, one for each flow.Task
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,8 @@ class DualDiT(nn.Module):
         self.video = VideoExpert(config)
         self.motion = MotionExpert(config)
         d = config.width
-        # nn.Embedding(TASKS, d) would draw random numbers, which init_weights draws anew
-        embedding = nn.Embedding.from_pretrained(torch.empty(TASKS, d), freeze=False)
+        # nn.Embedding(TASK_COUNT, d) would draw random numbers, which init_weights draws anew
+        embedding = nn.Embedding.from_pretrained(torch.empty(TASK_COUNT, d), freeze=False)
         self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         dual = range(config.layers) if config.dual is None else config.dual
         self.blocks = nn.ModuleList(DualBlock(config, dual=i in dual) for i in range(config.layers))

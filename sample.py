@@ -14,8 +14,8 @@ from tqdm import tqdm
 import flow
 from dual_dit import DualDiT
 from flow import Role, Task
-from kit import backbone, files, jobs, output
-from kit.backbone import Backbone
+from kit import files, jobs, output
+from kit.backbone import Backbone, free_memory, open_backbone
 from kit.data.batch import rng
 from kit.output import Job
 from motion_tokens import MOTION_DIM
@@ -96,18 +96,18 @@ def denoise(
 
 
 def make(
-    world: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
+    backbone: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
     out: Path, device: str, looks: bool,
 ) -> list[Path]:  # fmt: skip
     """Text, condition, samples -> files of latents. Each part of the backbone is loaded, used and let go."""
-    text = jobs.texts(world, (job.prompt for job in todo))
-    backbone.free(device)
-    latents = None if pixels is None else world.codec().encode(pixels.to(device))
-    backbone.free(device)
-    model, made = world.transformer(), []
+    text = jobs.texts(backbone, (job.prompt for job in todo))
+    free_memory(device)
+    latents = None if pixels is None else backbone.codec().encode(pixels.to(device))
+    free_memory(device)
+    model, made = backbone.transformer(), []
     for job in todo:
         prompt, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
-        given = job.task, prompt, text[""], job.seed, world.grid, latents, motion
+        given = job.task, prompt, text[""], job.seed, backbone.grid, latents, motion
         video, moved = denoise(model, *given, progress=progress, **sampling)
         seen = output.looks(model, job, video, moved, prompt) if looks else None
         made.append(output.save_latents(out, job, video, moved, seen))
@@ -116,12 +116,12 @@ def make(
 
 def main() -> None:
     args = options()
-    world = backbone.open_backbone(
+    backbone = open_backbone(
         args.wan, args.weights, args.body, args.frames, args.size, args.fps, args.precision, args.device
     )
     asked = {name: value for name, value in vars(args).items() if value is not None}
-    sampling = {name: asked.get(name, usual) for name, usual in world.defaults._asdict().items()}
-    sampling |= {"solver": args.solver, "bf16": world.autocast}
+    sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
+    sampling |= {"solver": args.solver, "bf16": backbone.autocast}
     out, pictures = args.out or output.folder_of(args.decode), not args.prompts
 
     # what is to be made, and from which conditions
@@ -131,15 +131,15 @@ def main() -> None:
     todo = [] if args.decode else jobs.missing(out, wanted, args.mesh, keep=not pictures)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
-        pixels = jobs.condition_video(args.video, world, args.start)
+        pixels = jobs.condition_video(args.video, backbone, args.start)
     if any(job.task is Task.MOTION_TO_VIDEO for job in todo):
-        motion = jobs.condition_motion(args.motion, world, args.start, args.loop)
+        motion = jobs.condition_motion(args.motion, backbone, args.start, args.loop)
 
     made = [args.decode] if args.decode else []
     if todo:
-        made = make(world, todo, pixels, motion, sampling, out, args.device, looks=pictures)
-        backbone.free(args.device)
-    output.write_all(out, made, pixels, world, args.device, pictures, args.mesh)
+        made = make(backbone, todo, pixels, motion, sampling, out, args.device, looks=pictures)
+        free_memory(args.device)
+    output.write_all(out, made, pixels, backbone, args.device, pictures, args.mesh)
     if todo:
         prompts = {job.name: job.prompt for job in wanted}
         files.write_record(out / "run.json", vars(args), prompts=prompts)

@@ -78,15 +78,15 @@ def training_step(
 def guided(setting: Setting) -> list[Row]:
     """A sample of the shipped puppet from a motion, as sample.py makes it."""
     devices.use_fast_attention(CPU)
-    world = puppet_backbone(SHIPPED, "cpu")
+    backbone = puppet_backbone(SHIPPED, "cpu")
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
     motion = torch.randn(1, puppet.FRAMES, MOTION_DIM)
     call = functools.partial(
-        denoise, world.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, world.grid, motion=motion,
-        bf16=world.autocast, **world.defaults._asdict(),
+        denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.grid,
+        motion=motion, bf16=backbone.autocast, **backbone.defaults._asdict(),
     )  # fmt: skip
     times = setting.rounds({"sample": call})
-    what = f"seconds of a guided sample of {world.defaults.steps} steps, motion to video"
+    what = f"seconds of a guided sample of {backbone.defaults.steps} steps, motion to video"
     return [Row("puppet_sample_seconds", what, figure(times["sample"]))]
 
 

@@ -137,7 +137,7 @@ def check_weights(file: Path, folder: Path) -> None:
             raise ValueError(f"{of}: give the Wan that these weights are of")
 
 
-def free(device: str) -> None:
+def free_memory(device: str) -> None:
     """Free the memory of parts that are no longer referenced."""
     gc.collect()
     if torch.device(device).type == "cuda":

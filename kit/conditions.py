@@ -23,15 +23,15 @@ USUAL_FPS = 30.0  # of the videos that human mesh recovery sees
 MIDDLE = 4.0  # metres before a camera of unknown lens, where a person who stands behind it is put
 
 
-def read_motion(path: Path, world: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
+def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
     """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate.
 
     `path` may end in @axes=, @track=, @smooth=SECONDS, and @fps= of a file without a rate. A motion that ends
     too early is played there and back with `loop`, else ValueError. A person out of the camera's view is
     moved.
     """
-    fps, frames = world.geometry[:2]
-    path, motion = open_motion(path, world.body)
+    fps, frames = backbone.geometry[:2]
+    path, motion = open_motion(path, backbone.body)
     end, seconds = (len(motion.transl) - 1) / motion.fps, (frames - 1) / fps
     if not 0 <= start <= end:
         raise ValueError(f"{path} lasts {end:.2f} s: --start {start:g} is not in it")
@@ -54,7 +54,7 @@ def read_motion(path: Path, world: Backbone, start: float = 0.0, loop: bool = Fa
     fields = (torch.cat([getattr(part, name) for part in parts]) for name in ("global_orient", "body_pose"))
     transl = torch.cat([part.transl for part in parts])
     motion = Motion(*fields, motion.betas, transl, fps, motion.gender)
-    return motion_vector(in_view(motion, world, path), world.body)[None]
+    return motion_vector(in_view(motion, backbone, path), backbone.body)[None]
 
 
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
@@ -90,17 +90,17 @@ def _number(path: Path, options: dict[str, str], name: str, usual: float) -> flo
     return value
 
 
-def in_view(motion: Motion, world: Backbone, path: Path) -> Motion:
+def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
     """The motion, moved before the camera if its first frame cannot be seen from there."""
-    pelvis = world.body.rest_joints(motion.betas)[0] + motion.transl[0]
-    if world.project is None:
+    pelvis = backbone.body.rest_joints(motion.betas)[0] + motion.transl[0]
+    if backbone.project is None:
         if pelvis[2] < 0:  # the camera stands at the origin and looks along -z
             return motion
         print(f"{path}: starts behind the camera; moved {MIDDLE:g} m before it")
         aim = torch.tensor((0.0, pelvis[1], -MIDDLE))
     else:
-        pixels, depth = world.project(pelvis)
-        size = pixels.new_tensor((world.geometry.width, world.geometry.height))
+        pixels, depth = backbone.project(pelvis)
+        size = pixels.new_tensor((backbone.geometry.width, backbone.geometry.height))
         if depth > 0 and (pixels >= 0).all() and (pixels <= size).all():
             return motion
         print(f"{path}: starts outside the camera's view; moved to its middle")

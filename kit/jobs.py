@@ -98,26 +98,26 @@ def missing(out: Path, jobs: list[Job], mesh: str | None, keep: bool) -> list[Jo
     return todo
 
 
-def condition_video(file: Path | None, world: Backbone, start: float) -> Tensor:
+def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tensor:
     """Pixels (1 3 f h w): the file's from `start` seconds on, or the puppet's own."""
     if file:
-        return read_video(file, world.geometry, start)
-    if world.project is None:
+        return read_video(file, backbone.geometry, start)
+    if backbone.project is None:
         raise ValueError("--video FILE is needed: it is the condition of this task")
     own = puppet.clips([CONDITION_CLIP])
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
 
-def condition_motion(file: Path | None, world: Backbone, start: float, loop: bool) -> Tensor:
+def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: bool) -> Tensor:
     """Motion (1 f 235): the file's from `start` seconds on, or the puppet's own."""
     if file:
-        return read_motion(file, world, start, loop)
-    if world.project is None:
+        return read_motion(file, backbone, start, loop)
+    if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
     return puppet_motion(puppet.clips([CONDITION_CLIP]))
 
 
-def texts(world: Backbone, prompts: Iterable[str]) -> dict[str, Tensor]:
+def texts(backbone: Backbone, prompts: Iterable[str]) -> dict[str, Tensor]:
     """Each prompt's features (1 l text_dim), the empty one's too."""
     prompts = sorted({*prompts, ""})
-    return dict(zip(prompts, world.text_encoder()(prompts).split(1), strict=True))
+    return dict(zip(prompts, backbone.text_encoder()(prompts).split(1), strict=True))

@@ -107,7 +107,7 @@ def motion_folder(out: Path, pictures: bool) -> Path:
 
 
 def write_all(
-    out: Path, latents: list[Path], pixels: Tensor | None, world: Backbone, device: str, pictures: bool,
+    out: Path, latents: list[Path], pixels: Tensor | None, backbone: Backbone, device: str, pictures: bool,
     mesh: str | None,
 ) -> None:  # fmt: skip
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
@@ -116,15 +116,15 @@ def write_all(
         job, made, motion, attention = load_latents(file)
         video = pixels
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
-            codec = codec or world.codec()
+            codec = codec or backbone.codec()
             video = codec.decode(made.to(device))
         frames = to_frames(video[0])
         smpl = None if motion is None else decode_smpl(motion.float().cpu())
-        names = write(out, job, frames, smpl, world, pictures, mesh)
+        names = write(out, job, frames, smpl, backbone, pictures, mesh)
         print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
         if len(samples) < SHOWN:
             joints = None if smpl is None else smpl["joints"][0].numpy()
-            shown = frames.numpy(), joints, world.geometry.fps, attention
+            shown = frames.numpy(), joints, backbone.geometry.fps, attention
             samples.append(PageSample(job.name, WORDS[job.task], job.prompt, *shown))
     if pictures and samples:
         write_page(out / "index.html", samples, total=len(latents))
@@ -132,7 +132,7 @@ def write_all(
 
 
 def write(
-    out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, world: Backbone, pictures: bool,
+    out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, backbone: Backbone, pictures: bool,
     mesh: str | None,
 ) -> list[str]:  # fmt: skip
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
@@ -140,7 +140,7 @@ def write(
     frames (f h w 3) uint8, smpl as decode_smpl gives it; `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder
     NAME-mesh. Returns what was added to the names, and where that is another folder's.
     """
-    fps, made = world.geometry.fps, [".mp4"]
+    fps, made = backbone.geometry.fps, [".mp4"]
     rows, titles = [frames], [f"{job.name}: {job.prompt or 'no text'}"]
     out.mkdir(parents=True, exist_ok=True)
     write_video(out / f"{job.name}.mp4", frames, fps)
@@ -149,17 +149,18 @@ def write(
         motion = Motion(*fields, fps, "neutral")
         folder = motion_folder(out, pictures)
         folder.mkdir(exist_ok=True)
-        save_amass(folder / f"{job.name}.npz", motion, world.body)
-        save_bvh(folder / f"{job.name}.bvh", motion, world.body)
+        save_amass(folder / f"{job.name}.npz", motion, backbone.body)
+        save_bvh(folder / f"{job.name}.bvh", motion, backbone.body)
         made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
         if mesh:
             save = {"npz": save_mesh, "obj": save_objs}[mesh]
-            save(mesh_path(out, job, mesh, pictures), motion, world.body)
+            save(mesh_path(out, job, mesh, pictures), motion, backbone.body)
             made += [MESH[mesh]]
     if pictures:
         if smpl:
             joints = smpl["joints"][0]
-            rows += [draw_skeleton(joints, world.body.parents, world.project or fitted(joints), PICTURE)]
+            project = backbone.project or fitted(joints)
+            rows += [draw_skeleton(joints, backbone.body.parents, project, PICTURE)]
             titles += ["motion"]
         moving = side_by_side(*rows) if smpl else resized(frames, PICTURE)
         write_video(out / f"{job.name}.gif", moving, fps)

@@ -38,16 +38,16 @@ TILE = 128  # pixels of a frame
 # ---------------------------------------------------------------- sampled
 
 
-def sampled(world: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
+def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
     """One sample -> frames of its video and of its skeleton, (f h w 3); its condition is of the clip CLIP."""
-    clip, codec = puppet.clips([CLIP]), world.codec()
+    clip, codec = puppet.clips([CLIP]), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
-    given = world.transformer(), task, *text, SEED, world.grid, latents, puppet_motion(clip)
-    made, motion = denoise(*given, **world.defaults._asdict())
+    given = backbone.transformer(), task, *text, SEED, backbone.grid, latents, puppet_motion(clip)
+    made, motion = denoise(*given, **backbone.defaults._asdict())
     video = pictures.resized(pictures.to_frames(codec.decode(made)[0]), TILE)
     joints = decode_smpl(motion)["joints"][0]
-    return video, pictures.draw_skeleton(joints, world.body.parents, puppet.project, TILE)
+    return video, pictures.draw_skeleton(joints, backbone.body.parents, puppet.project, TILE)
 
 
 def titled(frames: Tensor, title: str) -> Tensor:
@@ -61,12 +61,12 @@ def titled(frames: Tensor, title: str) -> Tensor:
 
 def tasks(path: Path, weights: Path) -> None:
     """A GIF of six columns: what is given and what is made, for each task."""
-    world, caption = puppet_backbone(weights, "cpu"), puppet.clips([CLIP]).caption[0]
-    video, motion = sampled(world, Task.JOINT, PROMPT)
+    backbone, caption = puppet_backbone(weights, "cpu"), puppet.clips([CLIP]).caption[0]
+    video, motion = sampled(backbone, Task.JOINT, PROMPT)
     columns = [titled(video, "text → video +"), titled(motion, "motion")]
-    video, motion = sampled(world, Task.MOTION_TO_VIDEO, caption)
+    video, motion = sampled(backbone, Task.MOTION_TO_VIDEO, caption)
     columns += [titled(motion, "motion →"), titled(video, "video")]
-    video, motion = sampled(world, Task.VIDEO_TO_MOTION, caption)
+    video, motion = sampled(backbone, Task.VIDEO_TO_MOTION, caption)
     columns += [titled(video, "video →"), titled(motion, "motion")]
     gap = torch.tensor(pictures.PAPER, dtype=torch.uint8).expand(*columns[0].shape[:2], 10, 3)
     columns.insert(4, gap)
@@ -77,8 +77,8 @@ def tasks(path: Path, weights: Path) -> None:
 def collision(path: Path, runs: Path) -> None:
     """The same prompt and noise by the two networks of A.8.1, frame by frame."""
     names = ("mvs-rope", "collision")
-    worlds = [puppet_backbone(runs / f"{name}-0" / "weights.safetensors", "cpu") for name in names]
-    rows = [sampled(world, Task.JOINT, PROMPT)[0] for world in worlds]
+    backbones = [puppet_backbone(runs / f"{name}-0" / "weights.safetensors", "cpu") for name in names]
+    rows = [sampled(backbone, Task.JOINT, PROMPT)[0] for backbone in backbones]
     pictures.contact_sheet(path, rows, [tables.name_of("a81", name) for name in names])
 
 

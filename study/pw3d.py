@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from dual_dit import DualDiT
 from flow import Task
-from kit import backbone, files, wan
-from kit.backbone import Backbone
+from kit import files, wan
+from kit.backbone import Backbone, free_memory, open_backbone
 from kit.body import JOINT_NAMES
 from kit.data.clips import resized
 from kit.pictures import from_frames
@@ -94,10 +94,11 @@ def errors(predicted: Tensor, real: Tensor) -> tuple[float, float]:
     return pa_mpjpe(a[None], b[None]).item(), 1000 * (a - b).norm(dim=-1).mean().item()
 
 
-def latents_of(window: Window, world: Backbone, codec: wan.VideoVAE, device: str) -> Tensor:
+def latents_of(window: Window, backbone: Backbone, codec: wan.VideoVAE, device: str) -> Tensor:
     """(1 c T h w); pictures that stand upright stay so, at the backbone's size turned."""
     images = [Image.open(picture).convert("RGB") for picture in window.pictures]
-    size = sorted((world.geometry.height, world.geometry.width), reverse=images[0].height > images[0].width)
+    size = backbone.geometry.height, backbone.geometry.width
+    size = sorted(size, reverse=images[0].height > images[0].width)
     video = from_frames(torch.stack([resized(image, *size) for image in images]))
     return codec.encode(video[None].to(device)).cpu()
 
@@ -131,15 +132,15 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     args = options(arguments)
     made_of = args.frames, args.size, args.fps, args.precision, args.device
-    world = backbone.open_backbone(args.wan, args.weights, args.body, *made_of)
-    chosen = windows(args.folder, world.geometry.fps, world.geometry.frames, args.clips)
-    null_text = world.text_encoder()([""])
-    codec = world.codec()
-    latents = [latents_of(window, world, codec, args.device) for window in tqdm(chosen, desc="videos")]
+    backbone = open_backbone(args.wan, args.weights, args.body, *made_of)
+    chosen = windows(args.folder, backbone.geometry.fps, backbone.geometry.frames, args.clips)
+    null_text = backbone.text_encoder()([""])
+    codec = backbone.codec()
+    latents = [latents_of(window, backbone, codec, args.device) for window in tqdm(chosen, desc="videos")]
     del codec
-    backbone.free(args.device)
-    model = world.transformer()
-    sampling = world.defaults._asdict() | {"bf16": world.autocast}
+    free_memory(args.device)
+    model = backbone.transformer()
+    sampling = backbone.defaults._asdict() | {"bf16": backbone.autocast}
     sampling |= {"steps": args.steps} if args.steps else {}
     found = [
         errors(to_motion(model, latents[k], null_text, args.seed + k, sampling), window.joints)

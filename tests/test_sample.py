@@ -16,8 +16,9 @@ from scipy.spatial.transform import Rotation, Slerp
 
 import dual_dit
 import sample
-from kit import backbone, devices, jobs, output, pictures, puppet, weights
+from kit import devices, jobs, output, pictures, puppet, weights
 from kit.attention import attention_to_latents
+from kit.backbone import Backbone, puppet_backbone
 from kit.conditions import read_motion, read_video
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import Motion, save_amass
@@ -193,13 +194,13 @@ def saved(path: Path, frames: int, fps: float = 16.0, far: float = 0.0) -> Motio
 
 
 @pytest.fixture
-def world(tiny_weights) -> backbone.Backbone:
-    return backbone.puppet_backbone(tiny_weights, "cpu")
+def backbone(tiny_weights) -> Backbone:
+    return puppet_backbone(tiny_weights, "cpu")
 
 
-def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(world, tmp_path, capsys):
+def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbone, tmp_path, capsys):
     saved(tmp_path / "far.npz", 21, far=50.0)
-    motion = read_motion(tmp_path / "far.npz", world)
+    motion = read_motion(tmp_path / "far.npz", backbone)
     assert motion.shape == (1, 17, 235)
     joints, real = decode_smpl(motion)["joints"], puppet.clips([0]).joints[:, :17]
     assert joints[0, 0, 0, [0, 2]].abs().max() < 1e-5
@@ -208,9 +209,9 @@ def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(world,
     assert "0.00 to 1.00 s of 1.25 s" in said and "outside the camera's view" in said
 
 
-def test_motion_from_a_start_at_another_rate_is_scipys_slerp(world, tmp_path, capsys):
+def test_motion_from_a_start_at_another_rate_is_scipys_slerp(backbone, tmp_path, capsys):
     made = saved(tmp_path / "m.npz", 61, fps=40.0)
-    motion = decode_smpl(read_motion(tmp_path / "m.npz", world, start=0.3))
+    motion = decode_smpl(read_motion(tmp_path / "m.npz", backbone, start=0.3))
     times = 0.3 + np.arange(17) / 16
     slerp = Slerp(np.arange(61) / 40, Rotation.from_rotvec(made.body_pose[:, 15].numpy()))
     difference = slerp(times).inv() * Rotation.from_rotvec(motion["body_pose"][0, :, 15].numpy())
@@ -218,22 +219,22 @@ def test_motion_from_a_start_at_another_rate_is_scipys_slerp(world, tmp_path, ca
     assert "40 fps is resampled to 16 fps" in capsys.readouterr().out
 
 
-def test_short_motion_is_played_there_and_back(world, tmp_path, capsys):
+def test_short_motion_is_played_there_and_back(backbone, tmp_path, capsys):
     saved(tmp_path / "m.npz", 9)
-    joints = decode_smpl(read_motion(tmp_path / "m.npz", world, loop=True))["joints"][0]
+    joints = decode_smpl(read_motion(tmp_path / "m.npz", backbone, loop=True))["joints"][0]
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(joints, joints[order], atol=1e-5, rtol=0)
     torch.testing.assert_close(joints[:9], puppet.clips([0], frames=9).joints[0], atol=1e-4, rtol=0)
     assert "there and back" in capsys.readouterr().out
 
 
-def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(world, tmp_path, capsys):
+def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(backbone, tmp_path, capsys):
     # 48 fps, 96x160: every third frame, each with a grey of its own; the sides, in another colour, go
     count = 3 * 19
     frames = torch.full((count, 96, 160, 3), 255, dtype=torch.uint8)
     frames[:, :, 32:128] = (4 * torch.arange(count, dtype=torch.uint8))[:, None, None, None]
     pictures.write_video(tmp_path / "v.mp4", frames, 48)
-    pixels = read_video(tmp_path / "v.mp4", world.geometry, start=1 / 16)
+    pixels = read_video(tmp_path / "v.mp4", backbone.geometry, start=1 / 16)
     assert pixels.shape == (1, 3, 17, 64, 64)
     grey = (pixels[0, :, :, :, 8:56].mean(dim=(0, 2, 3)) + 1) * 127.5
     torch.testing.assert_close(grey, 12.0 * torch.arange(1, 18), atol=3, rtol=0)

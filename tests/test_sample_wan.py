@@ -21,7 +21,8 @@ import flow
 import sample
 import train
 from dual_dit import DualDiT
-from kit import backbone, pictures, puppet, wan, weights
+from kit import pictures, puppet, wan, weights
+from kit.backbone import open_backbone
 from kit.data import __main__ as commands
 from kit.data.motion_files import Motion, save_amass
 from kit.geometry import geometry
@@ -92,9 +93,9 @@ def test_text_reaches_the_video_and_a_seed_means_a_sample(folder, tmp_path):
 @both_versions
 def test_defaults_are_the_papers(folder, capsys):
     # A.9: 50 steps, shift 8, guidance 6; and the sizes and rates that Wan's makers state
-    world = backbone.open_backbone(folder, None, None, None, None, None, None, "cpu")
-    assert world.geometry[:4] == {8: (16, 81, 480, 832), 16: (24, 121, 704, 1280)}[world.geometry.stride]
-    assert world.defaults == (50, 6.0, 6.0, 8.0, 0.0)
+    opened = open_backbone(folder, None, None, None, None, None, None, "cpu")
+    assert opened.geometry[:4] == {8: (16, 81, 480, 832), 16: (24, 121, 704, 1280)}[opened.geometry.stride]
+    assert opened.defaults == (50, 6.0, 6.0, 8.0, 0.0)
     assert "the motion expert is untrained" in capsys.readouterr().out
 
 
@@ -233,7 +234,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     other = {"fps": 30, "body": "another"}
     model, _ = weights.load_weights(file)
     weights.save_weights(tmp_path / "w", model.config, model.state_dict(), {}, settings=other)
-    backbone.open_backbone(folder, tmp_path / "w", None, None, None, None, None, "cpu")
+    open_backbone(folder, tmp_path / "w", None, None, None, None, None, "cpu")
     assert "w was trained on another body than the procedural one" in capsys.readouterr().out
     run(*plain, shape=("--fps", 16, "--frames", 5, "--size", "64x96"))
     pixels, fps = pictures.read_video(tmp_path / "a" / "joint.mp4")
