@@ -242,6 +242,8 @@ def train(args: argparse.Namespace) -> None:
     first, skipped, bad = (found.record[name] if found else 0 for name in ("step", "skipped", "bad"))
     writer = checkpoints.Writer(args.out, args.keep, world, distributed.small(model))
     log, words, body = None, len(sources[0].null_text), sources[0].body
+    settings = run.settings(shape, words, body, shift, one_t, args.ablate)
+    extra = codec.state() if codec else {}
     if rank == 0:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
@@ -302,11 +304,7 @@ def train(args: argparse.Namespace) -> None:
             writer.wait()  # says what is wrong
         ended = now.step + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
-            settings = run.settings(shape, words, body, now.stage, shift, one_t, args.ablate)
-            record = run.record(
-                done, bf16, skipped, bad, now.stage if ended else None, plan, model.config, settings
-            )
-            extra = codec.state() if codec else {}
+            record = run.record(done, now.stage, ended, bf16, skipped, bad, plan, model.config, settings)
             writer.save(record, checkpoints.training_state(model, ema, opts, extra, rank))
         if stop:
             break

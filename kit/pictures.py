@@ -22,7 +22,6 @@ from torch import Tensor
 
 from kit.body import JOINT_NAMES
 from kit.files import whole_file
-from kit.video import shown_frames
 
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
@@ -58,17 +57,6 @@ def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     write = _write_gif if Path(path).suffix == ".gif" else _write_mp4
     with whole_file(path) as temporary:
         write(temporary, frames.cpu().numpy(), fps)
-
-
-def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """Every frame of a video file as players show it, (f h w 3) uint8, and frames a second on the average.
-
-    Raises FileNotFoundError, or ValueError for a file that is damaged, is no video or has no frames.
-    """
-    frames = list(shown_frames(Path(path)))
-    pixels = torch.from_numpy(np.stack([np.asarray(frame.image()) for frame in frames]))
-    last = frames[-1].frame
-    return pixels, len(frames) / (frames[-1].time + float(last.duration * last.time_base) - frames[0].time)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -163,26 +163,29 @@ def ablated(model: DualDiT, ablate: str | None) -> DualDiT:
 
 
 def settings(
-    shape: Geometry, words: int, body: str, stage: int, shift: float, one_t: bool, ablate: str | None
+    shape: Geometry, words: int, body: str, shift: float, one_t: bool, ablate: str | None
 ) -> dict[str, object]:
-    """What training depended on; it goes with the weights (kit/weights.py)."""
+    """What training depended on, but for the stage; it goes with the weights (kit/weights.py)."""
     clip = {"fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width}
-    recipe = {"stage": stage, "shift": shift, "one_t": one_t, "ablate": ablate}
+    recipe = {"shift": shift, "one_t": one_t, "ablate": ablate}
     return clip | {"text_tokens": words, "body": body, "recipe": recipe}
 
 
 def record(
     step: int,
+    stage: int,
+    ended: bool,
     bf16: bool,
     skipped: int,
     bad: int,
-    stage_ended: int | None,
     plan: dict[str, object],
     config: DualDiTConfig,
     settings: dict[str, object],
 ) -> dict[str, object]:
-    """All that is needed to go on from a checkpoint, beside tensors."""
-    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad, "stage_ended": stage_ended}
+    """All that is needed to go on from a checkpoint, beside tensors; `ended`: the stage, with this step."""
+    settings = settings | {"recipe": {"stage": stage} | settings["recipe"]}
+    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad}
+    state |= {"stage_ended": stage if ended else None}
     return state | {"plan": plan, "config": dataclasses.asdict(config), "settings": settings}
 
 

@@ -15,7 +15,7 @@ from dual_dit import DualDiT
 from flow import Draw, Role, Task
 from kit import distributed, pictures, puppet
 from kit.backbone import PUPPET_DEFAULTS
-from kit.data.batch import rng
+from kit.data.batch import padded, rng
 from kit.data.sources import Source
 from kit.distributed import World, local
 from kit.monitor import Log
@@ -81,10 +81,8 @@ def read_held_out(
         read = source.read([number], frames, stage != 1, codec, world.device)
         motion = (read.motion[0] - model.motion_mean) / model.motion_std
         video = None if read.latents is None else read.latents[0]
-        text, null_text = source.null_text.float().clone(), source.null_text.float()
-        for caption in read.texts[0][:1]:
-            text[: len(caption)] = caption
-            text[len(caption) :] = 0
+        null_text = source.null_text.float()
+        text = padded(read.texts[0][:1] or [None], null_text)[0]
         t, counts = torch.tensor(TIMES[i % len(held) % len(TIMES)]), torch.tensor(float(i < len(held)))
         seed = torch.randint(2**62, (), generator=rng("validation noise", i % len(held)))
         samples.append((video, motion, text, null_text, t, seed, counts))

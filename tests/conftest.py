@@ -6,13 +6,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
 from kit import devices, files, puppet, weights
 from kit.data.datasets import puppet_motion
+from kit.video import shown_frames
 from motion_tokens import motion_statistics
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +39,14 @@ def tiny_model(config: DualDiTConfig = TINY) -> DualDiT:
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     return model
+
+
+def all_frames(path: Path) -> tuple[Tensor, float]:
+    """Every frame of a video file as players show it, (f h w 3) uint8, and frames a second on the average."""
+    frames = list(shown_frames(path))
+    pixels = torch.from_numpy(np.stack([np.asarray(frame.image()) for frame in frames]))
+    last = frames[-1].frame
+    return pixels, len(frames) / (frames[-1].time + float(last.duration * last.time_base) - frames[0].time)
 
 
 @pytest.fixture(scope="session")

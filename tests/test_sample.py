@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, tiny_model
+from conftest import ROOT, TINY, all_frames, contents, tiny_model
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
@@ -78,7 +78,7 @@ def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, t
 
 @pytest.mark.parametrize("name", NAMES)
 def test_video_and_motion_have_the_presets_size_and_rate(made, name):
-    pixels, fps = pictures.read_video(made / f"{name}.mp4")
+    pixels, fps = all_frames(made / f"{name}.mp4")
     assert (tuple(pixels.shape), fps) == ((17, 64, 64, 3), 16)
     motion = amass(made / f"{name}.npz")
     shapes = {"poses": (17, 156), "trans": (17, 3), "betas": (16,), "gender": (), "mocap_frame_rate": ()}
@@ -164,7 +164,7 @@ def test_shown_conditions_are_the_puppet_clips(made):
     torch.testing.assert_close(motion.transl, clip.transl[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(motion.betas, clip.betas[0], atol=1e-4, rtol=0)
     video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-    written = pictures.from_frames(pictures.read_video(made / "v2m.mp4")[0])
+    written = pictures.from_frames(all_frames(made / "v2m.mp4")[0])
     assert (written - video[0]).abs().mean() < 0.03  # of 2, mp4 is lossy
 
 
@@ -179,7 +179,7 @@ def test_motion_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tin
 
 def test_video_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tiny_weights, tmp_path):
     out = run_sample(tiny_weights, tmp_path, "--task", "v2m", "--video", made / "joint.mp4")
-    shown, given = (pictures.read_video(path)[0].float() for path in (out / "v2m.mp4", made / "joint.mp4"))
+    shown, given = (all_frames(path)[0].float() for path in (out / "v2m.mp4", made / "joint.mp4"))
     difference = (shown - given).abs().mean()
     assert difference < 6  # of 255, mp4 is lossy
     assert (out / "v2m.npz").read_bytes() != (made / "v2m.npz").read_bytes()  # of the puppet's own video

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import wan_folder
-from conftest import contents
+from conftest import all_frames, contents
 
 import flow
 import sample
@@ -71,7 +71,7 @@ def test_three_tasks_end_to_end(folder, motion_file, video_file, tmp_path):
         files = run(folder, tmp_path / task, "--task", task, *condition, *text)
         expected = {f"{task}.{suffix}" for suffix in ("mp4", "gif", "png", "npz", "bvh")}
         assert files.keys() == expected | {f"latents/{task}.safetensors", "index.html", "run.json"}
-        pixels, fps = pictures.read_video(tmp_path / task / f"{task}.mp4")
+        pixels, fps = all_frames(tmp_path / task / f"{task}.mp4")
         assert tuple(pixels.shape) == (FRAMES, HEIGHT, WIDTH, 3)
         with np.load(tmp_path / task / f"{task}.npz") as motion:
             assert motion["poses"].shape == (FRAMES, 156) and motion["mocap_frame_rate"] == fps
@@ -227,7 +227,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     }  # fmt: skip
     plain = (folder, tmp_path / "a", "--task", "joint", "--weights", file)
     made = run(*plain, shape=())
-    pixels, fps = pictures.read_video(tmp_path / "a" / "joint.mp4")
+    pixels, fps = all_frames(tmp_path / "a" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((FRAMES, 64, 64, 3), 30)
     assert b"Frame Time: 0.0333" in made["joint.bvh"]
     assert "was trained on" not in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     open_backbone(folder, tmp_path / "w", None, None, None, None, None, "cpu")
     assert "w was trained on another body than the procedural one" in capsys.readouterr().out
     run(*plain, shape=("--fps", 16, "--frames", 5, "--size", "64x96"))
-    pixels, fps = pictures.read_video(tmp_path / "a" / "joint.mp4")
+    pixels, fps = all_frames(tmp_path / "a" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((5, 64, 96, 3), 16)
     assert f"{file} was trained on 30 frames a second, 16 are asked for" in capsys.readouterr().out
 

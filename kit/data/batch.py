@@ -155,15 +155,22 @@ def read(
         j, number = locate(sources, seed, step * batch + i)
         drawn.append((j, _integer("clip", seed, stage, step, i) if number is None else number))
     motion, video, texts = _gather(sources, drawn, frames, paired, codec, device)
-    null_text = sources[0].null_text.float()
-    text = torch.stack([null_text] * (len(samples) + 1))  # the last stays
-    for row, captions, i in zip(text[:-1], texts, samples, strict=True):
-        if captions:
-            features = captions[_integer("caption", seed, stage, step, i) % len(captions)]
-            row[: len(features)] = features
-            row[len(features) :] = 0
-    text = upload(text, device)
+    chosen = [
+        captions[_integer("caption", seed, stage, step, i) % len(captions)] if captions else None
+        for captions, i in zip(texts, samples, strict=True)
+    ]
+    text = upload(padded([*chosen, None], sources[0].null_text.float()), device)
     return Batch(video, (motion - mean) / std, text[:-1], text[-1])
+
+
+def padded(features: Sequence[Tensor | None], null_text: Tensor) -> Tensor:
+    """Features of captions (tokens text_dim), padded with zeros, null_text for None -> (n l text_dim)."""
+    text = torch.stack([null_text] * len(features))
+    for row, caption in zip(text, features, strict=True):
+        if caption is not None:
+            row[: len(caption)] = caption
+            row[len(caption) :] = 0
+    return text
 
 
 def ahead(reads: Iterable[Callable[[], Batch]], device: torch.device) -> Iterator[Batch]:
