@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -311,6 +312,17 @@ def test_only_the_last_checkpoints_are_kept(tiny_weights, tmp_path):
     plan = ("--stage", 1, "--steps", 5, "--batch", 1, "--frames", 5, "--save-every", 1, "--keep", 2)
     run_train(tmp_path, "--init", tiny_weights, *plan)
     assert sorted(p.name for p in tmp_path.glob("checkpoints/*")) == ["step-00000004", "step-00000005"]
+
+
+def test_checkpoints_are_written_by_a_single_thread(tmp_path):
+    # catches a second team of OpenMP threads, beside which those of the training loop sleep at every barrier
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    writer = checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)
+    with ThreadPoolExecutor(1) as of_torch:
+        found = [thread.submit(torch.get_num_threads).result() for thread in (writer.thread, of_torch)]
+    assert found == [1, 1] and torch.get_num_threads() == 2
+    torch.set_num_threads(usual)
 
 
 @pytest.mark.parametrize("before", (True, False), ids=("--out before the verb", "after it"))
