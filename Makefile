@@ -20,9 +20,9 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python sample.py
 
-# two files at a time, each on one core: most tests are too small to share
+# three files at a time, for two cores: tests of several processes often wait
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .
