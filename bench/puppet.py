@@ -77,7 +77,6 @@ def training_step(
 @torch.no_grad()
 def guided(setting: Setting) -> list[Row]:
     """A sample of the shipped puppet from a motion, as sample.py makes it."""
-    devices.use_fast_attention(CPU)
     backbone = puppet_backbone(SHIPPED, "cpu")
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
     motion = torch.randn(1, puppet.FRAMES, MOTION_DIM)

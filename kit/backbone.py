@@ -61,7 +61,6 @@ def open_backbone(
     Where frames, size and rate are not given they are what the weights were trained on, else the
     published defaults.
     """
-    devices.use_fast_attention(torch.device(device))
     if not folder:
         given = {"frames": frames, "size": size, "fps": fps, "body": body, "precision": precision}
         if wrong := [name for name, value in given.items() if value]:

@@ -24,21 +24,20 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def use_fast_attention(device: torch.device) -> None:
-    """Let the network attend by plain products where that is faster: on a CPU's bf16 units."""
+    """Let the network train by plain products where these are faster: on a CPU's bf16 units."""
     if device.type == "cpu" and has_bf16_units(device):
         dual_dit.attention = attention_by_products
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """dual_dit.attention for bf16 whose scores fit the cache: (b heads n k) -> (b n d).
+    """dual_dit.attention for training in bf16, where scores fit the cache: (b heads n k) -> (b n d).
 
-    On a CPU's bf16 units two products and a softmax are faster than torch's fused kernel. Scores are rounded
-    to bf16, and kept for the backward pass.
+    On a CPU's bf16 units torch's fused kernel is fast forward and slow backward: forward and backward take up
+    to twice as long as two products and a softmax. Scores are rounded to bf16, and kept.
     """
     scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
     # one head's at a time, but a backward pass needs those of all heads of each sample
-    kept = scores * q.shape[1] if torch.is_grad_enabled() else scores
-    if q.dtype != torch.bfloat16 or kept > CACHE:
+    if not torch.is_grad_enabled() or q.dtype != torch.bfloat16 or scores * q.shape[1] > CACHE:
         return fused_attention(q, k, v)
     b, heads = len(q), CACHE // scores
     q, k, v = (rearrange(x, "b heads n k -> (b heads) n k") for x in (q * q.shape[-1] ** -0.5, k, v))

@@ -33,7 +33,7 @@ import torch
 import train
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import checkpoints, devices, files, flops, puppet, validation, weights
+from kit import checkpoints, files, flops, puppet, validation, weights
 from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
@@ -319,7 +319,6 @@ def main() -> None:
         compiled,
     )  # fmt: skip
     plan.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    devices.use_fast_attention(torch.device(args.device))
     for part in PARTS if "all" in args.parts else args.parts:
         PARTS[part](plan)
 

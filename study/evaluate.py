@@ -19,7 +19,7 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Task
-from kit import devices, files, plots, puppet, weights
+from kit import files, plots, puppet, weights
 from kit.attention import frame_map, frame_share, frame_share_by_group, latent_map, latent_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from motion_tokens import decode_smpl
@@ -129,7 +129,6 @@ def main() -> None:
     args = options()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
-    devices.use_fast_attention(torch.device(args.device))
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
     how = {name: getattr(args, name) for name in ("steps", "solver", "guidance_text", "guidance_condition")}
