@@ -14,7 +14,6 @@ from conftest import ROOT, TINY, all_frames, contents, tiny_model
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
-import dual_dit
 import sample
 from kit import devices, jobs, output, pictures, puppet, weights
 from kit.attention import attention_to_latents
@@ -120,7 +119,6 @@ def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, ot
 def test_the_puppet_computes_in_what_the_processor_has_units_for(tiny_weights, tmp_path, monkeypatch, bf16):
     # as it was trained and is measured; what is written stays fp32
     monkeypatch.setattr(devices, "has_bf16_units", lambda device: bf16)
-    monkeypatch.setattr(dual_dit, "attention", dual_dit.attention)  # it may be exchanged
     dtypes = set()
     note = lambda module, inputs, output: dtypes.add(getattr(output, "dtype", None))
     with torch.nn.modules.module.register_module_forward_hook(note):
