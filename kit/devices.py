@@ -32,11 +32,11 @@ def use_fast_attention(device: torch.device) -> None:
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """dual_dit.attention for training in bf16, where scores fit the cache: (b heads n k) -> (b n d).
 
-    On a CPU's bf16 units torch's fused kernel is fast forward and slow backward: forward and backward take up
-    to twice as long as two products and a softmax. Scores are rounded to bf16, and kept.
+    On a CPU's bf16 units torch's fused kernel is fast forward but slow backward: both together take up to
+    twice as long as with two products and a softmax. Scores are rounded to bf16, and kept.
     """
     scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
-    # one head's at a time, but a backward pass needs those of all heads of each sample
+    # a backward pass needs those of all heads of a sample
     if not torch.is_grad_enabled() or q.dtype != torch.bfloat16 or scores * q.shape[1] > CACHE:
         return fused_attention(q, k, v)
     b, heads = len(q), CACHE // scores
