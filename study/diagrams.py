@@ -1,4 +1,4 @@
-"""The method in four pictures: `python -m study.diagrams [NAME ...] [--out DIR]` draws them into assets/.
+"""The method in four pictures, which `python -m study.figures` draws.
 
 frames   17 frames under 5 latents, and the clock that both modalities share
 tokens   a frame of motion -> 235 numbers -> 51 tokens, and where they stand
@@ -6,7 +6,6 @@ block    the network: two experts that meet in one self-attention
 recipe   the three stages of training, and the three tasks with the equations of their guidance
 """
 
-import argparse
 import functools
 import io
 from itertools import pairwise
@@ -23,8 +22,6 @@ from flow import STAGES, Role, Task
 from kit import files, pictures, puppet
 from motion_tokens import GROUPS
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME, latent_of, motion_positions, video_positions
-
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def hexadecimal(colour: tuple[int, int, int]) -> str:
@@ -321,27 +318,3 @@ def save(figure: Figure, path: Path) -> None:
 
 
 DRAWN = {"frames": frames, "tokens": tokens, "block": block, "recipe": recipe}
-
-
-def options() -> argparse.Namespace:
-    parser = files.Parser(prog="python -m study.diagrams", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(DRAWN)}; default: all")
-    parser.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
-    args = parser.parse_args()
-    for name in args.names:
-        if name not in DRAWN:
-            parser.error(f"no picture {name!r}: choose from {', '.join(DRAWN)}")
-    return args
-
-
-def main() -> None:
-    args = options()
-    if not args.out.is_dir():
-        raise FileNotFoundError(f"{args.out}: no such folder; create it first")
-    for name in args.names or DRAWN:
-        DRAWN[name](args.out / f"{name}.png")
-        print(f"wrote {args.out / name}.png")
-
-
-if __name__ == "__main__":
-    files.run(main)

@@ -1,5 +1,6 @@
 """Pictures: `python -m study.figures [NAME ...] [--out DIR]` draws them into assets/.
 
+of the method             frames, tokens, block, recipe (study/diagrams.py)
 sampled (--weights)       tasks
 from assets/results.json  figure8, a81, a82, a83
 from networks (--runs)    collision (samples of a81's networks)
@@ -24,7 +25,7 @@ from kit.backbone import SHIPPED, Backbone, puppet_backbone
 from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
 from sample import denoise
-from study import tables
+from study import diagrams, tables
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
@@ -134,7 +135,7 @@ READ: dict[str, Callable[[Path, dict], None]] = {  # path, what tables.networks 
     "a82": partial(curves, "a82", "Loss of stage 2"),
     "a83": partial(curves, "a83", "Loss of stage 2, from stage 0"),
 }
-NAMES = ("tasks", *READ, "collision")
+NAMES = (*diagrams.DRAWN, "tasks", *READ, "collision")
 
 
 def options() -> argparse.Namespace:
@@ -160,9 +161,11 @@ def main() -> None:
         for page in PAGES:
             page.write_text(tables.filled(page.read_text(), results))
         return
-    for name in args.names or ("tasks", *(part for part in READ if part in results)):
+    for name in args.names or (*diagrams.DRAWN, "tasks", *(part for part in READ if part in results)):
         path = args.out / f"{name}.{'gif' if name == 'tasks' else 'png'}"
-        if name == "tasks":
+        if name in diagrams.DRAWN:
+            diagrams.DRAWN[name](path)
+        elif name == "tasks":
             tasks(path, args.weights)
         elif name == "collision":
             collision(path, args.runs)

@@ -1,20 +1,17 @@
 """study/diagrams.py: the shipped pictures are what it draws, and it draws what the code computes."""
 
-import sys
-
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
 from flow import Role, Task
-from study import diagrams
+from study import diagrams, figures
 
 
-def test_the_shipped_pictures_are_todays(tmp_path, monkeypatch):
+def test_the_shipped_pictures_are_todays(tmp_path, verb):
     # catches a change of the method, or of the puppet, that its pictures do not show
-    monkeypatch.setattr(sys, "argv", ["study.diagrams", "--out", str(tmp_path)])
-    diagrams.main()
+    assert verb(figures, *diagrams.DRAWN, "--out", tmp_path).code == 0
     for path in tmp_path.iterdir():
         ours, shipped = (
             np.asarray(Image.open(p).convert("L"), float) for p in (path, ROOT / "assets" / path.name)
@@ -41,14 +38,3 @@ def test_equations_call_the_network_as_the_task_says(task: Task):
     assert "ω1" in terms if "y" in terms else task is Task.VIDEO_TO_MOTION
     assert ("ω2" in terms) == (Role.CLEAN in (task.video, task.motion))
     assert made in terms and condition in terms
-
-
-def test_misuse_is_one_line(monkeypatch, capsys):
-    for arguments, words in (
-        (["frame"], "choose from frames"),
-        (["--out", "nowhere"], "nowhere: no such folder"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["study.diagrams", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            diagrams.files.run(diagrams.main)
-        assert ended.value.code == 2 and words in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_results_page_is_in_step_with_the_results():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     (
-        (("blocs",), "no figure 'blocs': choose from tasks"),
+        (("blocs",), "no figure 'blocs': choose from frames"),
         (("a81", "--results", "nowhere"), "nowhere has no a81: measure it"),
         (("tasks", "--weights", "nowhere"), "nowhere"),
     ),
