@@ -156,7 +156,7 @@ def loss(
 def enter(
     x0: Tensor | None, t: Tensor, seeds: Tensor, role: Role
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A modality in its role: what the network gets of it, at which times (b,), and the velocity to learn."""
+    """One modality, by its role: the network's input, its times (b,), and the velocity to learn."""
     if role is Role.ABSENT:
         return None, None, None
     t = t.to(x0.device, non_blocking=True)
@@ -203,7 +203,7 @@ def guided(
     x, m, y, null = video, motion, text, null_text
 
     def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Velocity:
-        """One call of the network; where the condition is absent, as the task without one."""
+        """One call of the network; without its condition, as the task that has none."""
         # paper is silent: the task hint of a call without its condition
         called = task if x is video and m is motion else task.unconditional
         times = (None if x is None else t_video), (None if m is None else t_motion)
@@ -246,13 +246,13 @@ def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
     """(t_video, t_motion) of every step, from (1, 1) to (0, 0).
 
     With `lead` 0 both fall together, in `steps` steps; with 0.5 motion falls first and then video, in `steps`
-    each. Between, video begins when the share `lead` of the way is done, and motion ends that much earlier.
+    each. In general video starts after the share `lead` of all steps, and motion ends as long before the end.
     """
     # paper is silent: one clock, or motion first; a network with a time for each modality can do both
     way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
     t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
     t_motion = 1 - (way / (1 - lead)).clamp(max=1)
-    return list(zip(*(shift_time(t, shift).tolist() for t in (t_video, t_motion)), strict=True))
+    return list(zip(shift_time(t_video, shift).tolist(), shift_time(t_motion, shift).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -275,8 +275,8 @@ def sample(
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
     condition comes back as it went in. `lead` is how far motion is ahead of video in joint sampling (see
-    clocks); `progress` is what the steps go through, such as tqdm. The defaults are Wan's. ValueError for
-    what cannot be.
+    clocks); `progress` is what the steps go through, such as tqdm. The defaults are Wan's. ValueError
+    where options or inputs do not fit.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -289,6 +289,7 @@ def sample(
             raise ValueError(
                 f"{task.name}: {name} is {role.value}; got {'none' if x is None else 'a tensor'}"
             )
+    displacement = SOLVERS[solver]
     previous, previous_step = Velocity(None, None), (0.0, 0.0)
     times = clocks(steps, shift, lead if task is Task.JOINT else 0.0)
     for now, then in progress(list(pairwise(times))):
@@ -301,9 +302,9 @@ def sample(
         )
         step = then[0] - now[0], then[1] - now[1]
         if u.video is not None:
-            video = video + SOLVERS[solver](u.video, previous.video, step[0], previous_step[0])
+            video = video + displacement(u.video, previous.video, step[0], previous_step[0])
         if u.motion is not None:
-            motion = motion + SOLVERS[solver](u.motion, previous.motion, step[1], previous_step[1])
+            motion = motion + displacement(u.motion, previous.motion, step[1], previous_step[1])
         previous, previous_step = u, step
     return video, motion
 

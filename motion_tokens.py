@@ -42,7 +42,7 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: attention sees only differences of positions; this tells a latent's frames apart
+        # paper is silent: RoPE cannot say which of its latent's four frames a token is of
         self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:
@@ -52,8 +52,7 @@ class MotionEncoder(nn.Module):
             self.mlps["rotation"](rearrange(rotation, "b f (i c) -> b f i c", c=6)),  # (b f 25 d)
             self.mlps["shape"](rearrange(shape, "b f c -> b f 1 c")),  # (b f 1 d)
         )
-        f = motion.shape[1]
-        phase = self.phase.repeat(f // FRAMES_PER_LATENT + 1, 1)[:f]  # (f d), rows 0 1 2 3 0 1 ...
+        phase = self.phase[torch.arange(motion.shape[1], device=motion.device) % FRAMES_PER_LATENT]  # (f d)
         x = torch.cat(tokens, dim=2) + self.token + rearrange(phase, "f d -> f 1 d")  # (b f 51 d)
         return rearrange(x, "b f i d -> b (f i) d")
 
@@ -68,7 +67,7 @@ class MotionDecoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = rearrange(tokens, "b (f i) d -> b f i d", i=TOKENS_PER_FRAME)
         groups = zip(self.mlps.values(), x.split([25, 25, 1], dim=2), strict=True)
-        numbers = [rearrange(mlp(group), "b f i c -> b f (i c)") for mlp, group in groups]
+        numbers = [rearrange(net(group), "b f i c -> b f (i c)") for net, group in groups]
         return torch.cat(numbers, dim=-1)  # (b f 235)
 
 
@@ -126,7 +125,7 @@ def motion_statistics(motion: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (235,) of motion vectors (n f 235), for normalisation.
 
     A channel that hardly moves (a wrist that never turns) is not blown up to unit variance: its
-    deviation counts as at least half of its quantity's root mean square.
+    deviation counts as at least half the root mean square of its quantity's deviations.
     """
     flat = rearrange(motion, "n f c -> (n f) c").double()
     mean, std = flat.mean(0), flat.std(0)

@@ -69,7 +69,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tup
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x (b heads n head_dim) by the table's angles, in fp32."""
-    # n before heads, as projections lay it out in memory: so nothing is copied
+    # n before heads, which is how projections lie in memory: nothing is copied
     a, b = rearrange(x.float(), "b heads n (pair two) -> two b n heads pair", two=2)
     cos, sin = cos[:, None], sin[:, None]  # (n 1 pair)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)

@@ -19,6 +19,7 @@ from kit.backbone import Backbone, free_memory, open_backbone
 from kit.data.batch import rng
 from kit.output import Job
 from motion_tokens import MOTION_DIM
+from rope import FRAMES_PER_LATENT
 
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
@@ -83,7 +84,8 @@ def denoise(
     b, device = len(text), model.motion_mean.device
     generator = rng("sample", seed)  # on the CPU, so that a seed means the same on every device
     noise_video = torch.randn((b, model.config.channels, *grid), generator=generator)
-    noise_motion = torch.randn((b, 4 * (grid[0] - 1) + 1, MOTION_DIM), generator=generator)
+    frames = FRAMES_PER_LATENT * (grid[0] - 1) + 1
+    noise_motion = torch.randn((b, frames, MOTION_DIM), generator=generator)
     if task.motion is Role.CLEAN:
         motion = (motion.to(device) - model.motion_mean) / model.motion_std
     x_video = {Role.NOISY: noise_video, Role.CLEAN: latents, Role.ABSENT: None}[task.video]
@@ -106,11 +108,11 @@ def make(
     free_memory(device)
     model, made = backbone.transformer(), []
     for job in todo:
-        prompt, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
-        given = job.task, prompt, text[""], job.seed, backbone.grid, latents, motion
-        video, moved = denoise(model, *given, progress=progress, **sampling)
-        seen = output.looks(model, job, video, moved, prompt) if looks else None
-        made.append(output.save_latents(out, job, video, moved, seen))
+        y, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
+        given = job.task, y, text[""], job.seed, backbone.grid, latents, motion
+        x, m = denoise(model, *given, progress=progress, **sampling)
+        seen = output.looks(model, job, x, m, y) if looks else None
+        made.append(output.save_latents(out, job, x, m, seen))
     return made
 
 

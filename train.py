@@ -1,6 +1,6 @@
 """Train EchoMotion: `python train.py`, or `torchrun --nproc-per-node N train.py` (paper, section 3.2).
 
-    stage 0   text -> video: the video expert alone. What Wan's makers have done; only the puppet needs it
+    stage 0   text -> video: the video expert alone. A Wan comes trained; only the puppet needs it
     stage 1   text -> motion: the motion expert, which starts as a copy of the video expert, and the task hint
     stage 2   both on paired clips; each step draws one of three tasks
 
@@ -39,7 +39,7 @@ LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 WEIGHT_DECAY = {"puppet": 1e-2, "wan": 1e-3}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
 # The paper's notation has one noise level for both modalities. A level for each lets the puppet make motion
-# first, and video then as if from given motion.
+# first, and then video as if from a given motion.
 ONE_T = {"puppet": False, "wan": True}
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
@@ -60,7 +60,7 @@ def options() -> argparse.Namespace:
     add("--init", type=Path, metavar="FILE", help="start from these weights, such as another run's")
     add("--ablate", choices=ABLATIONS, metavar="NAME", help=", ".join(ABLATIONS))
     # how much
-    add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all")
+    add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all, of a Wan 1 and 2")
     add("--steps", type=files.count, metavar="N", help="in all; default: puppet 13,000, Wan 27,000")
     what = "clips a step, of all ranks; default: 16, of the puppet on a GPU 128"
     add("--batch", type=files.count, metavar="N", help=what)
@@ -170,7 +170,7 @@ def begin_stage(
 
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
-    """Start from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
+    """Go on from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
     follow(model.state_dict(), ema, 1.0)
     if stage == 0:
         copy_video_to_motion(model)
@@ -191,7 +191,7 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-    # early in a stage, forget fast where it began
+    # early in a stage, average over few steps
     follow(ema, model.state_dict(), 1 - min(EMA_DECAY, (1 + now.step) / (10 + now.step)))
 
 
@@ -212,7 +212,8 @@ def gradients(
 
 def train(args: argparse.Namespace) -> None:
     """All stages, or what is left of them."""
-    world = device, rank, ranks = distributed.start(args.device)
+    world = distributed.start(args.device)
+    device, rank, ranks = world
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
     accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
@@ -229,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
     found = run.resumed(args.out, args.resume, plan)
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, shape.frames if args.wan else args.frames)
-    sources, held = validation.hold_out(sources)  # also when it is not used: watching changes no run
+    sources, held = validation.hold_out(sources)  # always, so that validation changes no run
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
     model.train()

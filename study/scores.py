@@ -83,10 +83,11 @@ def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, 
     for part in chunks(real, device):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
         text = puppet.encode_text(real.clips.caption[part]).to(device)
-        given = model, codec.encode(real.video[part].to(device)), motion, text
+        no_text = puppet.encode_text([""]).to(device).expand_as(text)
+        given = model, codec.encode(real.video[part].to(device)), motion
         share = len(motion) / len(real.video)
-        to_video += share * motion_to_video(*given, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
-        to_motion += share * video_to_motion(*given, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
+        to_video += share * motion_to_video(*given, no_text, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
+        to_motion += share * video_to_motion(*given, text, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
     return to_video, to_motion
 
 

@@ -5,7 +5,7 @@ by positions alone: motion frame f sits at time f/4. This page checks, from top 
 
     the clock      which frames a latent holds, and where a frame's tokens stand
     untrained      equal content: attention by position alone peaks where the clocks agree
-    two ablations  without the common clock the share falls to chance; without the diagonal, positions collide
+    two ablations  off the common clock the share falls to chance; inside the grid, positions collide
     trained        in the shipped weights frames find their latent, and latents their frames
 
 Axes: f motion frames, i token in a frame (51), T H W video tokens.
@@ -41,7 +41,7 @@ by_grid_and_head = [(grid, head_dim) for grid in GRIDS for head_dim in (64, 128)
 
 
 def test_a_latent_holds_its_first_frame_or_four():
-    # The codec is causal: catches floor(f/4), which would be one late for three frames of four.
+    # The codec is causal: catches floor(f/4), which would be one early for three frames of four.
     frames = torch.arange(FRAMES)
     assert latent_of(frames).tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
     assert holds(FRAMES).sum(dim=0).tolist() == [1, 4, 4, 4, 4]
@@ -73,7 +73,7 @@ def attention(grid: tuple[int, int], head_dim: int, synced: bool = True) -> Tens
 
 @pytest.mark.parametrize(("grid", "head_dim"), by_grid_and_head)
 def test_attention_by_position_peaks_at_the_nearest_latent(grid, head_dim):
-    # For every one of the 51 tokens. Half-way between two latents (f % 4 = 2) both are as near.
+    # For every one of the 51 tokens. Half-way between two latents (f % 4 = 2) both are equally near.
     p = attention(grid, head_dim)
     distance = (torch.arange(FRAMES)[:, None] / 4 - torch.arange(T)).abs()
     nearest = (distance == distance.amin(dim=1, keepdim=True))[:, None].expand_as(p)
@@ -82,9 +82,9 @@ def test_attention_by_position_peaks_at_the_nearest_latent(grid, head_dim):
 
 @pytest.mark.parametrize(("grid", "head_dim"), by_grid_and_head)
 def test_by_position_alone_the_share_is_a_little_above_chance(grid, head_dim):
-    # Content is what training makes: position alone only leans to the right latent.
+    # Position alone only slightly favours the right latent; training does the rest.
     p = attention(grid, head_dim)
-    assert (p - p[:, :1]).abs().max() < 1e-5  # the place beside the grid cancels: all 51 tokens agree
+    assert (p - p[:, :1]).abs().max() < 1e-5  # row and column cancel: all 51 tokens agree
     assert 1.1 / T < frame_share(p.mean(dim=1)[None]) < 1.5 / T
 
 
@@ -100,7 +100,7 @@ def test_without_the_common_clock_the_share_falls_to_chance(grid, head_dim):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("synced", "apart"), [(True, True), (False, True), (True, False)])
-def test_positions_collide_only_without_the_diagonal(grid, synced, apart):
+def test_positions_collide_only_inside_the_grid(grid, synced, apart):
     video, motion = video_positions(T, *grid), motion_positions(FRAMES, *grid, synced, apart)
     places = {tuple(position) for position in video.tolist()}
     on_video = sum(tuple(position) in places for position in motion.tolist())
@@ -125,8 +125,9 @@ def test_the_shipped_weights_have_learned_it_both_ways():
     model, extra = weights.load_weights(SHIPPED)
     clips = held_out(4)
     video = puppet.Codec.from_state(extra).encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])
-    motion, text = puppet_motion(clips), puppet.encode_text(clips.caption)
-    given = model, video, (motion - model.motion_mean) / model.motion_std, text, Task.VIDEO_TO_MOTION
+    motion = (puppet_motion(clips) - model.motion_mean) / model.motion_std
+    no_text = puppet.encode_text([""] * 4)  # video to motion has none
+    given = model, video, motion, no_text, Task.VIDEO_TO_MOTION
     to_latents = frame_map(motion_to_video(*given))  # (layers f T)
     to_frames = latent_map(video_to_motion(*given))  # (layers T f)
     chance = 1 / video.shape[2]
