@@ -241,7 +241,7 @@ def _part(name: str, sizes: Sizes, device: torch.device, out: Path, left: float,
     try:
         PARTS[name][0](sizes, device, out, left, lambda **figures: results.send(figures))
     except ImportError as error:
-        results.send({"skipped": f"{error}: pip install it, or carry its wheel"})
+        results.send({"skipped": str(error)})
     except Exception as error:
         traceback.print_exc()
         results.send({"error": f"{type(error).__name__}: {error}"[:500]})

@@ -13,12 +13,12 @@ def diffusers_twin(model: DualDiT) -> nn.Module:
     """diffusers' WanTransformer3DModel with the video expert's weights, in its memory where dtypes agree.
 
     In a bf16 network diffusers keeps less in fp32: its norms of queries and keys and its last timestep layer
-    are bf16. ValueError where diffusers is missing.
+    are bf16. ImportError where diffusers is missing.
     """
     try:
         from diffusers import WanTransformer3DModel
     except ImportError as error:
-        raise ValueError(NEEDED) from error
+        raise ImportError(NEEDED) from error
 
     config, dtype = model.config, model.video.patch_embedding.weight.dtype
     head_dim = config.width // config.heads

@@ -66,7 +66,7 @@ def open_backbone(
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size, one rate and one body")
         return puppet_backbone(file or SHIPPED, device)
-    trained = (file and weights.read_settings(file)) or {}
+    trained = weights.read_header(file)[1] if file else {}
     if file:
         check_weights(file, folder)
     else:
@@ -128,7 +128,7 @@ def wan_backbone(
 
 def check_weights(file: Path, folder: Path) -> None:
     """ValueError unless weights are of the Wan in `folder`, from the headers of both."""
-    config = weights.read_config(file)
+    config, _ = weights.read_header(file)
     for name, value in dataclasses.asdict(wan.transformer_config(folder)).items():
         found = getattr(config, name)
         if found != value and name not in ABLATED:

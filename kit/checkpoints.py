@@ -217,7 +217,7 @@ class Writer:
         temporary.rename(final)
         _sync(final.parent)
         for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
-            _remove(old)
+            shutil.rmtree(old)
         if self.weights:
             export(final, self.weights)
         if record["stage_ended"] is not None:
@@ -229,12 +229,6 @@ def _root_cause(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error
-
-
-def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f".{folder.name}.old")  # never half of one under a good name
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _sync(folder: Path) -> None:

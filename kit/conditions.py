@@ -49,11 +49,7 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
         print(f"{path}: {start:.2f} to {start + seconds:.2f} s of {end:.2f} s are used")
     if motion.fps != fps:
         print(f"{path}: {motion.fps:g} fps is resampled to {fps:g} fps")
-    # slerp wants ascending times, a loop comes back: so each frame on its own
-    parts = [at_times(motion, time[None]) for time in times.clamp(max=end)]
-    fields = (torch.cat([getattr(part, name) for part in parts]) for name in ("global_orient", "body_pose"))
-    transl = torch.cat([part.transl for part in parts])
-    motion = Motion(*fields, motion.betas, transl, fps, motion.gender)
+    motion = at_times(motion, times.clamp(max=end))._replace(fps=fps)
     return motion_vector(in_view(motion, backbone, path), backbone.body)[None]
 
 

@@ -67,10 +67,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main(); a ValueError or OSError becomes one line on stderr, and exit code 2."""
+    """Call main(); a ValueError, OSError or ImportError becomes one line on stderr, and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         line = " ".join(str(error).split())
         program = Path(sys.argv[0])
         name = program.parent.name if program.name == "__main__.py" else program.name  # a package is called

@@ -31,17 +31,12 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(
-    config: DualDiTConfig,
-    frames: int,
-    size: tuple[int, int],
-    stride: int,
-    text: int = 512,
-    motion: bool = True,
+    config: DualDiTConfig, frames: int, size: tuple[int, int], stride: int, text: int = 512
 ) -> Tokens:
     """Of a clip of this length and size in pixels, at a codec's spatial stride; in time it is 4."""
     _, ph, pw = config.patch
     grid = ((frames - 1) // 4 + 1, size[0] // stride // ph, size[1] // stride // pw)
-    return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames * motion, text)
+    return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames, text)
 
 
 def dual_blocks(config: DualDiTConfig) -> int:

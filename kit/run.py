@@ -106,7 +106,7 @@ def build(
         model = _empty(DualDiTConfig(**found.record["config"]))
         extra = checkpoints.load_whole(found.folder, "codec")
     elif folder and world.rank > 0:
-        config = weights.read_config(init) if init else wan.transformer_config(folder)
+        config = weights.read_header(init)[0] if init else wan.transformer_config(folder)
         model, extra = _empty(dataclasses.replace(config, **NETWORKS.get(ablate, {}))), {}
     else:
         if init:
@@ -139,7 +139,7 @@ def _initial(file: Path, ablate: str | None) -> tuple[DualDiT, dict[str, torch.T
     """Network, codec and last stage of a weights file that `ablate` may start from."""
     model, extra = weights.load_weights(file)
     model.requires_grad_(True)
-    recipe = (weights.read_settings(file) or {}).get("recipe", {})
+    recipe = weights.read_header(file)[1].get("recipe", {})
     stage, other = recipe.get("stage"), recipe.get("ablate")
     if other in NETWORKS and other != ablate:
         raise ValueError(f"{file} was trained with --ablate {other}: add that, or start from other weights")

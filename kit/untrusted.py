@@ -36,17 +36,14 @@ def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> object:
-    """What a .pkl, .npy, .npz or torch file holds: dicts, lists, texts, numbers, and arrays of numpy.
+    """What a .pkl, .npy or torch file holds: dicts, lists, texts, numbers, and arrays of numpy.
 
     Known by its content, not its name; tensors become arrays. `what` says in errors what the file should be,
     such as "SMPL model"; of a dictionary only `names` are read. ValueError if it is damaged or names what
     could run code.
     """
     try:
-        data = file.read_bytes()
-        if file.suffix == ".npz" and not data.startswith(b"PK"):
-            raise ValueError("it is no archive, or cut short")
-        content = _read(data, what)
+        content = _read(file.read_bytes(), what)
         if names is not None and isinstance(content, dict):
             content = {name: content[name] for name in names if name in content}
         return _plain(content, {})
@@ -65,13 +62,7 @@ def _read(data: bytes, what: str) -> object:
         data = zlib.decompress(data)
     stream = io.BytesIO(data)
     if data.startswith(b"PK"):
-        with zipfile.ZipFile(stream) as archive:
-            of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
-        stream.seek(0)
-        if of_torch:
-            return _read_torch(stream)
-        with np.load(stream, allow_pickle=False) as archive:  # of plain arrays only
-            return dict(archive)
+        return _read_torch(stream)
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(stream, what)
     return _AllowList(stream, what).load()

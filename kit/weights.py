@@ -6,7 +6,6 @@ prefix. Metadata: the network's configuration as JSON, and in it the settings th
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,6 @@ from kit.files import whole_file
 EXTRA = "extra."  # prefix of tensors that are not the network's
 # parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
-# what training depended on, and what sampling takes as defaults; a file may have fewer or more
-NUMBERS = ("fps", "frames", "height", "width", "text_tokens")
-SETTINGS = (*NUMBERS, "body", "recipe")
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -40,10 +36,8 @@ def save_weights(
     dtype=torch.float32,
     settings: dict | None = None,
 ) -> None:
-    """Write a state dict, its configuration and extra tensors; extras stay fp32. `settings`: see SETTINGS."""
-    record = dataclasses.asdict(config)
-    if settings is not None:
-        record["settings"] = _checked(settings, f"cannot write {path}")
+    """Write a state dict, its configuration and extra tensors; extras stay fp32. `settings`: run.settings."""
+    record = dataclasses.asdict(config) | ({"settings": settings} if settings else {})
     file = {k: v.to("cpu", stored_dtype(k, dtype)).contiguous() for k, v in tensors.items()}
     file |= {EXTRA + k: v.cpu().float().contiguous() for k, v in extra.items()}
     path = Path(path)
@@ -74,42 +68,22 @@ def load_weights(
     return model.eval().requires_grad_(False), extra
 
 
-def read_config(path: Path) -> DualDiTConfig:
-    """The configuration alone; raises as load_weights does."""
+def read_header(path: Path) -> tuple[DualDiTConfig, dict]:
+    """Configuration and settings of a file, without its tensors; raises as load_weights does."""
     with _opened(Path(path)) as file:
-        return _header(file, path)[0]
+        return _header(file, path)
 
 
-def read_settings(path: Path) -> dict | None:
-    """What save_weights was given as settings, from the file's header alone; None: a file without them.
-
-    FileNotFoundError or ValueError if the file is missing or damaged, or the settings are no such values.
-    """
-    with _opened(Path(path)) as file:
-        return _header(file, path)[1]
-
-
-def _header(file: safe_open, path: Path) -> tuple[DualDiTConfig, dict | None]:
+def _header(file: safe_open, path: Path) -> tuple[DualDiTConfig, dict]:
     text = (file.metadata() or {}).get("config")
     if text is None:
         raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
     try:
         record = json.loads(text)
-        settings = record.pop("settings", None)
-        config = DualDiTConfig(**record)
+        settings = record.pop("settings", {})
+        return DualDiTConfig(**record), settings
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error
-    return config, None if settings is None else _checked(settings, str(path))
-
-
-def _checked(settings: dict, where: str) -> dict:
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where}: its settings are {settings!r}, expected a dict of {', '.join(SETTINGS)}")
-    for name in NUMBERS:
-        value = settings.get(name)
-        if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{where}: its settings say {name} is {value!r}, expected a number above 0")
-    return settings
 
 
 @contextmanager

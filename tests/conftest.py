@@ -14,6 +14,7 @@ from torch import Tensor
 import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
 from kit import devices, files, puppet, weights
+from kit.body import Body
 from kit.data.datasets import puppet_motion
 from kit.video import shown_frames
 from motion_tokens import motion_statistics
@@ -59,6 +60,12 @@ def tiny_weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     weights.save_weights(path, TINY, model.state_dict(), puppet.Codec.fit(range(8)).state())
     return path
+
+
+@pytest.fixture(scope="session")
+def body() -> Body:
+    """The puppet's."""
+    return puppet.body()
 
 
 @pytest.fixture(autouse=True)

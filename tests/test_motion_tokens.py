@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from kit import puppet
 from motion_tokens import (
     MOTION_DIM,
     TOKENS_PER_FRAME,
@@ -35,11 +34,6 @@ SLICES = [(0, 3)]
 SLICES += [(3 + 3 * j, 6 + 3 * j) for j in range(24)]
 SLICES += [(75 + 6 * j, 81 + 6 * j) for j in range(24)]
 SLICES += [(219, 225), (225, 235)]
-
-
-@pytest.fixture(scope="module")
-def body():
-    return puppet.body()
 
 
 def smpl(b: int = 2, f: int = 5) -> dict[str, torch.Tensor]:

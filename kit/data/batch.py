@@ -141,15 +141,10 @@ def read(
 ) -> Batch:
     """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
 
-    Stages 0 and 2 use the sources with video; `codec` makes latents of what is not cached. ValueError if no
-    source has video, or one has fewer frames than asked for.
+    Stages 0 and 2 use the sources with video; `codec` makes latents of what is not cached.
     """
     paired = stage != 1
     sources = [source for source in sources if source.paired or not paired]
-    if not sources:
-        raise ValueError(f"stage {stage} needs video, and no data set has any: add paired clips")
-    if frames > (shortest := min(source.frames for source in sources)):
-        raise ValueError(f"{frames} frames are asked for, but there is a data set of {shortest}")
     drawn = []
     for i in samples:
         j, number = locate(sources, seed, step * batch + i)

@@ -92,7 +92,6 @@ def test_a_step_is_the_cpus(task, how):
 
 def test_checkpointing_keeps_the_attention_that_ran():
     # a kernel that kit.distributed.KEPT does not name would be recomputed
-    calls = []
     model = DualDiT(PRESETS["puppet"]).to(GPU)
     distributed.recompute_blocks(model)
     given = batches.Batch(*(x.to(GPU) for x in batch(CPU)))

@@ -7,17 +7,11 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from kit import puppet
 from kit.body import JOINT_NAMES
 from kit.data.motion_files import Motion
 from kit.output import _euler_zxy, save_bvh, save_mesh, save_objs
 
 FRAMES = 6
-
-
-@pytest.fixture(scope="module")
-def body():
-    return puppet.body()
 
 
 def random_motion(frames: int = FRAMES) -> Motion:
@@ -79,6 +73,7 @@ def read_bvh(path):
 def test_bvh_moves_as_the_body(tmp_path, body):
     motion = random_motion()
     save_bvh(tmp_path / "a.bvh", motion, body)
+    assert b"-0.000000 " not in (tmp_path / "a.bvh").read_bytes()
     positions, ends, seconds = read_bvh(tmp_path / "a.bvh")
     expected = body.joints(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
     assert set(positions) == set(JOINT_NAMES) and seconds == pytest.approx(1 / 29.97, abs=1e-8)
@@ -94,14 +89,6 @@ def test_euler_angles_at_gimbal_lock(sine):
     matrix = outer @ np.array(((1, 0, 0), (0, 0, -sine), (0, sine, 0))) @ inner
     angles = _euler_zxy(torch.from_numpy(matrix))
     np.testing.assert_allclose(Rotation.from_euler("ZXY", angles).as_matrix(), matrix, atol=1e-7)
-
-
-def test_bvh_is_the_same_every_time(tmp_path, body):
-    save_bvh(tmp_path / "a.bvh", random_motion(), body)
-    save_bvh(tmp_path / "b.bvh", random_motion(), body)
-    assert (tmp_path / "a.bvh").read_bytes() == (tmp_path / "b.bvh").read_bytes()
-    assert b"-0.000000 " not in (tmp_path / "a.bvh").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["a.bvh", "b.bvh"]
 
 
 def test_mesh_arrays(tmp_path, body):

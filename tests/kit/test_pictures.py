@@ -1,14 +1,12 @@
 """kit/pictures.py and kit/plots.py: what is written can be read, and the same input gives the same bytes."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from conftest import all_frames
 from PIL import Image
 
-from kit import pictures, plots
+from kit import pictures
 from kit.puppet import body, project
 from kit.puppet.skeleton import PARENTS
 
@@ -96,20 +94,3 @@ def test_contact_sheet(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.width == 8 + 3 * (2 * 160 + 8)  # the wider row sets the columns
         assert image.height > 2 * 160
-
-
-def test_same_input_same_bytes(tmp_path):
-    frames = pictures.to_frames(moving_picture())
-    attention = torch.full((7, 17, 5), 0.2)
-    metrics = tmp_path / "metrics.jsonl"
-    steps = [{"step": k, "stage": 1 + k // 10, "task": "joint", "loss": 2 / (k + 1)} for k in range(20)]
-    metrics.write_text("\n".join(map(json.dumps, [{"validation": {}}, *steps])))
-    contents = []
-    for _ in range(2):
-        pictures.write_video(tmp_path / "a.mp4", frames, 16)
-        pictures.write_video(tmp_path / "a.gif", frames, 16)
-        pictures.contact_sheet(tmp_path / "sheet.png", [frames], ["title"])
-        plots.attention_picture(tmp_path / "attention.png", attention, torch.full((7,), 0.2), "title")
-        plots.loss_picture(metrics, tmp_path / "loss.png")
-        contents.append({file.name: file.read_bytes() for file in tmp_path.iterdir()})
-    assert contents[0] == contents[1] and len(contents[0]) == 6

@@ -129,13 +129,3 @@ def test_a_file_that_names_itself_ends(tmp_path):
         read_object(tmp_path / "loop", "motion")
     save_pickle(tmp_path / "wide", wide)
     read_object(tmp_path / "wide", "motion")
-
-
-def test_an_archive_of_arrays_has_arrays_only(tmp_path):
-    """Catches: objects in an .npz, which need pickle, or arrays under the names of the archive's files."""
-    np.savez(tmp_path / "a.npz", poses=np.arange(3))
-    assert (read_object(tmp_path / "a.npz", "motion")["poses"] == range(3)).all()
-    np.savez(tmp_path / "a.npz", poses=np.array([Touch(tmp_path / "bait")]))
-    with pytest.raises(ValueError, match=r"a\.npz cannot be read.*Object arrays"):
-        read_object(tmp_path / "a.npz", "motion")
-    assert not (tmp_path / "bait").exists()

@@ -49,6 +49,7 @@ def test_real_clips_are_as_good_as_real(few):
     for name in ("flicker", "dynamic_degree", "sharpness", "in_step"):
         assert found[name].mean().item() == pytest.approx(1)
     assert found["jerk"].mean().item() == pytest.approx(1, rel=1e-3)
+    assert found["iou"].min() > 0.99 and found["bone_variation"].max() < 1e-5
     assert found["fk_error_mm"].max() < 0.1 and found["usual_poses"].mean() > 0.9
     there = real._replace(bank=real.clips, outlines=measures.outlines(puppet.silhouette(real.video)))
     assert scores.of_video(real.video, there)["prompt_following"].mean() == 1

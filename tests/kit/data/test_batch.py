@@ -165,14 +165,6 @@ def test_mixing_leaves_each_sources_epochs_whole():
 def test_stages_with_video_draw_from_what_has_video(stage):
     sources = [numbered(10, weight=9, paired=False, offset=1000), numbered(10)]
     assert max(drawn(sources, range(8), batch=4, stage=stage)) < 1000
-    with pytest.raises(ValueError, match=f"stage {stage} needs video"):
-        drawn(sources[:1], range(1), batch=4, stage=stage)
-
-
-def test_more_frames_than_there_are_is_an_error():
-    sources = [numbered(3)._replace(frames=1)]
-    with pytest.raises(ValueError, match="5 frames are asked for, but there is a data set of 1"):
-        read(sources, 1, range(1))
 
 
 def test_text_is_a_caption_of_its_own_sample_padded_with_zeros():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from kit import puppet
 from kit.data.hmr import read_motion_file
 from kit.data.humanml3d import entries, read_entry
 from kit.data.motion_files import mirror
@@ -13,11 +12,6 @@ from motion_tokens import axis_angle_to_matrix
 HEADER = "source_path,start_frame,end_frame,new_name\n"
 CAPTION = "a person waves the left hand.#a/DET person/NOUN wave/VERB#0.0#0.0\n"
 KICK = "./pose_data/KIT/3/kick high_left02_poses.npy"
-
-
-@pytest.fixture(scope="module")
-def body():
-    return puppet.body()
 
 
 def write_amass(path, frames, fps):

@@ -22,7 +22,6 @@ from kit.data.motion_files import (
     smooth,
     times_between,
 )
-from kit.files import whole_file
 from kit.puppet.skeleton import _body_data
 from motion_tokens import axis_angle_to_matrix
 
@@ -34,11 +33,6 @@ GOOD = {
     "gender": np.array("female"),
     "mocap_framerate": np.array(120.0),
 }
-
-
-@pytest.fixture(scope="module")
-def body():
-    return puppet.body()
 
 
 def load(path: Path, body: Body) -> Motion:
@@ -117,8 +111,6 @@ BAD = [
     ({"trans": GOOD["trans"] * np.nan}, "NaN"),
     ({"trans": GOOD["trans"] * 1e4}, "millimetres"),
     ({"betas": None}, "betas are None"),
-    ({"betas": GOOD["betas"][:9]}, "betas are"),
-    ({"betas": GOOD["betas"] * 100}, "betas up to"),
     ({"betas": np.array(["x"] * 16)}, "could not convert"),
     ({"mocap_framerate": np.array(0.0)}, "frames a second"),
     ({"mocap_framerate": np.array(np.nan)}, "frames a second"),
@@ -144,15 +136,6 @@ def test_bad_files(tmp_path, body):
         load(tmp_path / "bad.npz", body)
     with pytest.raises(ValueError, match="body_pose"):
         save_amass(tmp_path / "a.npz", random_motion()._replace(body_pose=torch.zeros(FRAMES, 21, 3)), body)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-    assert (tmp_path / "a.txt").read_text() == "old"
 
 
 UNEVEN = torch.tensor([0.0, 0.01, 0.1, 0.1001, 0.2, 0.25, 8 / 30], dtype=torch.float64)

@@ -21,7 +21,6 @@ from flow import Task
 from kit import wan
 from kit.wan.load import clean_prompt
 from kit.wan.names import config_of, diffusers_name, own_names
-from motion_tokens import MOTION_DIM
 
 NEEDS = "pip install -r requirements-wan.txt"
 diffusers = pytest.importorskip("diffusers", reason=NEEDS)
@@ -209,21 +208,14 @@ def test_without_config_json_heads_are_128_wide(published, tmp_path, layout):
 DUAL = {"2.1": [0, 1], "2.2": [1]}  # blocks with a motion expert, of two
 
 
-def dual_blocks(model: DualDiT) -> list[int]:
-    return [i for i, block in enumerate(model.blocks) if block.motion is not None]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_wan22_becomes_a_hybrid(published, version):
-    # 2.2's 48 channels tell; its config.json and its tensors are the same with and without motion
-    assert dual_blocks(wan.load_transformer(published[version])) == DUAL[version]
+HYBRIDS = [(1, (0,)), (2, (1,)), (3, (0, 2)), (30, tuple(range(1, 30, 2)))]
 
 
 @pytest.mark.parametrize(
-    ("layers", "dual"), [(1, (0,)), (2, (1,)), (3, (0, 2)), (30, tuple(range(1, 30, 2)))]
+    ("name", "layers", "dual"), [("wan2.1-1.3b", 2, None), *(("wan2.2-5b", *each) for each in HYBRIDS)]
 )
-def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(layers, dual):
-    preset = dataclasses.replace(PRESETS["wan2.2-5b"], layers=layers, dual=dual)
+def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(name, layers, dual):
+    preset = dataclasses.replace(PRESETS[name], layers=layers, dual=dual)
     with torch.device("meta"):
         model = DualDiT(preset)
     state = model.state_dict()
@@ -231,24 +223,10 @@ def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(laye
     assert config_of(shapes, {}) == preset
 
 
-@torch.no_grad()
-def test_the_video_of_a_hybrid_is_that_of_an_all_dual_network(published):
-    # catches a motion expert that takes part where there is no motion
-    hybrid = wan.load_transformer(published["2.2"])
-    dual = DualDiT(dataclasses.replace(hybrid.config, dual=None)).eval()
-    own, loaded = dual.state_dict(), hybrid.state_dict()
-    assert own.keys() - loaded.keys() == {name for name in own if name.startswith("blocks.0.motion.")}
-    dual.load_state_dict(own | loaded)
-    video, text = latents(published["2.2"], 2, 3, 4, 6), text_features(2)
-    expected = velocity(hybrid, video, TIMES[2:4], text)
-    assert torch.equal(velocity(dual, video, TIMES[2:4], text), expected)
-    assert relative(expected, theirs(published["2.2"])(video, 1000 * TIMES[2:4], text).sample) < 1e-5
-
-
 def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder, nan_memory):
     model = wan.load_transformer(folder, torch.bfloat16)
     state, fresh = model.state_dict(), DualDiT(model.config).state_dict()
-    copied = r"blocks\.\d+\.motion\.|motion\.(text_embedding|time_embedding|time_projection|head\.modulation)"
+    copied = r"blocks\.\d+\.motion\.|motion\.head\.modulation"
     for name in state:
         found, expected = state[name].float(), fresh[name]
         if re.match(copied, name):
@@ -259,16 +237,6 @@ def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder
                 assert torch.equal(found, expected), name
             else:
                 assert 0.7 < found.std() / expected.std() < 1.4, name
-
-
-@torch.no_grad()
-def test_training_starts_from_wan(folder):
-    video, text, t = latents(folder, 2, 2, 4, 4), text_features(2), TIMES[2:4]
-    expected = theirs(folder)(video, 1000 * t, text).sample
-    model = wan.load_transformer(folder)
-    u_video, u_motion = model(video, torch.randn(2, 5, MOTION_DIM), t, t, text, Task.JOINT)
-    assert not u_motion.any()
-    assert relative(u_video, expected) > 1e-3  # the video does see the motion
 
 
 # ---------------------------------------------------------------- number for number
@@ -306,14 +274,6 @@ class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps, device=None):
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
         super().set_timesteps(sigmas=sigmas, device=device)
-
-
-def test_times_are_diffusers_shifted_sigmas():
-    scheduler = ShiftedEuler(shift=5.0)
-    scheduler.set_timesteps(7)
-    times = flow.shift_time(torch.linspace(1, 0, 8), 5.0)
-    torch.testing.assert_close(scheduler.sigmas, times, atol=1e-6, rtol=0)
-    torch.testing.assert_close(scheduler.timesteps, 1000 * times[:-1], atol=1e-3, rtol=0)
 
 
 def test_guided_sampling_is_diffusers_pipeline(folder):
