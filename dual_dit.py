@@ -48,14 +48,12 @@ class DualDiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
-    # (H W) of learned places; only older puppet weights have them, and time and text layers of motion's own
-    grid: tuple[int, int] | None = None
     synced: bool = True  # False is an ablation: motion at time f, not f/4
     apart: bool = True  # False is an ablation: motion inside the video grid, positions collide
     shared: bool = False  # True is an ablation: single-stream, one set of block weights for both
 
     def __post_init__(self):
-        for name in ("patch", "dual", "grid"):  # JSON has lists only
+        for name in ("patch", "dual"):  # JSON has lists only
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if self.width % self.heads or (self.width // self.heads) % 2:
@@ -216,16 +214,19 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale, self.eps))
 
 
-class Conditioning(nn.Module):
-    """What the blocks and heads are told of the time and of the text. Names are Wan's."""
+class VideoExpert(nn.Module):
+    """Latents (b c t h w) <-> video tokens (b, T·H·W, d), and what blocks and heads of both experts are told
+    of the time and of the text. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         d = config.width
-        self.freq_dim = config.freq_dim
+        self.freq_dim, self.patch = config.freq_dim, config.patch
         self.text_embedding = mlp(config.text_dim, d, d)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.patch_embedding = nn.Conv3d(config.channels, d, config.patch, stride=config.patch)
+        self.head = Head(config, nn.Linear(d, math.prod(config.patch) * config.channels))
 
     def condition(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
         """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
@@ -235,25 +236,11 @@ class Conditioning(nn.Module):
             time6 = rearrange(self.time_projection(time.to(dtype)), "b (six d) -> b six d", six=6).float()
         return time, Context(time6, self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), rope)
 
-
-class VideoExpert(Conditioning):
-    """Latents (b c t h w) <-> video tokens (b, T·H·W, d)."""
-
-    def __init__(self, config: DualDiTConfig):
-        super().__init__(config)
-        self.patch = config.patch
-        self.patch_embedding = nn.Conv3d(config.channels, config.width, config.patch, stride=config.patch)
-        self.head = Head(config, nn.Linear(config.width, math.prod(config.patch) * config.channels))
-        self.place = nn.Parameter(torch.empty(*config.grid, config.width)) if config.grid else None
-
     def embed(self, video: Tensor) -> Tensor:
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        (pt, ph, pw), pattern = self.patch, "b c (T pt) (H ph) (W pw) -> b T H W (c pt ph pw)"
+        (pt, ph, pw), pattern = self.patch, "b c (T pt) (H ph) (W pw) -> b (T H W) (c pt ph pw)"
         patches = rearrange(video.to(weight.dtype), pattern, pt=pt, ph=ph, pw=pw)
-        x = F.linear(patches, weight.flatten(1), bias)  # the convolution: its patches do not overlap
-        if self.place is not None:
-            x = x + self.place.type_as(x)
-        return rearrange(x, "b T H W d -> b (T H W) d")
+        return F.linear(patches, weight.flatten(1), bias)  # the convolution: its patches do not overlap
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (T, H, W), (pt, ph, pw) = grid, self.patch
@@ -261,14 +248,11 @@ class VideoExpert(Conditioning):
         return rearrange(self.head(x, time), pattern, T=T, H=H, W=W, pt=pt, ph=ph, pw=pw)
 
 
-class MotionExpert(Conditioning):
+class MotionExpert(nn.Module):
     """Normalised motion (b f 235) <-> motion tokens (b, f·51, d)."""
 
     def __init__(self, config: DualDiTConfig):
-        if config.grid:
-            super().__init__(config)
-        else:
-            nn.Module.__init__(self)
+        super().__init__()
         self.encoder = MotionEncoder(config.width)
         self.head = Head(config, MotionDecoder(config.width))
 
@@ -326,8 +310,7 @@ class DualDiT(nn.Module):
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
             # paper is silent: Wan's layers of time and text serve both experts
-            conditioning = self.motion if self.config.grid else self.video
-            time_motion, contexts["motion"] = conditioning.condition(t_motion, text, rope_motion)
+            time_motion, contexts["motion"] = self.video.condition(t_motion, text, rope_motion)
             x = self.motion.embed(motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
@@ -353,8 +336,6 @@ class DualDiT(nn.Module):
         if video is not None and tuple(video.shape) != (b, config.channels, T, H * ph, W * pw):
             expected = f"({b}, {config.channels}, T, h, w), h a multiple of {ph} and w of {pw}"
             raise ValueError(f"video: expected {expected}; got {tuple(video.shape)}")
-        if video is not None and config.grid not in (None, (H, W)):
-            raise ValueError(f"video: expected {config.grid} tokens a frame, got {(H, W)}")
         if motion is not None and (motion.ndim != 3 or len(motion) != b or motion.shape[2] != MOTION_DIM):
             raise ValueError(f"motion: expected ({b}, f, {MOTION_DIM}), got {tuple(motion.shape)}")
         frames = FRAMES_PER_LATENT * (T - 1) + 1
@@ -376,9 +357,8 @@ class DualDiT(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, (ExpertBlock, Head)):
                 nn.init.normal_(module.modulation, std=self.config.width**-0.5)
-        for expert in (self.video, self.motion) if self.config.grid else (self.video,):
-            for layer in (*expert.text_embedding[::2], *expert.time_embedding[::2]):
-                nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*self.video.text_embedding[::2], *self.video.time_embedding[::2]):
+            nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(self.task_hint[0].weight)
         nn.init.normal_(self.motion.encoder.token, std=0.5)
         nn.init.normal_(self.motion.encoder.phase, std=0.5)
@@ -386,8 +366,6 @@ class DualDiT(nn.Module):
         for layer in (self.video.head.head, self.task_hint[-1], *ends):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if self.video.place is not None:
-            nn.init.zeros_(self.video.place)
         self.motion_mean.zero_()
         self.motion_std.fill_(1.0)
 
