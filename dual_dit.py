@@ -36,7 +36,7 @@ TASK_COUNT = 5  # rows of the task hint's embedding, one for each flow.Task
 
 @dataclass(frozen=True)
 class DualDiTConfig:
-    """Everything that shapes the network. Both experts have the same width and depth."""
+    """Everything that shapes the network. Both experts have the same width."""
 
     layers: int
     width: int  # d
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
 
 class Context(NamedTuple):
-    """What the blocks are told of a modality besides its tokens; the same for every block."""
+    """What a block gets of a modality besides its tokens; the same for every block."""
 
     time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
     text: Tensor  # (b l d)
@@ -215,8 +215,8 @@ class Head(nn.Module):
 
 
 class VideoExpert(nn.Module):
-    """Latents (b c t h w) <-> video tokens (b, T·H·W, d), and what blocks and heads of both experts are told
-    of the time and of the text. Names are Wan's."""
+    """Latents (b c t h w) <-> video tokens (b, T·H·W, d), and the embeddings of time and text that both
+    experts use. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
@@ -283,7 +283,7 @@ class DualDiT(nn.Module):
         # statistics of the motion data travel with the weights (motion_tokens.motion_statistics)
         self.register_buffer("motion_mean", torch.zeros(MOTION_DIM))
         self.register_buffer("motion_std", torch.ones(MOTION_DIM))
-        if not self.motion_mean.is_meta:  # built on the meta device: weights are loaded later
+        if not self.motion_mean.is_meta:  # else weights are loaded later
             self.init_weights()
 
     def forward(
@@ -322,7 +322,7 @@ class DualDiT(nn.Module):
         return u_video, u_motion
 
     def grid(self, video: Tensor | None) -> tuple[int, int, int]:
-        """(T H W) of the video's tokens. Without video all are 0: attention sees only differences."""
+        """(T H W) of the video's tokens. Without video all are 0: only differences of positions matter."""
         if video is None:
             return 0, 0, 0
         return tuple(size // patch for size, patch in zip(video.shape[-3:], self.config.patch, strict=True))
