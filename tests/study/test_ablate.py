@@ -60,8 +60,10 @@ def asked(monkeypatch) -> list[tuple]:
     """As little work as shows everything; what is asked of the networks."""
     for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):
         monkeypatch.setattr(scores, name, number)
-    monkeypatch.setattr(ablate, "SOLVER_STEPS", 1)
+    monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
+    monkeypatch.setattr(ablate, "ONE_CLOCK", {"lead": 0.0, "steps": 1})
     ablate.real_clips.cache_clear()
+    ablate.sampled.cache_clear()
     calls, generate = [], scores.generate
 
     def listen(model, codec, real, task, **sampling):
