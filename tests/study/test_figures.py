@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from kit import backbone
-from study import figures, tables
+from study import diagrams, figures, tables
 
 ROWS = {
     "table1": ("real", "backbone", "echomotion-one-clock", "echomotion", "video-tuning"),
@@ -63,7 +63,7 @@ def test_each_figure_is_written_and_the_same_again(results, tiny_weights, tmp_pa
         for path in folder.iterdir():
             assert np.asarray(Image.open(path).convert("L")).std() > 5, path
     first, again = pictures
-    assert first.keys() == {"tasks.gif", *(f"{name}.png" for name in figures.READ)}
+    assert first.keys() == {"tasks.gif", *(f"{name}.png" for name in (*diagrams.DRAWN, *figures.READ))}
     assert all(first[name] == picture for name, picture in again.items() if name != "collision.png")
 
 
