@@ -53,7 +53,7 @@ def options() -> argparse.Namespace:
     gpu.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     plan = verbs.add_parser("plan", parents=[common], help="what a training run will need")
-    plan.add_argument("--frames", type=int, metavar="N", help="4n+1")
+    plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
     plan.add_argument("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
     plan.add_argument("--gpus", type=files.count, default=32, metavar="N")
     plan.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")

@@ -1,7 +1,6 @@
 """What a machine's processor is: the precision, the attention and the number of clips that suit it."""
 
 import functools
-import time
 
 import torch
 from einops import rearrange
@@ -61,16 +60,6 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def constant(numbers: tuple, device: torch.device) -> Tensor:
     """Numbers that never change, uploaded once: the host waits for each upload."""
     return torch.tensor(numbers, device=device)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a linear layer of size x size on as many rows on a CPU, measured."""
-    x = torch.ones(size, size, dtype=dtype, device=device)
-    x @ x.mT  # warms up
-    start = time.perf_counter()
-    for _ in range(3):
-        x @ x.mT  # as a layer multiplies: CPUs without bf16 units take twenty times longer for x @ x
-    return 3 * 2 * size**3 / (time.perf_counter() - start)
 
 
 def microbatches(share: int, device: torch.device) -> int:

@@ -44,8 +44,6 @@ def adjusted(
     frames = published.frames if frames is None else frames
     fps = published.fps if fps is None else fps
     height, width = size or (published.height, published.width)
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"{frames} frames are not 4n+1; the nearest is {puppet.nearest_frames(frames)}")
     if min(height, width) < step or height % step or width % step:
         nearest = "x".join(str(max(step, round(x / step) * step)) for x in (height, width))
         raise ValueError(f"size {height}x{width} is no multiple of {step}; the nearest is {nearest}")

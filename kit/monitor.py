@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dual_dit import DualDiTConfig
 from flow import Role, Task
-from kit import devices
 from kit.distributed import World
 from kit.files import whole_file
 from kit.flops import step_flops, tokens_of
@@ -116,8 +115,6 @@ def _lines_before(path: Path, step: int) -> Iterator[str]:
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
-    """What this device can do in a second: measured on a CPU, as published for a GPU, None if unknown."""
-    if device.type == "cpu":
-        return devices.matmul_rate(device, torch.bfloat16 if bf16 else torch.float32)
-    name = torch.cuda.get_device_name(device)
+    """What a GPU can do in a second, as published; None if unknown, and of a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAKS.items() if bf16 and key in name), None)

@@ -48,8 +48,7 @@ def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title
 def loss_picture(metrics_path: str | Path, png_path: str | Path) -> None:
     """Draw the loss of each task over steps from metrics.jsonl, a panel per stage: dots raw, lines smoothed.
 
-    One JSON object a line with step, stage, task and loss; where a resumed run repeats a step its last line
-    counts.
+    One JSON object a line with step, stage, task and loss.
     """
     stages: dict = defaultdict(lambda: defaultdict(dict))  # stage -> task -> step -> loss
     for line in Path(metrics_path).read_text(encoding="utf-8").splitlines():

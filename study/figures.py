@@ -26,10 +26,9 @@ from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
 from sample import denoise
 from study import diagrams, tables
+from study.ablate import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
-RESULTS = ASSETS / "results.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 CLIP, SEED = 7, 0  # the puppet clip that conditions, and the noise
 PROMPT = "a person in a red shirt waves the left hand"

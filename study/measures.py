@@ -22,10 +22,10 @@ def summary(values: Tensor) -> dict[str, float]:
     return found | ({"error_seeds": error(values.mean(1))} if len(values) > 1 else {})
 
 
-def held_out(count: int, stream: str = "held out", frames: int = puppet.FRAMES) -> puppet.Clips:
+def held_out(count: int, stream: str = "held out") -> puppet.Clips:
     """Clips from a stream of seeds that training never draws from."""
     seeds = [int(torch.randint(2**62, (1,), generator=rng(stream, i))) for i in range(count)]
-    return puppet.clips(seeds, frames)
+    return puppet.clips(seeds)
 
 
 # ---------------------------------------------------------------- measures of motion

@@ -34,8 +34,8 @@ class Real(NamedTuple):
     bends: Tensor  # (m 4) of the bank's elbows and knees
 
 
-def held_out(count: int, frames: int = puppet.FRAMES) -> Real:
-    clips, bank = measures.held_out(count, frames=frames), measures.held_out(BANK_CLIPS, "bank", frames)
+def held_out(count: int) -> Real:
+    clips, bank = measures.held_out(count), measures.held_out(BANK_CLIPS, "bank")
     video = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
     outlines, bends = [], []
     for start in range(0, BANK_CLIPS, CHUNK["cuda"]):  # all of the bank's videos take much memory

@@ -17,6 +17,12 @@ from kit import puppet
 FLIP = np.diag([1.0, -1.0, -1.0])  # from y up, looking along -z
 
 
+def apart(a, b) -> float:
+    """The largest angle between rotations, whose vectors may differ by full turns."""
+    a, b = (Rotation.from_rotvec(np.asarray(x).reshape(-1, 3)) for x in (a, b))
+    return (a.inv() * b).magnitude().max()
+
+
 class Person(NamedTuple):
     """SMPL's parameters in OpenCV's axes."""
 

@@ -36,7 +36,7 @@ def options() -> argparse.Namespace:
     kinds = "puppet:COUNT, amass:DIR, humanml3d:DIR+AMASS, clips:DIR; to be checked also cache:DIR"
     shape.add_argument("spec", metavar="SPEC", help=kinds)
     shape.add_argument("--wan", type=Path, metavar="FOLDER", help="the backbone (default: the puppet's)")
-    shape.add_argument("--frames", type=int, metavar="N", help="of a sample, 4n+1 (default: the backbone's)")
+    shape.add_argument("--frames", type=files.frames, metavar="N", help="4n+1 (default: the backbone's)")
     shape.add_argument("--size", type=files.size, metavar="HxW", help="of a video (default: the backbone's)")
     shape.add_argument("--fps", type=float, metavar="F", help="frames a second (default: the backbone's)")
     what = "an SMPL model, or a folder of one a gender (default: the puppet's body)"

@@ -20,10 +20,10 @@ from kit.puppet.drawing import (
 )
 from kit.puppet.skeleton import body
 from kit.puppet.text import TEXT_DIM, TEXT_LEN, encode_text
-from kit.puppet.world import ACTIONS, COLOURS, FPS, FRAMES, JOINT, Clips, clips, nearest_frames
+from kit.puppet.world import ACTIONS, COLOURS, FPS, FRAMES, JOINT, Clips, clips
 
 __all__ = [
     "ACTIONS", "BACKGROUND", "CAMERA_DISTANCE", "CAMERA_HEIGHT", "COLOURS", "FIT_SEEDS", "FOCAL", "FPS",
     "FRAMES", "JOINT", "JOINT_NAMES", "LATENT_CHANNELS", "SHIRTS", "SIZE", "TEXT_DIM", "TEXT_LEN", "Clips",
-    "Codec", "body", "clips", "encode_text", "nearest_frames", "project", "render", "silhouette",
+    "Codec", "body", "clips", "encode_text", "project", "render", "silhouette",
 ]  # fmt: skip

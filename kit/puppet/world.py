@@ -130,8 +130,3 @@ def _move(action: Tensor, cycles: Tensor, amplitude: Tensor) -> tuple[Tensor, Te
     once, twice = (torch.sin(2 * math.pi * c) for c in (cycles + phase1, 2 * cycles + phase2))
     tracks = bias + rearrange(amplitude, "b -> b 1 1 1") * (amp1 * once + amp2 * twice)
     return _euler_to_matrix(tracks[:, :, :ROOT]), tracks[:, :, ROOT]
-
-
-def nearest_frames(frames: int) -> int:
-    """The nearest frame count of the form 4n+1."""
-    return max(1, 4 * round((frames - 1) / 4) + 1)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from clip_folder import PLACE
-from scipy.spatial.transform import Rotation
 
 from kit import puppet
 from kit.backbone import SHIPPED, Backbone, puppet_backbone
@@ -28,11 +27,6 @@ def who() -> hmr_files.Person:
     return hmr_files.person(3, FRAMES)
 
 
-def apart(a, b) -> float:
-    a, b = (Rotation.from_rotvec(np.asarray(x).reshape(-1, 3)) for x in (a, b))
-    return (a.inv() * b).magnitude().max()
-
-
 def test_recovered_motion_is_played_at_thirty_frames_a_second_or_as_named(tmp_path, backbone, who, capsys):
     """Catches: a rate taken from nowhere without a word, @fps= that is not read."""
     hmr_files.wham(tmp_path / "w.pkl", who)
@@ -45,7 +39,7 @@ def test_recovered_motion_is_played_at_thirty_frames_a_second_or_as_named(tmp_pa
     assert motion.fps == 16 and file == tmp_path / "w.pkl" and "assumed" not in capsys.readouterr().out
     np.testing.assert_allclose(motion.transl, puppet.clips([3], FRAMES).transl[0] - PLACE, atol=1e-4)
     read = decode_smpl(read_motion(tmp_path / "w.pkl@fps=16", backbone))
-    assert apart(read["body_pose"][0], who.pose[:17]) < 1e-2
+    assert hmr_files.apart(read["body_pose"][0], who.pose[:17]) < 1e-2
 
 
 def test_hy_motion_and_axes_that_are_named(tmp_path, backbone, capsys):
@@ -56,12 +50,12 @@ def test_hy_motion_and_axes_that_are_named(tmp_path, backbone, capsys):
     np.savez(tmp_path / "hy.npz", Rh=poses[:, :3], **fields)
     _, motion = open_motion(tmp_path / "hy.npz", backbone.body)
     assert motion.fps == 30 and not capsys.readouterr().out
-    assert apart(motion.global_orient, clip.global_orient[0]) < 1e-3
+    assert hmr_files.apart(motion.global_orient, clip.global_orient[0]) < 1e-3
     np.savez(tmp_path / "yup.npz", mocap_frame_rate=30.0, **fields)
     open_motion(tmp_path / "yup.npz", backbone.body)
     assert "yup.npz: the person lies in" in capsys.readouterr().out
     _, motion = open_motion(tmp_path / "yup.npz@axes=yup", backbone.body)
-    assert apart(motion.global_orient, clip.global_orient[0]) < 1e-3 and not capsys.readouterr().out
+    assert hmr_files.apart(motion.global_orient, clip.global_orient[0]) < 1e-3 and not capsys.readouterr().out
 
 
 def test_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
@@ -74,14 +68,14 @@ def test_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     with pytest.raises(ValueError, match=r"two\.pkl: its tracks 4 and 7 have 41 frames each"):
         open_motion(tmp_path / "two.pkl", backbone.body)
     _, motion = open_motion(tmp_path / "two.pkl@track=7", backbone.body)
-    assert apart(motion.body_pose, other.pose) < 1e-3
+    assert hmr_files.apart(motion.body_pose, other.pose) < 1e-3
     _, smooth = open_motion(tmp_path / "two.pkl@track=7@smooth=0.1", backbone.body)
-    assert apart(smooth.body_pose, other.pose) > 0.01
+    assert hmr_files.apart(smooth.body_pose, other.pose) > 0.01
     rows = np.r_[0:8, 30:41]
     (tmp_path / "gap.pkl").write_bytes(pickle.dumps({1: hmr_files.wham_track(who.rows(rows), rows)}))
     capsys.readouterr()
     _, motion = open_motion(tmp_path / "gap.pkl", backbone.body)
-    assert len(motion.transl) == 11 and apart(motion.body_pose, who.pose[30:]) < 1e-3
+    assert len(motion.transl) == 11 and hmr_files.apart(motion.body_pose, who.pose[30:]) < 1e-3
     assert (
         "frames 0 to 7, 30 to 40" in (said := capsys.readouterr().out) and "the longest part is used" in said
     )

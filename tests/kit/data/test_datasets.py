@@ -265,7 +265,6 @@ def test_geometry_of_the_published_wans(tmp_path):
 @pytest.mark.parametrize(
     "asked, reason",
     [
-        ({"frames": 0}, "not 4n"),
         ({"size": (48, 70)}, "nearest is 64x64"),
         ({"fps": 0.5}, "expected 1 to 240"),
     ],

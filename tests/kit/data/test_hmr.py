@@ -70,12 +70,6 @@ def angles(found) -> np.ndarray:
     return torch.cat([motion.global_orient[:, None], motion.body_pose], dim=1).numpy()
 
 
-def apart(a, b) -> float:
-    """The largest angle between rotations, whose vectors may differ by full turns."""
-    a, b = (Rotation.from_rotvec(np.asarray(x).reshape(-1, 3)) for x in (a, b))
-    return (a.inv() * b).magnitude().max()
-
-
 # ---------------------------------------------------------------- geometry
 
 
@@ -99,8 +93,8 @@ def test_joints_are_on_the_pixels_where_the_tool_sees_them(folder, who, tool):
     assert ("betas are SMPL-X's" in str(said)) == (tool == "gvhmr")
 
     motion, clip = read(folder / name).motion, puppet.clips([5], FRAMES)
-    assert apart(motion.global_orient, clip.global_orient[0]) < 1e-3
-    assert apart(motion.body_pose[:, :21], clip.body_pose[0, :, :21]) < 1e-3
+    assert hmr_files.apart(motion.global_orient, clip.global_orient[0]) < 1e-3
+    assert hmr_files.apart(motion.body_pose[:, :21], clip.body_pose[0, :, :21]) < 1e-3
     np.testing.assert_allclose(motion.betas, clip.betas[0], atol=1e-5)
     np.testing.assert_allclose(motion.transl, clip.transl[0] - clip_folder.PLACE, atol=1e-4)
 
@@ -160,7 +154,7 @@ def test_rotations_in_any_form(tmp_path, who, form):
     assert found.frames is None and found.motion.fps == 25
     expected = who.full.copy()
     expected[:, 0] = (Rotation.from_matrix(FLIP) * Rotation.from_rotvec(who.orient)).as_rotvec()
-    assert apart(angles(found)[:, :22], expected[:, :22]) < 1e-3
+    assert hmr_files.apart(angles(found)[:, :22], expected[:, :22]) < 1e-3
     if form in ("156 numbers", "parts with fingers"):
         assert not angles(found)[:, 22:].any()
 
@@ -185,7 +179,7 @@ def test_axes_are_as_named_or_asked_for(tmp_path, who):
         fields = {"global_orient": orient, "transl": (who.transl + pelvis) @ turn.T - pelvis, "fps": 25}
         np.savez(tmp_path / "a.npz", body_pose=who.pose.reshape(-1, 69), betas=who.betas, **fields)
         found = read(tmp_path / "a.npz", axes=axes).motion
-        assert apart(found.global_orient, wanted.global_orient) < 1e-3
+        assert hmr_files.apart(found.global_orient, wanted.global_orient) < 1e-3
         np.testing.assert_allclose(found.transl, wanted.transl, atol=1e-4)
     with pytest.raises(ValueError, match=r"a\.npz: its axes are not known: name them, zup, yup, opencv"):
         read(tmp_path / "a.npz")
@@ -203,8 +197,8 @@ def test_hy_motion_has_y_up_and_thirty_frames_a_second(tmp_path, root_in_poses):
     np.savez(tmp_path / "a.npz", gender="neutral", num_frames=FRAMES, **fields)
     found = read(tmp_path / "a.npz")
     assert found.frames is None and found.motion.fps == 30 and not found.notes
-    assert apart(found.motion.global_orient, orient) < 1e-3
-    assert apart(found.motion.body_pose[:, :21], clip.body_pose[0, :, :21]) < 1e-3
+    assert hmr_files.apart(found.motion.global_orient, orient) < 1e-3
+    assert hmr_files.apart(found.motion.body_pose[:, :21], clip.body_pose[0, :, :21]) < 1e-3
     np.testing.assert_allclose(found.motion.transl, clip.transl[0], atol=1e-6)
 
 
@@ -215,8 +209,8 @@ def test_the_longest_track_or_the_one_that_is_named(folder, who, tmp_path):
     """Catches: the first track instead of the longest, a name compared with a number, a tie decided alone."""
     other = hmr_files.person(8, FRAMES)
     file = write_wham(folder / "two.pkl", (4, other.rows(range(9)), range(9)), (11, who, range(FRAMES)))
-    assert apart(read(file).motion.body_pose, who.pose) < 1e-3
-    assert apart(read(file, track="4").motion.body_pose, other.pose[:9]) < 1e-3
+    assert hmr_files.apart(read(file).motion.body_pose, who.pose) < 1e-3
+    assert hmr_files.apart(read(file, track="4").motion.body_pose, other.pose[:9]) < 1e-3
     with pytest.raises(ValueError, match=r"two\.pkl: it has no track '5', expected one of: 4, 11"):
         read(file, track="5")
     write_wham(file, (4, other, range(FRAMES)), (11, who, range(FRAMES)))
@@ -224,7 +218,7 @@ def test_the_longest_track_or_the_one_that_is_named(folder, who, tmp_path):
         read(file)
     paired(folder, "two.pkl", ",track,axes", ",4,opencv")
     pose = decode_smpl(sample_of(folder)[0].motion[None])["body_pose"][0]
-    assert apart(pose, other.pose[:17]) < 1e-2
+    assert hmr_files.apart(pose, other.pose[:17]) < 1e-2
 
 
 def test_rows_belong_to_frames_of_the_video(folder, who):
@@ -235,7 +229,7 @@ def test_rows_belong_to_frames_of_the_video(folder, who):
     write_wham(folder / "part.pkl", (0, who.rows(mixed), mixed))
     paired(folder, "part.pkl")
     sample, said = sample_of(folder)
-    assert apart(decode_smpl(sample.motion[None])["body_pose"][0], who.pose[3:20]) < 1e-2
+    assert hmr_files.apart(decode_smpl(sample.motion[None])["body_pose"][0], who.pose[3:20]) < 1e-2
     assert "0.mp4: the person is in frames 3 to 20 of 0 to 20; the others are cut" in said
     paired(folder, "motions/0.npz")
     whole, _ = sample_of(folder)
@@ -252,7 +246,7 @@ def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
     for joint in (0, 4, 17):
         slerp = Slerp(rows, Rotation.from_rotvec(angles(found)[:, joint]))
         filled = torch.cat([part.motion.global_orient[:, None], part.motion.body_pose], dim=1)[:, joint]
-        assert apart(filled, slerp(np.arange(FRAMES)).as_rotvec()) < 1e-3
+        assert hmr_files.apart(filled, slerp(np.arange(FRAMES)).as_rotvec()) < 1e-3
     line = [np.interp(np.arange(FRAMES), rows, found.motion.transl[:, i]) for i in range(3)]
     np.testing.assert_allclose(part.motion.transl, np.stack(line, 1), atol=1e-5)
 
@@ -275,7 +269,7 @@ def test_a_video_of_uneven_frames(folder, who):
     moments = torch.linspace(0, 1, 9).double() * times[-1]
     slerp = Slerp(times.numpy(), Rotation.from_rotvec(angles(found)[:, 17]))
     between = at_video_times(part, moments).body_pose[:, 16]
-    assert apart(between, slerp(moments.numpy()).as_rotvec()) < 1e-3
+    assert hmr_files.apart(between, slerp(moments.numpy()).as_rotvec()) < 1e-3
 
 
 def test_what_phalp_only_predicts_is_no_sight(tmp_path, who):
@@ -297,7 +291,7 @@ def test_a_dictionary_by_image(tmp_path, who):
         np.save(tmp_path / "a.npy", content, allow_pickle=True)
         found = read(tmp_path / "a.npy")
         assert found.frames.tolist() == list(range(FRAMES)) and found.intrinsics[0, 0] == 132
-        assert apart(found.motion.body_pose, who.pose) < 1e-3
+        assert hmr_files.apart(found.motion.body_pose, who.pose) < 1e-3
 
 
 # ---------------------------------------------------------------- bad input
