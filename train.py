@@ -271,10 +271,10 @@ def train(args: argparse.Namespace) -> None:
             if now.step == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
             held_out = validation.read_held_out(
-                held if args.validate_every else [], model, now.stage, shape.frames, codec, world
+                held if args.validate_every else [], model, now.stage, shape.frames, codec, device
             )
         if held_out and step % args.validate_every == 0:
-            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, micro, bf16, ranks, log)
+            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, micro, bf16, log)
 
         # the gradients of this rank's clips, averaged over the ranks
         start = time.perf_counter()
@@ -312,7 +312,7 @@ def train(args: argparse.Namespace) -> None:
 
     writer.wait()
     if first < done == len(steps) and held_out:
-        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, micro, bf16, ranks, log)
+        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, micro, bf16, log)
     if log:
         log.close()
         run.leave(args.out, done, complete=done == len(steps))

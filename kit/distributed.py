@@ -42,9 +42,6 @@ class World(NamedTuple):
     ranks: int
 
 
-ALONE = World(torch.device("cpu"), 0, 1)
-
-
 def start(device: str) -> World:
     """Join the process group that torchrun describes, if any."""
     if "RANK" not in os.environ:

@@ -1,7 +1,6 @@
 """Losses on held-out samples, always the same with the same noise, and pictures of what a run makes."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -13,21 +12,21 @@ from torch import Tensor
 import flow
 from dual_dit import DualDiT
 from flow import Draw, Role, Task
-from kit import distributed, pictures, puppet
+from kit import pictures, puppet
 from kit.backbone import PUPPET_DEFAULTS
 from kit.data.batch import padded, rng
 from kit.data.sources import Source
-from kit.distributed import World, local
+from kit.distributed import local
 from kit.monitor import Log
 from motion_tokens import decode_smpl
 
 SAMPLES = 16
-TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels, a quarter of the samples at each
+TIMES = (0.125, 0.375, 0.625, 0.875)  # noise levels of samples 0 4 8 ..., 1 5 9 ... and so on
 PICTURE = 160  # height of a skeleton, pixels
 
 
 class HeldOut(NamedTuple):
-    """What a rank measures losses on, n samples."""
+    """What losses are measured on, n samples; every rank has them all."""
 
     video: Tensor | None  # (n c t h w) latents
     motion: Tensor  # (n f 235) normalised
@@ -35,7 +34,6 @@ class HeldOut(NamedTuple):
     null_text: Tensor  # (n l text_dim)
     t: Tensor  # (n,)
     seeds: Tensor  # (n,) of the noise
-    counts: Tensor  # (n,) 1; 0 for padding, which makes the ranks' shares equal
 
     def draw(self, task: Task) -> Draw:
         """Video to motion never has text."""
@@ -69,27 +67,24 @@ def read_held_out(
     stage: int,
     frames: int,
     codec: puppet.Codec | None,
-    world: World,
+    device: torch.device,
 ) -> HeldOut | None:
-    """This rank's share of the first 16 that the stage can use; None if it can use none."""
+    """The first 16 that the stage can use; None if it can use none."""
     held = [(source, number) for source, number in held if stage == 1 or source.paired][:SAMPLES]
     if not held:
         return None
     samples = []
-    for i in range(world.rank, math.ceil(len(held) / world.ranks) * world.ranks, world.ranks):
-        source, number = held[i % len(held)]
-        read = source.read([number], frames, stage != 1, codec, world.device)
+    for i, (source, number) in enumerate(held):
+        read = source.read([number], frames, stage != 1, codec, device)
         motion = (read.motion[0] - model.motion_mean) / model.motion_std
         video = None if read.latents is None else read.latents[0]
         null_text = source.null_text.float()
         text = padded(read.texts[0][:1] or [None], null_text)[0]
-        t, counts = torch.tensor(TIMES[i % len(held) % len(TIMES)]), torch.tensor(float(i < len(held)))
-        seed = torch.randint(2**62, (), generator=rng("validation noise", i % len(held)))
-        samples.append((video, motion, text, null_text, t, seed, counts))
-    *columns, seeds, counts = zip(*samples, strict=True)
-    on_device = (None if c[0] is None else torch.stack(c).to(world.device) for c in (*columns, counts))
-    *columns, counts = on_device
-    return HeldOut(*columns, torch.stack(seeds), counts)
+        t, seed = TIMES[i % len(TIMES)], torch.randint(2**62, (), generator=rng("validation noise", i))
+        samples.append((video, motion, text, null_text, torch.tensor(t), seed))
+    *columns, seeds = zip(*samples, strict=True)
+    columns = (None if c[0] is None else torch.stack(c).to(device) for c in columns)
+    return HeldOut(*columns, torch.stack(seeds))
 
 
 @contextlib.contextmanager
@@ -115,13 +110,12 @@ def watch(
     codec: puppet.Codec | None,
     chunk: int,
     bf16: bool,
-    ranks: int,
     log: Log | None,
 ) -> None:
     """Losses of the averaged weights, and of the puppet a picture in RUN/samples; only rank 0 has a log."""
     tasks = flow.STAGES[stage]
     with averaged(model, ema):
-        losses = validate(model, held, tasks, chunk, bf16, ranks)
+        losses = validate(model, held, tasks, chunk, bf16)
         if codec:
             path = run / "samples" / f"step-{step:08}.png" if log else None
             picture(path, model, held, tasks, codec, bf16)
@@ -131,30 +125,23 @@ def watch(
 
 @torch.no_grad()
 def validate(
-    model: DualDiT, held: HeldOut, tasks: Sequence[Task], chunk: int, bf16: bool, ranks: int
+    model: DualDiT, held: HeldOut, tasks: Sequence[Task], chunk: int, bf16: bool
 ) -> dict[str, float]:
-    """Losses on the samples of all ranks, `chunk` at a time: of each task and modality at each noise level
+    """Losses, computed `chunk` samples at a time: of each task and modality at each noise level
     ("joint/video/0.125"), and over all levels ("joint/video")."""
-    levels, losses = held.t.new_tensor(TIMES), {}
+    losses = {}
     for task in tasks:
-        sums = held.t.new_zeros(2, 2, len(TIMES))  # modality; errors, samples; noise level
+        errors = []
         for first in range(0, len(held.t), chunk):
             part = held.rows(first, first + chunk)
-            at_level = (part.t[:, None] == levels) * part.counts[:, None]
             with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
-                errors = flow.loss(model, *part[:4], part.draw(task))
-            for modality, error in enumerate(errors):
-                if error is not None:
-                    sums[modality] += torch.stack([error @ at_level, at_level.sum(0)])
-        for name, (error, count) in zip(
-            ("video", "motion"), distributed.mean_over_ranks(sums, ranks), strict=True
-        ):
-            if count.sum():
-                key = f"{task.name.lower()}/{name}"
-                losses[key] = (error.sum() / count.sum()).item()
-                losses |= {
-                    f"{key}/{t}": (error[i] / count[i]).item() for i, t in enumerate(TIMES) if count[i]
-                }
+                errors.append(flow.loss(model, *part[:-2], part.draw(task)))
+        for name, of_parts in zip(flow.Loss._fields, zip(*errors, strict=True), strict=True):
+            if of_parts[0] is not None:
+                error, key = torch.cat(of_parts), f"{task.name.lower()}/{name}"
+                losses[key] = error.mean().item()
+                for i, t in enumerate(TIMES[: len(error)]):
+                    losses[f"{key}/{t}"] = error[i :: len(TIMES)].mean().item()
     return losses
 
 

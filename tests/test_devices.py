@@ -179,9 +179,9 @@ def test_from_a_condition_on_the_cpu(model, task):
 
 def test_validation(model, codec):
     _, held = validation.hold_out(open_puppet())
-    held = validation.read_held_out(held[:4], model, 2, 17, codec, WORLD)
+    held = validation.read_held_out(held[:4], model, 2, 17, codec, DEVICE)
     assert there(held.video, held.motion, held.text, held.null_text)
-    validation.validate(model, held, flow.STAGES[2], 4, False, 1)
+    validation.validate(model, held, flow.STAGES[2], 4, False)
 
 
 def test_optimizers_go_on_where_their_parameters_are(model, monkeypatch):

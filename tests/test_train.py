@@ -34,6 +34,7 @@ from kit.geometry import PUPPET
 PLAIN = ("--device", "cpu", "--precision", "fp32", "--validate-every", 0)
 STEPS = {0: 4, 1: 3, 2: 5}  # of each stage; their ends are 4, 7 and 12
 RUN = ("--batch", 2, "--keep", 99)
+ALONE = World(torch.device("cpu"), 0, 1)
 
 
 class Call(NamedTuple):
@@ -290,7 +291,7 @@ def test_a_line_cut_off_in_the_log_does_not_keep_a_run_from_going_on(tmp_path):
         '{"step": 0, "validation": {}}\n{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n'
         '{"step": 2, "validation": {}}\n{"step": 2, "lo'
     )
-    monitor.Log(tmp_path, 2, 5, TINY, PUPPET, 16, distributed.ALONE, False).close()
+    monitor.Log(tmp_path, 2, 5, TINY, PUPPET, 16, ALONE, False).close()
     assert [tuple(line) for line in metrics(tmp_path)] == [("step", "validation"), *[("step", "loss")] * 2]
 
 
@@ -318,7 +319,7 @@ def test_checkpoints_are_written_by_a_single_thread(tmp_path):
     # catches a second team of OpenMP threads, beside which those of the training loop sleep at every barrier
     usual = torch.get_num_threads()
     torch.set_num_threads(2)
-    writer = checkpoints.Writer(tmp_path, 1, distributed.ALONE, False)
+    writer = checkpoints.Writer(tmp_path, 1, ALONE, False)
     with ThreadPoolExecutor(1) as of_torch:
         found = [thread.submit(torch.get_num_threads).result() for thread in (writer.thread, of_torch)]
     assert found == [1, 1] and torch.get_num_threads() == 2
@@ -362,11 +363,11 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
     assert len(held) == 16 and sources[0].count is None
     model, extra = weights.load_weights(tiny_weights)
     codec = puppet.Codec.from_state(extra)
-    samples = validation.read_held_out(held, model, 2, 9, codec, distributed.ALONE)
+    samples = validation.read_held_out(held, model, 2, 9, codec, ALONE.device)
     averaged, _ = weights.load_weights(one_step / "weights.safetensors")
     tasks = Task.JOINT, Task.VIDEO_TO_MOTION
     with validation.averaged(model, averaged.state_dict()):
-        found = validation.validate(model, samples, tasks, 5, False, 1)
+        found = validation.validate(model, samples, tasks, 5, False)
     start = load_file(tiny_weights)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
     errors = {task: [] for task in tasks}
@@ -399,29 +400,12 @@ def test_held_out_samples_of_a_data_set_are_not_trained_on():
     assert [source.count for source, _ in held[:6]] == [57, 384] * 3
 
 
-def test_two_ranks_validate_as_one_process_does(tiny_weights, monkeypatch):
-    # catches samples counted twice where they do not divide by the ranks
-    _, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
-    model, extra = weights.load_weights(tiny_weights)
-    given = held[:5], model, 1, 5, puppet.Codec.from_state(extra)
-    how = flow.STAGES[1], 4, False
-    alone = validation.validate(model, validation.read_held_out(*given, distributed.ALONE), *how, 1)
-    sums = []
-    together = (lambda value, _: sums.append(value) or value, lambda value, _: sums[0] + value)
-    for rank, sum_of_ranks in enumerate(together):
-        monkeypatch.setattr(distributed, "mean_over_ranks", sum_of_ranks)
-        share = validation.read_held_out(*given, World(torch.device("cpu"), rank, 2))
-        assert len(share.motion) == 3
-        found = validation.validate(model, share, *how, 2)
-    assert found == pytest.approx(alone, rel=1e-5)
-
-
 @pytest.fixture
 def log(tmp_path, monkeypatch) -> monitor.Log:
     """At step 3 of a run on a machine of 10^12 FLOP/s, which has tensorboard."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.MagicMock())
     monkeypatch.setattr(monitor, "peak_flops", lambda *_: 1e12)
-    return monitor.Log(tmp_path, 3, 5, TINY, PUPPET, 16, distributed.ALONE, False)
+    return monitor.Log(tmp_path, 3, 5, TINY, PUPPET, 16, ALONE, False)
 
 
 def test_speed_is_counted_from_what_a_step_computes(log):
