@@ -1,8 +1,9 @@
 """The dual-modality diffusion transformer (paper, section 3.1): Wan's, with a second expert beside it.
 
-Video and motion are two streams of tokens. Each has an expert of its own: embeddings, and in every
-block norms, modulation, query/key/value and output projections, cross-attention to the text and a
-feed-forward network, all exactly Wan's. Wan's layers of time and text, before the blocks, serve both.
+Video and motion are two streams of tokens. Each has an expert of its own: an embedding and, in every
+block (of the 5B in every second one), Wan's layers: norms, modulation, query/key/value and output
+projections, cross-attention to the text and a feed-forward network. Wan's embeddings of time and text,
+before the blocks, serve both.
 The streams meet in one place only: self-attention runs once over both, concatenated.
 
         video tokens                      motion tokens
@@ -309,7 +310,7 @@ class DualDiT(nn.Module):
             x = self.video.embed(video)  # (b T·H·W d)
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
-            # paper is silent: Wan's layers of time and text serve both experts
+            # paper is silent: Wan's embeddings of time and text serve both experts
             time_motion, contexts["motion"] = self.video.condition(t_motion, text, rope_motion)
             x = self.motion.embed(motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
