@@ -6,6 +6,7 @@ prefix. Metadata: the network's configuration as JSON, and in it the settings th
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 
 EXTRA = "extra."  # prefix of tensors that are not the network's
+NUMBERS = ("fps", "frames", "height", "width", "text_tokens")  # of the settings; a file may have fewer
 # parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
 
@@ -81,6 +83,8 @@ def _header(file: safe_open, path: Path) -> tuple[DualDiTConfig, dict]:
     try:
         record = json.loads(text)
         settings = record.pop("settings", {})
+        if not all(0 < settings.get(name, 1) < math.inf for name in NUMBERS):
+            raise ValueError(f"settings: {', '.join(NUMBERS)} must be numbers above 0")
         return DualDiTConfig(**record), settings
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error

@@ -75,6 +75,12 @@ DAMAGE = {
     "no configuration": (lambda path: edit(path, config=None), "carries no configuration"),
     "unknown field": (lambda path: edit(path, config='{"depth": 3}'), "another version.*depth"),
     "configuration is not JSON": (lambda path: edit(path, config="{"), "configuration"),
+    "settings that are none": (lambda path: edit(path, with_config(settings=[])), "configuration.*get"),
+    "a rate that is no number": (
+        lambda path: edit(path, with_config(settings={"fps": "30"})),
+        "configuration",
+    ),
+    "a rate of 0": (lambda path: edit(path, with_config(settings={"fps": 0})), "settings: fps"),
     "missing tensor": (
         lambda path: edit(path, with_config(layers=3)),
         r"Missing key.*blocks\.2\.motion\.ffn\.0\.weight",
