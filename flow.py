@@ -138,25 +138,25 @@ class Loss(NamedTuple):
 
 
 def loss(
-    model: Network, video: Tensor | None, motion: Tensor | None, text: Tensor, null_text: Tensor, draw: Draw
+    model: Network, video: Tensor | None, motion: Tensor | None, text: Tensor, null_text: Tensor, drawn: Draw
 ) -> Loss:
     """The objective on clean latents (b c T h w) and motion (b f 235), normalised.
 
     text and null_text (b l text_dim); a modality that is absent from the task may be None.
     """
-    drop_text = draw.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
+    drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
     text = torch.where(drop_text[:, None, None], null_text, text)
-    x_video, t_video, target_video = enter(video, draw.t_video, draw.seeds, draw.task.video)
+    x_video, t_video, target_video = by_role(video, drawn.t_video, drawn.seeds, drawn.task.video)
     # + 1: other noise than the video's
-    x_motion, t_motion, target_motion = enter(motion, draw.t_motion, draw.seeds + 1, draw.task.motion)
-    u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, draw.task)
+    x_motion, t_motion, target_motion = by_role(motion, drawn.t_motion, drawn.seeds + 1, drawn.task.motion)
+    u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, drawn.task)
     return Loss(squared_error(u_video, target_video), squared_error(u_motion, target_motion))
 
 
-def enter(
+def by_role(
     x0: Tensor | None, t: Tensor, seeds: Tensor, role: Role
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One modality, by its role: the network's input, its times (b,), and the velocity to learn."""
+    """One modality by its role: the network's input, its times (b,), and the velocity to learn."""
     if role is Role.ABSENT:
         return None, None, None
     t = t.to(x0.device, non_blocking=True)
