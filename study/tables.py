@@ -53,6 +53,7 @@ COLUMNS = {
         "jerk": "jerk, of real",
     },
 }
+SHORT = ("limbs_whole", "flicker", "sharpness", "prompt_following")  # of table 1, for README.md
 
 
 def name_of(part: str, network: str) -> str:
@@ -76,6 +77,13 @@ def cell(found: dict[str, float]) -> str:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
+
+
+def short(results: dict, part: str) -> str:
+    """A row a network, and its measures in SHORT alone."""
+    found = networks(results, part).items()
+    rows = [[name_of(part, name), *(cell(of["measures"][column]) for column in SHORT)] for name, of in found]
+    return markdown(["", *(COLUMNS[part][column] for column in SHORT)], rows)
 
 
 def table(results: dict, part: str) -> str:
@@ -111,15 +119,19 @@ def best_layer(found: dict[str, dict], side: str) -> int:
     return int(max(means, key=means.get).rpartition("_")[2])
 
 
-BLOCKS: dict[str, Callable[[dict, str], str]] = {**dict.fromkeys(COLUMNS, table), "figure8": shares}
+BLOCKS: dict[str, Callable[[dict, str], str]] = {
+    **dict.fromkeys(COLUMNS, table),
+    "figure8": shares,
+    "table1-short": short,
+}
 
 
 def filled(text: str, results: dict) -> str:
     """The text with every block as the results have it."""
 
     def block(found: re.Match) -> str:
-        name = found[1]
-        inside = BLOCKS[name](results, name) if results.get(name) else MISSING
+        name, part = found[1], found[1].removesuffix("-short")
+        inside = BLOCKS[name](results, part) if results.get(part) else MISSING
         return f"<!-- {name} -->\n{inside}\n<!-- /{name} -->"
 
     return re.sub(rf"<!-- ({'|'.join(BLOCKS)}) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)

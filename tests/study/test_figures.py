@@ -93,11 +93,11 @@ def test_a_cell_has_two_digits_of_its_error(mean, error, shown):
     assert tables.cell({"mean": mean, "error": error}) == shown
 
 
-def test_results_page_is_in_step_with_the_results():
-    page = (ROOT / "docs" / "results.md").read_text()
-    filled = tables.filled(page, json.loads(figures.RESULTS.read_text()))
-    assert filled == page, "say `python -m study.figures --docs`"
-    assert all(f"<!-- {name} -->" in page for name in tables.BLOCKS)
+def test_pages_are_in_step_with_the_results():
+    pages = [page.read_text() for page in figures.PAGES]
+    results = json.loads(figures.RESULTS.read_text())
+    assert pages == [tables.filled(page, results) for page in pages], "say `python -m study.figures --docs`"
+    assert all(f"<!-- {name} -->" in "".join(pages) for name in tables.BLOCKS)
 
 
 @pytest.mark.parametrize(
