@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 from kit import backbone
