@@ -248,7 +248,7 @@ def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
     With `lead` 0 both fall together, in `steps` steps; with 0.5 motion falls first and then video, in `steps`
     each. In general video starts after the share `lead` of all steps, and motion ends as long before the end.
     """
-    # paper is silent: one clock, or motion first; a network with a time for each modality can do both
+    # paper is silent: both at once, or motion first; a network with a time for each modality can do both
     way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
     t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
     t_motion = 1 - (way / (1 - lead)).clamp(max=1)
@@ -283,7 +283,7 @@ def sample(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
     if not 0 <= lead <= 0.5:
-        raise ValueError(f"lead must be from 0 (one clock) to 0.5 (motion first, then video), got {lead}")
+        raise ValueError(f"lead must be from 0 (both at once) to 0.5 (motion first, then video), got {lead}")
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
             raise ValueError(

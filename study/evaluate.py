@@ -1,10 +1,10 @@
 """The measures: how good are trained weights on puppet clips they have never seen?
 
-    python -m study.evaluate [--weights FILE] [--clips 64] [--one-clock] [--json FILE] [--attention FILE.png]
+    python -m study.evaluate [--weights FILE] [--clips 64] [--at-once] [--json FILE] [--attention FILE.png]
     python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE    video to motion on 3DPW (study/pw3d.py)
 
 Each measure stands with its standard error over clips, its baseline (what knowing nothing gives) and its
-ceiling (what the codec, or real clips, give). Motion is made first, then video; --one-clock adds what comes
+ceiling (what the codec, or real clips, give). Motion is made first, then video; --at-once adds what comes
 out when both are made at once, as in the paper.
 """
 
@@ -25,7 +25,7 @@ from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
-from study.scores import ONE_CLOCK, Columns, Real
+from study.scores import AT_ONCE, Columns, Real
 
 # what is printed, by measure: its name, which way is better, baseline and ceiling if there are any
 ROWS = {
@@ -54,7 +54,7 @@ Found = dict[str, dict[str, Columns]]  # task -> "ours", "baseline", "ceiling" -
 
 
 def measured(
-    model: DualDiT, codec: puppet.Codec, real: Real, one_clock: bool = False, **sampling: float
+    model: DualDiT, codec: puppet.Codec, real: Real, at_once: bool = False, **sampling: float
 ) -> Found:
     """All three tasks sampled and measured, and what stands beside each."""
     coded = scores.through_codec(codec, real)
@@ -72,7 +72,7 @@ def measured(
         "baseline": scores.of_likeness(video.roll(1, 0), real),
         "ceiling": scores.of_likeness(coded, real),
     }
-    for name, lead in (("joint", {}), ("joint, one clock", ONE_CLOCK))[: 1 + one_clock]:
+    for name, lead in (("joint", {}), ("joint, at once", AT_ONCE))[: 1 + at_once]:
         video, motion = make(Task.JOINT, **lead)
         shuffled = scores.of_pair(video.roll(1, 0), motion, real)
         found[name] = {
@@ -110,7 +110,7 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FILE")
     add("--clips", type=files.count, default=64, metavar="N", help="held-out clips (default %(default)s)")
-    add("--one-clock", action="store_true", help="sample video and motion at once too, as in the paper")
+    add("--at-once", action="store_true", help="sample video and motion at once too, as in the paper")
     usual = PUPPET_DEFAULTS
     add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
     add("--solver", choices=flow.SOLVERS, default="ab2")
@@ -132,7 +132,7 @@ def main() -> None:
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
     how = {name: getattr(args, name) for name in ("steps", "solver", "guidance_text", "guidance_condition")}
-    found = measured(model, codec, real, args.one_clock, **how)
+    found = measured(model, codec, real, args.at_once, **how)
     to_video, to_motion = scores.attention(model, codec, real)
     there, back = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
     print_table(found)

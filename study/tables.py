@@ -14,7 +14,7 @@ NAMES = {  # in the order of rows
     "video-tuning-flops": "video tuning, as much arithmetic",
     "mean-motion": "mean motion",
     "stage-1": "text → motion alone (stage 1)",
-    "echomotion-one-clock": "EchoMotion, one clock",
+    "echomotion-at-once": "EchoMotion, both at once",
     "echomotion": "EchoMotion, motion first",
     "mvs-rope": "MVS-RoPE",
     "unsynced": "unsynced",

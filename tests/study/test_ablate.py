@@ -61,7 +61,7 @@ def asked(monkeypatch) -> list[tuple]:
     for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):
         monkeypatch.setattr(scores, name, number)
     monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
-    monkeypatch.setattr(ablate, "ONE_CLOCK", {"lead": 0.0, "steps": 1})
+    monkeypatch.setattr(ablate, "AT_ONCE", {"lead": 0.0, "steps": 1})
     ablate.real_clips.cache_clear()
     ablate.sampled.cache_clear()
     calls, generate = [], scores.generate
@@ -145,7 +145,7 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
     assert set(results) == {"table1", "figure8", "a81", "a82", "a83", "table5", "table6"}
     for part in results.values():
         for name, found in part.items():
-            seeds = 2 if name in NETWORKS or "clock" in name else 1
+            seeds = 2 if name in NETWORKS or "at-once" in name else 1
             assert found["seeds"] == len(found["weights"]) == seeds
             assert found["trained_clips"] == 2 * found["steps"]
             for value in found["measures"].values():
@@ -156,8 +156,8 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
-    # table 1 comes last, with the samples of table 6. Catches a backbone that is asked for motion, or one
-    # clock called motion first
+    # table 1 comes last, with the samples of table 6. Catches a backbone that is asked for motion, or
+    # samples made at once called motion first
     video, twice = (Task.VIDEO_ONLY, None), [(Task.JOINT, 0.0)] * 2 + [(Task.JOINT, None)] * 2
     assert asked[-9:] == [*twice, *[video] * 5]
     # catches work done again, and old numbers kept beside new weights

@@ -25,7 +25,7 @@ def test_evaluate_writes_every_measure_with_its_error_and_draws_the_maps(
         scores, "generate", lambda *a, **k: leads.append((a[3].name, k.get("lead"))) or generate(*a, **k)
     )
     files = ("--json", tmp_path / "measures.json", "--attention", tmp_path / "maps.png")
-    how = ("--clips", 3, "--steps", 1, "--one-clock", "--device", "cpu")
+    how = ("--clips", 3, "--steps", 1, "--at-once", "--device", "cpu")
     ended = verb(evaluate, "--weights", tiny_weights, *how, *files)
     assert ended.code == 0, ended.err
     assert leads == [("VIDEO_TO_MOTION", None), ("MOTION_TO_VIDEO", None), ("JOINT", None), ("JOINT", 0.0)]
@@ -33,7 +33,7 @@ def test_evaluate_writes_every_measure_with_its_error_and_draws_the_maps(
     attention = result.pop("attention")
     assert attention["chance"] == 1 / 5
     assert len(attention["motion_to_video"]) == len(attention["video_to_motion"]) == TINY.layers
-    assert result.keys() == {"video to motion", "motion to video", "joint", "joint, one clock"}
+    assert result.keys() == {"video to motion", "motion to video", "joint", "joint, at once"}
     for sides in result.values():
         for found in (value for side in sides.values() for value in side.values()):
             assert math.isfinite(found["mean"]) and found["error"] >= 0
