@@ -54,8 +54,9 @@ def _train(arguments: list[str], log: str, before: Callable | None) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     import train
-    from kit import files
+    from kit import files, plots
 
+    plots.loss_picture = lambda *_: None  # a second, for what nobody looks at
     sys.argv = ["train.py", *arguments]
     if before:
         before()

@@ -23,7 +23,7 @@ import flow
 import train
 from dual_dit import DualDiT
 from flow import Draw, Task
-from kit import checkpoints, devices, distributed, monitor, puppet, validation, weights
+from kit import checkpoints, devices, distributed, monitor, plots, puppet, validation, weights
 from kit.data import batch as batches
 from kit.data.datasets import puppet_motion
 from kit.data.motion_files import Motion, save_amass
@@ -46,8 +46,10 @@ class Call(NamedTuple):
     motion: Tensor
 
 
-def run_train(out: Path, *arguments: object, stages: dict[int, int] = STEPS) -> list[Call]:
-    """Train in this process -> every call of the objective in training."""
+def run_train(
+    out: Path, *arguments: object, stages: dict[int, int] = STEPS, draws: bool = False
+) -> list[Call]:
+    """Train in this process -> every call of the objective in training. `draws`: loss.png as well."""
     calls, loss = [], flow.loss
 
     def noted(model, video, motion, text, null_text, draw):
@@ -60,6 +62,8 @@ def run_train(out: Path, *arguments: object, stages: dict[int, int] = STEPS) -> 
         patch.setattr(sys, "argv", [*map(str, ("train.py", *PLAIN, "--out", out, *arguments))])
         patch.setitem(train.STEPS, "puppet", stages)
         patch.setattr(flow, "loss", noted)
+        if not draws:
+            patch.setattr(plots, "loss_picture", lambda *_: None)
         train.main()
     return calls
 
@@ -106,7 +110,7 @@ class Run(NamedTuple):
 def whole(tmp_path_factory, tiny_weights) -> Run:
     """An undisturbed run through all stages, saved after each step."""
     out = tmp_path_factory.mktemp("train") / "run"
-    return Run(out, run_train(out, "--init", tiny_weights, *RUN, "--save-every", 1))
+    return Run(out, run_train(out, "--init", tiny_weights, *RUN, "--save-every", 1, draws=True))
 
 
 @pytest.fixture(scope="module")

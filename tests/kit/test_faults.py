@@ -98,7 +98,8 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(call, undisturbed, tmp_path):
     # catches survivors that hang, and a restart that begins anew or loses what was logged
     out, log = tmp_path / "run", tmp_path / "log"
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
-    arguments = (*call, "--out", out, "--resume", "auto", "--device", "cpu", "--precision", "fp32")
+    how = ("--resume", "auto", "--parallel", "ddp", "--device", "cpu", "--precision", "fp32")
+    arguments = (*call, "--out", out, *how)
     with log.open("w") as printed:
         agent = subprocess.Popen(
             [*map(str, (sys.executable, "-m", *torchrun, "train.py", *arguments))],
@@ -120,14 +121,15 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(call, undisturbed, tmp_path):
 def test_sigterm_saves_and_ends_well(call, undisturbed, tmp_path):
     # catches a run that dies at once, one that goes on, and ranks that stop at different steps
     out, log = tmp_path / "run", tmp_path / "log"
-    processes = start(*call, "--out", out, "--save-every", 1000, ranks=2, log=log)
+    call = (*call, "--parallel", "ddp", "--out", out)
+    processes = start(*call, "--save-every", 1000, ranks=2, log=log)
     assert wait_for(lambda: len(lines(out)) > 5, processes[0])
     processes[-1].terminate()  # one of them is enough
     printed = finish(processes, log)
     stopped = last(out)["step"]
     assert 5 < stopped == len(lines(out)) < STEPS
     assert f"is saved at step {stopped}; go on with --resume" in printed
-    finish(start(*call, "--out", out, "--resume", ranks=2, log=log), log)
+    finish(start(*call, "--resume", ranks=2, log=log), log)
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
