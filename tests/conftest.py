@@ -20,7 +20,7 @@ from kit.video import shown_frames
 from motion_tokens import motion_statistics
 
 ROOT = Path(__file__).parent.parent
-# files that take a minute or two: they begin, so that no worker ends with one while the others are idle
+# files that take longest run first: else one worker is still at one of them when the others have ended
 LONG = ("distributed", "faults", "ranks", "devices", "sample", "sample_wan", "train")
 TINY = DualDiTConfig(
     layers=2,
@@ -105,7 +105,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are deselected; pytest's last line says how many."""
+    """Long files first; without a GPU its tests are deselected, and pytest's last line says how many."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     needs = [item for item in items if item.get_closest_marker("gpu")]
     if needs and not torch.cuda.is_available():

@@ -56,7 +56,7 @@ def _train(arguments: list[str], log: str, before: Callable | None) -> None:
     import train
     from kit import files, plots
 
-    plots.loss_picture = lambda *_: None  # a second, for what nobody looks at
+    plots.loss_picture = lambda *_: None  # it takes a second, and no test looks at it
     sys.argv = ["train.py", *arguments]
     if before:
         before()

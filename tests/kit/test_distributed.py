@@ -106,9 +106,12 @@ def killed_after_saving(step: int) -> None:
     checkpoints.Writer.save = last
 
 
-def test_two_ranks_killed_at_the_end_of_a_stage_and_within_go_on_bit_for_bit(run, tiny_weights, tmp_path):
+@pytest.mark.parametrize("name", ("ddp", "fsdp"))
+def test_two_ranks_killed_at_the_end_of_a_stage_and_within_go_on_bit_for_bit(
+    run, tiny_weights, tmp_path, name
+):
     # catches a stage that is begun twice or not at all, hooks of the stage before, ranks that part
-    out, log, name = tmp_path / "run", tmp_path / "log", "fsdp"
+    out, log = tmp_path / "run", tmp_path / "log"
     ranks, options = RUNS[name]
     call = ("--init", tiny_weights, *CALL, *options, "--out", out, "--resume", "auto", "--validate-every", 0)
     for step in (3, 6):
