@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
@@ -149,10 +148,6 @@ class Writer:
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.thread.submit(int).result()  # threads that torch starts from now on have one, too
         self.pending: Future | None = None
-        self.stager = None
-        if world.device.type == "cuda":  # copies to pinned memory are several times faster, and it is kept
-            options = StagingOptions(use_shared_memory=False, use_async_staging=False)
-            self.stager = DefaultStager(options)
         _accept_one_process()
         if world.rank == 0:
             for left in (run / "checkpoints").glob("." + PATTERN):
@@ -163,10 +158,8 @@ class Writer:
         self.wait()
         final = folder_of(self.run, record["step"])
         temporary = final.with_name("." + final.name)
-        written = dcp.async_save(
-            state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None,
-            async_stager=self.stager,
-        )  # fmt: skip
+        alone = self.group is None
+        written = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group, no_dist=alone)
         self.pending = self.thread.submit(self.finish, written, temporary, record)
 
     def failed(self) -> bool:
