@@ -11,7 +11,6 @@ Without arguments the puppet goes through all three from nothing; a real Wan (--
 """
 
 import argparse
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -62,7 +61,7 @@ def options() -> argparse.Namespace:
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all, of a Wan 1 and 2")
     add("--steps", type=files.count, metavar="N", help="in all; default: puppet 13,000, Wan 27,000")
-    what = "clips a step, of all ranks; default: 16, of the puppet on a GPU 128"
+    what = "clips a step, of all ranks; default: 16, of the puppet on a GPU 32"
     add("--batch", type=files.count, metavar="N", help=what)
     # how
     add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
@@ -92,7 +91,7 @@ def options() -> argparse.Namespace:
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     args = parser.parse_args()
     # the puppet is so small that 16 clips leave a GPU waiting for its host
-    args.batch = args.batch or (128 if args.device.startswith("cuda") and not args.wan else 16)
+    args.batch = args.batch or (32 if args.device.startswith("cuda") and not args.wan else 16)
     return args
 
 
@@ -160,13 +159,13 @@ def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
 
 
 def begin_stage(
-    model: DualDiT, stage: int, kind: str, world: World, parallel: str | None, bf16: bool
+    model: DualDiT, stage: int, kind: str, world: World, parallel: str | None, bf16: bool, replay: bool
 ) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """Stage 0 trains the video expert, stage 1 all but that, stage 2 everything -> objective, optimizers."""
     video = set(model.video_parameters())
     for p in model.parameters():
         p.requires_grad_({0: p in video, 1: p not in video, 2: True}[stage])
-    return distributed.wrap(model, world, parallel, bf16), optimizers(model, kind)
+    return distributed.wrap(model, world, parallel, bf16, replay), optimizers(model, kind)
 
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
@@ -249,21 +248,24 @@ def train(args: argparse.Namespace) -> None:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
     stopping, done = distributed.terminated(), first
-    # each is made when it is asked for: by then the model is on its device
-    reads = (
-        functools.partial(
-            batches.read, sources, model.motion_mean, model.motion_std, seed=args.seed, stage=now.stage,
-            step=first + i, frames=now.frames, batch=args.batch, samples=samples, device=device, codec=codec,
-        )
-        for i, now in enumerate(steps[first:])
+    wanted = (
+        batches.Wanted(now.stage, step, now.frames, samples)
+        for step, now in enumerate(steps)
         for samples in parts
+    )
+    # called when the first batch is asked for: by then the model is on its device
+    read = lambda some: batches.read(
+        sources, model.motion_mean, model.motion_std, some,
+        seed=args.seed, batch=args.batch, device=device, codec=codec,
     )  # fmt: skip
-    clips = batches.ahead(reads, device)
+    clips = batches.stream(wanted, first, read, device, made=codec is not None)
+    # a small network's passes are recorded for a GPU, if a step has one of each
+    replay = len(parts) == 1 and not args.checkpointing
 
     for step in range(first, len(steps)):
         now = steps[step]
         if step == first or now.step == 0:
-            objective, opts = begin_stage(model, now.stage, kind, world, args.parallel, bf16)
+            objective, opts = begin_stage(model, now.stage, kind, world, args.parallel, bf16, replay)
             if step == first:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:

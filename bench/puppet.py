@@ -1,6 +1,7 @@
 """The puppet's speed: a guided sample, a training step as train.py does it, the clips that feed it."""
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from kit import devices, distributed, puppet, weights
 from kit.backbone import SHIPPED, puppet_backbone
 from kit.data import batch as batches
 from kit.data.sources import open_sources
+from kit.distributed import World
 from kit.geometry import PUPPET
 from motion_tokens import MOTION_DIM
 from sample import denoise
@@ -47,23 +49,26 @@ def training_step(
     model.train().requires_grad_(True)
     if compiled:
         distributed.compile_blocks(model)
-    objective = distributed.Objective(model)
+    objective = distributed.wrap(model, World(device, 0, 1), None, bf16, replay=True)
     sources = open_sources(["puppet"], PUPPET, puppet.body())
     opts = train.optimizers(model, "puppet")
     average = {name: value.clone() for name, value in model.state_dict().items()}
     micro = batch // devices.microbatches(batch, device)
-    parts, made = [range(i, i + micro) for i in range(0, batch, micro)], {}
+    parts, made = [range(i, i + micro) for i in range(0, batch, micro)], []
     drawn = flow.draw(batches.rng("bench"), STAGE, batch)._replace(task=Task.JOINT)
+    codec = puppet.Codec.from_state(extra)
+    wanted = (batches.Wanted(STAGE, step, frames, part) for step in itertools.count() for part in parts)
     read = functools.partial(
-        batches.read, sources, model.motion_mean, model.motion_std, seed=0, stage=STAGE, step=0,
-        frames=frames, batch=batch, device=device, codec=puppet.Codec.from_state(extra),
+        batches.read, sources, model.motion_mean, model.motion_std,
+        seed=0, batch=batch, device=device, codec=codec,
     )  # fmt: skip
+    clips = batches.stream(wanted, 0, read, device, made=True)
 
     def data() -> None:
-        made.update((part.start, read(samples=part)) for part in parts)
+        made[:] = [next(clips) for _ in parts]
 
     def gradients() -> None:
-        train.gradients(objective, iter(made.values()), drawn, parts, bf16)
+        train.gradients(objective, iter(made), drawn, parts, bf16)
         distributed.clip(model, train.CLIP_NORM)
 
     def optimizers() -> None:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import flow
 from dual_dit import DualDiT
-from kit import devices
+from kit import devices, graphs
 
 # gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
 SHARD_FROM = 1_000_000_000  # parameters
@@ -88,16 +88,19 @@ class Objective(nn.Module):
     does not use, none would come.
     """
 
-    def __init__(self, model: DualDiT):
+    def __init__(self, model: DualDiT, replay: bool = False):
         super().__init__()
         self.model = model
+        self.network = graphs.Recorded(model) if replay else model
 
     def forward(self, *inputs) -> flow.Loss:
-        return flow.loss(self.model, *inputs)
+        return flow.loss(self.network, *inputs)
 
 
-def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool) -> nn.Module:
+def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool, replay: bool = False) -> nn.Module:
     """The objective, with the model on its device as the ranks train it; it takes what flow.loss takes next.
+
+    `replay`: as CUDA graphs (kit/graphs.py), where one GPU trains all of a small network.
 
     kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. What is on
     the meta device gets memory, and rank 0's values if that has any; else a checkpoint brings them.
@@ -110,11 +113,10 @@ def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool) -> nn.Modul
         _gather_what_runs(model)
         return Objective(model)
     model = model.to_empty(device=world.device) if model.motion_mean.is_meta else model.to(world.device)
-    objective = Objective(model)
     if world.ranks == 1:
-        return objective
+        return Objective(model, replay and world.device.type == "cuda" and small(model))
     # each task leaves another part of the network unused; all ranks begin with rank 0's values
-    return DistributedDataParallel(objective, find_unused_parameters=True)
+    return DistributedDataParallel(Objective(model), find_unused_parameters=True)
 
 
 def _shard(model: DualDiT, world: World, bf16: bool) -> None:

@@ -157,10 +157,8 @@ def test_a_batch(watch, model, codec, stage):
         watch.waits.clear()
         watch.waited_uploads.clear()
         watch.uploads.clear()
-        batch = batches.read(
-            sources, mean, std, seed=0, stage=stage, step=step, frames=17, batch=4, samples=range(4),
-            device=DEVICE, codec=codec,
-        )  # fmt: skip
+        wanted = [batches.Wanted(stage, step, 17, range(4))]
+        (batch,) = batches.read(sources, mean, std, wanted, seed=0, batch=4, device=DEVICE, codec=codec)
     assert there(*batch)
     # catches parents that lie on the device (46 waits), a box of pixels, numbers uploaded in every call
     assert not watch.waits and not watch.waited_uploads, watch.waits + watch.waited_uploads
@@ -278,21 +276,29 @@ def test_only_training_is_compiled(monkeypatch):
     assert len(called) == len(model.blocks)
 
 
-def test_a_gpu_finds_its_next_batch_read():
-    # catches batches read only when they are asked for, and an order that differs from the CPU's
+@pytest.mark.parametrize(
+    ("device", "made", "first", "read_before"),
+    [
+        ("cpu", True, 0, [[0]]),
+        ("cuda", False, 0, [[0], [1]]),  # a thread is one step ahead
+        ("cuda", True, 0, [list(range(32))]),
+        ("cuda", True, 33, [list(range(32, 40))]),  # as a run that never stopped has read them
+    ],
+)
+def test_steps_are_read_in_order_and_as_suits_the_device(device, made, first, read_before):
     begun = []
 
-    def read(number: int) -> int:
-        begun.append(number)
-        return number
+    def read(wanted: list[batches.Wanted]) -> list[int]:
+        begun.append([part.step for part in wanted])
+        return begun[-1]
 
-    reads = [functools.partial(read, number) for number in range(4)]
-    for device, others in (("cpu", 0), ("cuda", 1)):
-        begun.clear()
-        clips = batches.ahead(reads, torch.device(device))
-        assert next(clips) == 0
-        wait = time.monotonic() + 60
-        while len(begun) < 1 + others and time.monotonic() < wait:
-            time.sleep(0.001)
-        assert begun == list(range(1 + others))
-        assert list(clips) == [1, 2, 3]
+    wanted = [batches.Wanted(step // 40, step, 5, range(2)) for step in range(70)]
+    clips = batches.stream(wanted, first, read, torch.device(device), made)
+    assert next(clips) == first
+    wait = time.monotonic() + 60
+    while len(begun) < len(read_before) and time.monotonic() < wait:
+        time.sleep(0.001)
+    assert begun == read_before
+    assert list(clips) == list(range(first + 1, 70))
+    # catches steps of two stages, whose clips differ in kind, read together
+    assert all(len({step // 40 for step in steps}) == 1 for steps in begun)

@@ -8,6 +8,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from motion_tokens import motion_statistics
 
 BLOCK = 1024  # positions in which every source has exactly its share
 STATISTICS_CLIPS = 2048
+AT_ONCE = 32  # steps whose clips a GPU makes together
 
 
 def rng(*key: int | str) -> torch.Generator:
@@ -125,37 +127,49 @@ class Batch(NamedTuple):
     null_text: Tensor  # (l text_dim)
 
 
+class Wanted(NamedTuple):
+    """Which samples of a step are read together."""
+
+    stage: int
+    step: int
+    frames: int
+    samples: range  # their numbers in the step's batch
+
+
 def read(
     sources: Sequence[Source],
     mean: Tensor,
     std: Tensor,
+    wanted: Sequence[Wanted],
     *,
     seed: int,
-    stage: int,
-    step: int,
-    frames: int,
     batch: int,
-    samples: range,
     device: torch.device,
     codec: puppet.Codec | None = None,
-) -> Batch:
-    """The samples numbered `samples`, of the `batch` samples of step `step`, on `device`.
+) -> list[Batch]:
+    """The samples of one step or several, of the same stage and length, on `device`; a step has `batch`.
 
     Stages 0 and 2 use the sources with video; `codec` makes latents of what is not cached.
     """
+    stage, _, frames, _ = wanted[0]
     paired = stage != 1
     sources = [source for source in sources if source.paired or not paired]
+    places = [(step, i) for _, step, _, samples in wanted for i in samples]
     drawn = []
-    for i in samples:
+    for step, i in places:
         j, number = locate(sources, seed, step * batch + i)
         drawn.append((j, _integer("clip", seed, stage, step, i) if number is None else number))
     motion, video, texts = _gather(sources, drawn, frames, paired, codec, device)
     chosen = [
         captions[_integer("caption", seed, stage, step, i) % len(captions)] if captions else None
-        for captions, i in zip(texts, samples, strict=True)
+        for captions, (step, i) in zip(texts, places, strict=True)
     ]
     text = upload(padded([*chosen, None], sources[0].null_text.float()), device)
-    return Batch(video, (motion - mean) / std, text[:-1], text[-1])
+    *text, null_text = text.split([*(len(part.samples) for part in wanted), 1])
+    sizes = [len(x) for x in text]
+    video = video.split(sizes) if paired else [None] * len(wanted)
+    motion = ((motion - mean) / std).split(sizes)
+    return [Batch(*parts, null_text[0]) for parts in zip(video, motion, text, strict=True)]
 
 
 def padded(features: Sequence[Tensor | None], null_text: Tensor) -> Tensor:
@@ -168,15 +182,40 @@ def padded(features: Sequence[Tensor | None], null_text: Tensor) -> Tensor:
     return text
 
 
-def ahead(reads: Iterable[Callable[[], Batch]], device: torch.device) -> Iterator[Batch]:
-    """The batches in their order; where a GPU trains, a thread reads the next one meanwhile."""
-    if device.type != "cuda":
-        yield from (read() for read in reads)
-        return
+Groups = Iterable[list[Wanted]]
+Reader = Callable[[list[Wanted]], list[Batch]]
+
+
+def stream(
+    wanted: Iterable[Wanted], first: int, read: Reader, device: torch.device, made: bool
+) -> Iterator[Batch]:
+    """The batches from step `first` on, in their order. `made`: by the device itself, as the puppet's clips.
+
+    A GPU makes those of 32 steps at once: each operation costs its host as much as one step's would. What
+    comes from disk is read by a thread while a GPU trains.
+    """
+    at_once = AT_ONCE if made and device.type == "cuda" else 1
+    # the same steps together, wherever a run goes on: a GPU's last bits depend on how many there are
+    groups = (list(x) for _, x in groupby(wanted, lambda w: (w.stage, w.frames, w.step // at_once)))
+    groups = (group for group in groups if group[-1].step >= first)
+    # not while a GPU makes clips: no thread may use it while another records (kit/graphs.py)
+    ahead = device.type == "cuda" and not made
+    for group, found in (_read_ahead if ahead else _read_in_turn)(read, groups):
+        yield from (batch for part, batch in zip(group, found, strict=True) if part.step >= first)
+
+
+def _read_in_turn(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
+    yield from ((group, read(group)) for group in groups)
+
+
+def _read_ahead(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
+    """A thread reads the next group while this one is in use."""
     with ThreadPoolExecutor(1) as thread:
-        reads = iter(reads)
-        coming = thread.submit(next(reads))
-        for read in reads:
-            batch, coming = coming.result(), thread.submit(read)
-            yield batch
-        yield coming.result()
+        before = None
+        for group in groups:
+            now = group, thread.submit(read, group)
+            if before:
+                yield before[0], before[1].result()
+            before = now
+        if before:
+            yield before[0], before[1].result()

@@ -17,7 +17,7 @@ import flow
 import train
 from dual_dit import PRESETS, DualDiT
 from flow import Draw, Role, Task
-from kit import distributed, puppet
+from kit import distributed, graphs, puppet
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from kit.data import batch as batches
 from kit.data.sources import open_sources
@@ -37,24 +37,25 @@ def same_noise_and_exact_products(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def batch(device: torch.device, frames: int = 17) -> batches.Batch:
+def batch(device: torch.device, frames: int = 17, step: int = 0) -> batches.Batch:
     _, extra = load_weights(SHIPPED, device)
     model, codec = tiny_model().to(device), puppet.Codec.from_state(extra)
     sources = open_sources(["puppet"], PUPPET, puppet.body())
+    wanted = [batches.Wanted(2, step, frames, range(4))]
     return batches.read(
-        sources, model.motion_mean, model.motion_std, seed=0, stage=2, step=0, frames=frames, batch=4,
-        samples=range(4), device=device, codec=codec,
-    )  # fmt: skip
+        sources, model.motion_mean, model.motion_std, wanted, seed=0, batch=4, device=device, codec=codec
+    )[0]
 
 
 def loss_and_gradients(
-    model: DualDiT, given: batches.Batch, task: Task, bf16: bool = False
+    model: DualDiT, given: batches.Batch, task: Task, bf16: bool = False, network: flow.Network | None = None
 ) -> tuple[Tensor, list[Tensor]]:
+    """Of `network`, which is the model if nothing stands for it."""
     generator = torch.Generator().manual_seed(0)
     drawn = Draw(task, *flow.draw(generator, 2, len(given.text))[1:])
     model.zero_grad(set_to_none=True)
     with torch.autocast(given.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-        loss = flow.loss(model, *given, drawn).total
+        loss = flow.loss(network or model, *given, drawn).total
     loss.backward()
     found = [p.grad.cpu() if p.grad is not None else torch.zeros(()) for p in model.parameters()]
     return loss.detach().cpu(), found
@@ -88,6 +89,23 @@ def test_a_step_is_the_cpus(task, how):
     loss, found = loss_and_gradients(model, on_gpu, task, bf16=True)
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=1e-2)
     close(found, gradients, 5e-2)
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+@pytest.mark.parametrize("task", Task)
+def test_a_replayed_step_is_the_launched_one(task, bf16):
+    # catches inputs that a replay does not see, weights as they were when it was recorded, other gradients
+    model = tiny_model().to(GPU)
+    network, found = graphs.Recorded(model), []
+    loss_and_gradients(model, batch(GPU, step=1), task, bf16, network)  # records
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 0.9)
+    for called in (model, network):
+        loss, gradients = loss_and_gradients(model, batch(GPU), task, bf16, called)
+        found.append((loss, gradients, [p.grad is None for p in model.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    close(found[1][1], found[0][1], 1e-2 if bf16 else 1e-4)
+    assert found[1][2] == found[0][2]
 
 
 def test_checkpointing_keeps_the_attention_that_ran():

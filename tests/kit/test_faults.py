@@ -168,13 +168,14 @@ def poison(first: int, last: int) -> None:
     """Batches of these steps hold a NaN, in the last rank's samples only."""
     read = batches.read
 
-    def poisoned(*arguments: object, step: int, samples: range, **others: object) -> Batch:
-        made = read(*arguments, step=step, samples=samples, **others)
-        if first <= step <= last and samples.stop == others["batch"]:
-            for clean in (made.video, made.motion):
-                if clean is not None:
-                    clean[-1, 0] = torch.nan
-        return made
+    def poisoned(*arguments: object, batch: int, **others: object) -> list[Batch]:
+        found = read(*arguments, batch=batch, **others)
+        for made, part in zip(found, arguments[3], strict=True):
+            if first <= part.step <= last and part.samples.stop == batch:
+                for clean in (made.video, made.motion):
+                    if clean is not None:
+                        clean[-1, 0] = torch.nan
+        return found
 
     batches.read = poisoned
 

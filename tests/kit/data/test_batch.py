@@ -7,7 +7,7 @@ import torch
 
 from kit import puppet, weights
 from kit.data import batch as batches
-from kit.data.batch import Batch, locate, rng
+from kit.data.batch import Batch, Wanted, locate, rng
 from kit.data.datasets import puppet_motion
 from kit.data.sources import Read, Source, open_sources
 from kit.geometry import PUPPET
@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 def batch(tiny_weights):
     """batch(seed=, step=, stage=, samples=): with the tiny weights' codec and statistics, 5 frames."""
     model, extra = weights.load_weights(tiny_weights)
-    given = {"codec": puppet.Codec.from_state(extra), "frames": 5, "batch": 8, "device": CPU}
+    given = {"codec": puppet.Codec.from_state(extra), "batch": 8, "device": CPU}
     sources = open_sources(["puppet"], PUPPET, puppet.body())
 
-    def make(**where) -> Batch:
-        where = {"seed": 0, "step": 0, "stage": 2, "samples": range(4)} | where
-        return batches.read(sources, model.motion_mean, model.motion_std, **where, **given)
+    def make(seed: int = 0, **where) -> Batch:
+        wanted = [Wanted(**{"stage": 2, "step": 0, "frames": 5, "samples": range(4)} | where)]
+        return batches.read(sources, model.motion_mean, model.motion_std, wanted, seed=seed, **given)[0]
 
     return make
 
@@ -105,8 +105,9 @@ def numbered(count: int | None, weight: float = 1.0, paired: bool = True, offset
 
 
 def read(sources: list[Source], batch: int, samples: range, step: int = 0, stage: int = 1, seed: int = 0):
-    where = {"seed": seed, "step": step, "stage": stage, "frames": 5, "batch": batch, "device": CPU}
-    return batches.read(sources, torch.zeros(235), torch.ones(235), samples=samples, **where)
+    wanted = [Wanted(stage, step, 5, samples)]
+    given = {"seed": seed, "batch": batch, "device": CPU}
+    return batches.read(sources, torch.zeros(235), torch.ones(235), wanted, **given)[0]
 
 
 def drawn(sources: list[Source], steps: range, batch: int, ranks: int = 1, **where):

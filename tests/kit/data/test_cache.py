@@ -137,8 +137,8 @@ def test_training_from_a_cache_loads_no_encoder(folder, made, monkeypatch):
     shape = geometry(folder, 5, (64, 64))
     sources = open_sources([f"cache:{made}"], shape, puppet.body(), wan=True)
     mean, std = batches.statistics(sources, 0)
-    where = {"seed": 0, "stage": 2, "frames": 5, "batch": COUNT, "samples": range(COUNT), "device": CPU}
-    part = batches.read(sources, mean, std, step=0, **where)
+    wanted = [batches.Wanted(2, 0, 5, range(COUNT))]
+    (part,) = batches.read(sources, mean, std, wanted, seed=0, batch=COUNT, device=CPU)
     assert part.video.shape == (COUNT, 16, 2, 8, 8) and part.text.shape == (COUNT, 512, 32)
     assert {part.video.dtype, part.motion.dtype, part.text.dtype} == {torch.float32}
     torch.testing.assert_close(sources[0].null_text[:1], _null_text(made), atol=0, rtol=0)

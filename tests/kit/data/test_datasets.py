@@ -192,10 +192,12 @@ def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, codec,
     sources = open_sources([*kinds, f"clips:{tmp_path / 'clips'}@1"], PUPPET, puppet.body())
     assert [source.count for source in sources] == [None, 5, 5, 2, 3]
     mean, std = batches.statistics([sources[1]], 0)
-    where = {"seed": 0, "step": 0, "frames": 9, "batch": 24, "samples": range(24), "device": CPU}
-    first = batches.read(sources, mean, std, stage=1, **where)
+    where = {"seed": 0, "batch": 24, "device": CPU, "codec": codec}
+    first, second = (
+        batches.read(sources, mean, std, [batches.Wanted(stage, 0, 9, range(24))], **where)[0]
+        for stage in (1, 2)
+    )
     assert first.video is None and first.motion.shape == (24, 9, 235) and first.text.shape == (24, 16, 64)
-    second = batches.read(sources, mean, std, stage=2, codec=codec, **where)
     assert second.video.shape == (24, 48, 3, 8, 8) and second.motion.isfinite().all()
 
 
