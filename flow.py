@@ -76,8 +76,7 @@ class Draw(NamedTuple):
 
     task: Task  # of all samples: an absent modality has no tokens in any of them
     drop_text: Tensor  # (b,) bool
-    t_video: Tensor  # (b,) noise levels
-    t_motion: Tensor  # (b,)
+    t: Tensor  # (b,) noise levels, one for both modalities
     seeds: Tensor  # (b,) int64, of each sample's noise
 
     def rows(self, first: int, end: int) -> "Draw":
@@ -85,8 +84,8 @@ class Draw(NamedTuple):
         return Draw(self.task, *(x[first:end] for x in self[1:]))
 
 
-def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0, one_t: bool = False) -> Draw:
-    """A step of b samples: a pure function of the generator. `one_t`: one noise level for both modalities.
+def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> Draw:
+    """A step of b samples: a pure function of the generator.
 
     joint            the text is dropped at random
     motion to video  the text, or text and motion
@@ -96,13 +95,13 @@ def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0, one
     task = tasks[int(torch.randint(len(tasks), (1,), generator=generator))]
     drop_condition = torch.rand(1, generator=generator).item() < DROP_CONDITION
     drop_text = torch.rand(b, generator=generator) < DROP_TEXT
-    t_video, t_motion = shift_time(torch.rand(2, b, generator=generator), shift)
+    t = shift_time(torch.rand(b, generator=generator), shift)
     seeds = torch.randint(2**62, (b,), generator=generator)
     if drop_condition and task.unconditional is not task:
         task, drop_text = task.unconditional, torch.ones_like(drop_text)
     if task is Task.VIDEO_TO_MOTION:
         drop_text = torch.ones_like(drop_text)
-    return Draw(task, drop_text, t_video, t_video if one_t else t_motion, seeds)
+    return Draw(task, drop_text, t, seeds)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -146,9 +145,9 @@ def loss(
     """
     drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
     text = torch.where(drop_text[:, None, None], null_text, text)
-    x_video, t_video, target_video = by_role(video, drawn.t_video, drawn.seeds, drawn.task.video)
+    x_video, t_video, target_video = by_role(video, drawn.t, drawn.seeds, drawn.task.video)
     # + 1: other noise than the video's
-    x_motion, t_motion, target_motion = by_role(motion, drawn.t_motion, drawn.seeds + 1, drawn.task.motion)
+    x_motion, t_motion, target_motion = by_role(motion, drawn.t, drawn.seeds + 1, drawn.task.motion)
     u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, drawn.task)
     return Loss(squared_error(u_video, target_video), squared_error(u_motion, target_motion))
 
@@ -196,11 +195,12 @@ class Velocity:
 
 
 def guided(
-    model: Network, video: Tensor | None, motion: Tensor | None, t_video: Tensor, t_motion: Tensor,
-    text: Tensor, null_text: Tensor, task: Task, w1: float, w2: float,
+    model: Network, video: Tensor | None, motion: Tensor | None, t: Tensor, text: Tensor, null_text: Tensor,
+    task: Task, w1: float, w2: float,
 ) -> Velocity:  # fmt: skip
-    """The velocity to follow; w1 is ω1, the weight of the text, w2 is ω2, that of the condition."""
+    """The velocity to follow at t (1,); w1 is ω1, the weight of the text, w2 is ω2, that of the condition."""
     x, m, y, null = video, motion, text, null_text
+    t_video, t_motion = (0 * t if role is Role.CLEAN else t for role in (task.video, task.motion))
 
     def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Velocity:
         """One call of the network; without its condition, as the task that has none."""
@@ -227,32 +227,19 @@ def guided(
 # ---------------------------------------------------------------- sampling
 
 
-def euler(u: Tensor, previous: Tensor | None, step: float, previous_step: float) -> Tensor:
+def euler(u: Velocity, previous: Velocity | None, step: float, previous_step: float) -> Velocity:
     """First order: the displacement of one step with the velocity at its beginning."""
     return step * u
 
 
-def adams_bashforth(u: Tensor, previous: Tensor | None, step: float, previous_step: float) -> Tensor:
+def adams_bashforth(u: Velocity, previous: Velocity | None, step: float, previous_step: float) -> Velocity:
     """Second order, multistep: extrapolate the velocity to the middle of the step, at no extra call."""
     if previous_step == 0:
         return step * u
-    return step * (u + (u - previous) * (step / (2 * previous_step)))
+    return step * (u + step / (2 * previous_step) * (u - previous))
 
 
 SOLVERS = {"euler": euler, "ab2": adams_bashforth}
-
-
-def clocks(steps: int, shift: float, lead: float) -> list[tuple[float, float]]:
-    """(t_video, t_motion) of every step, from (1, 1) to (0, 0).
-
-    With `lead` 0 both fall together, in `steps` steps; with 0.5 motion falls first and then video, in `steps`
-    each. In general video starts after the share `lead` of all steps, and motion ends as long before the end.
-    """
-    # paper is silent: both at once, or motion first; a network with a time for each modality can do both
-    way = torch.linspace(0, 1, round(steps / (1 - lead)) + 1, dtype=torch.float64)
-    t_video = 1 - (way - lead).clamp(min=0) / (1 - lead)
-    t_motion = 1 - (way / (1 - lead)).clamp(max=1)
-    return list(zip(shift_time(t_video, shift).tolist(), shift_time(t_motion, shift).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -267,44 +254,34 @@ def sample(
     guidance_text: float = 6.0,
     guidance_condition: float = 6.0,
     shift: float = 8.0,
-    lead: float = 0.0,
     solver: str = "ab2",
     progress: Callable[[list], Iterable] = iter,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Follow the guided velocity from t = 1 to t = 0 -> video and motion.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
-    condition comes back as it went in. `lead` is how far motion is ahead of video in joint sampling (see
-    clocks); `progress` is what the steps go through, such as tqdm. The defaults are Wan's. ValueError
-    where options or inputs do not fit.
+    condition comes back as it went in. `progress` is what the steps go through, such as tqdm. The defaults
+    are Wan's. ValueError where options or inputs do not fit.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
-    if not 0 <= lead <= 0.5:
-        raise ValueError(f"lead must be from 0 (both at once) to 0.5 (motion first, then video), got {lead}")
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
             raise ValueError(
                 f"{task.name}: {name} is {role.value}; got {'none' if x is None else 'a tensor'}"
             )
-    displacement = SOLVERS[solver]
-    previous, previous_step = Velocity(None, None), (0.0, 0.0)
-    times = clocks(steps, shift, lead if task is Task.JOINT else 0.0)
+    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    previous, previous_step = None, 0.0
     for now, then in progress(list(pairwise(times))):
-        t_video, t_motion = (
-            text.new_tensor([0.0 if role is Role.CLEAN else t], dtype=torch.float32)
-            for t, role in zip(now, (task.video, task.motion), strict=True)
-        )
-        u = guided(
-            model, video, motion, t_video, t_motion, text, null_text, task, guidance_text, guidance_condition
-        )
-        step = then[0] - now[0], then[1] - now[1]
-        if u.video is not None:
-            video = video + displacement(u.video, previous.video, step[0], previous_step[0])
-        if u.motion is not None:
-            motion = motion + displacement(u.motion, previous.motion, step[1], previous_step[1])
+        t, step = text.new_tensor([now], dtype=torch.float32), then - now
+        u = guided(model, video, motion, t, text, null_text, task, guidance_text, guidance_condition)
+        displacement = SOLVERS[solver](u, previous, step, previous_step)
+        if task.video is Role.NOISY:
+            video = video + displacement.video
+        if task.motion is Role.NOISY:
+            motion = motion + displacement.motion
         previous, previous_step = u, step
     return video, motion
 

@@ -53,8 +53,8 @@ def options() -> argparse.Namespace:
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 6")
     add("--guidance-condition", type=float, metavar="W2", help="default: puppet 1.5, Wan 6")
-    what = "how far motion is ahead of video in joint sampling, 0 to 0.5; default: puppet 0.5, Wan 0"
-    add("--lead", type=float, metavar="SHARE", help=what)
+    what = "make the video of a joint sample once more, from its motion; default: the puppet only"
+    add("--redraw", action=argparse.BooleanOptionalAction, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
     add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where the latents are from")
@@ -73,13 +73,15 @@ def denoise(
     latents: Tensor | None = None,
     motion: Tensor | None = None,
     bf16: bool = False,
+    redraw: bool = False,
     **sampling,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sample a batch of one task -> latents (b c T h w) and motion (b f 235), not normalised.
 
     text (b l text_dim), grid (T h w) of the latents; `latents` or `motion` is the condition, in the same
     units. It comes back as it was given, an absent modality as None. `bf16` is autocast's, for a network
-    that is stored in fp32; `sampling` goes to flow.sample.
+    that is stored in fp32; `redraw` makes a joint sample's video once more, from its motion; `sampling` goes
+    to flow.sample.
     """
     b, device = len(text), model.motion_mean.device
     generator = rng("sample", seed)  # on the CPU, so that a seed means the same on every device
@@ -94,6 +96,10 @@ def denoise(
     text, null_text = text.to(device), null_text.to(device).expand_as(text)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         video, motion = flow.sample(model, x_video, x_motion, text, null_text, task, **sampling)
+        if redraw and task is Task.JOINT:
+            # a video from a clean motion is better than one made beside a motion that is still noisy
+            noise = torch.randn(noise_video.shape, generator=generator).to(device)
+            video, _ = flow.sample(model, noise, motion, text, null_text, Task.MOTION_TO_VIDEO, **sampling)
     return video, None if motion is None else motion * model.motion_std + model.motion_mean
 
 

@@ -37,15 +37,12 @@ WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 WEIGHT_DECAY = {"puppet": 1e-2, "wan": 1e-3}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
-# The paper's notation has one noise level for both modalities. A level for each lets the puppet make motion
-# first, and then video as if from a given motion.
-ONE_T = {"puppet": False, "wan": True}
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
 BAD_STEPS = 10  # in a row, then the run stops
 # options that a run keeps when it goes on
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
-ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage", "shared-noise")
+ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage")
 
 
 def options() -> argparse.Namespace:
@@ -221,7 +218,6 @@ def train(args: argparse.Namespace) -> None:
     share = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))  # of this rank
     parts = [range(i, i + micro) for i in share[::micro]]
     shift = SHIFT[kind] if args.shift is None else args.shift
-    one_t = ONE_T[kind] or args.ablate == "shared-noise"
     peak = args.lr or LEARNING_RATE[kind]
 
     # what there is: an earlier part of this run, data, the network
@@ -242,7 +238,7 @@ def train(args: argparse.Namespace) -> None:
     first, skipped, bad = (found.record[name] if found else 0 for name in ("step", "skipped", "bad"))
     writer = checkpoints.Writer(args.out, args.keep, world, distributed.small(model))
     log, words, body = None, len(sources[0].null_text), sources[0].body
-    settings = run.settings(shape, words, body, shift, one_t, args.ablate)
+    settings = run.settings(shape, words, body, shift, args.ablate)
     extra = codec.state() if codec else {}
     if rank == 0:
         run.save_record(args.out, vars(args), model, world, bf16, first)
@@ -280,7 +276,7 @@ def train(args: argparse.Namespace) -> None:
 
         # the gradients of this rank's clips, averaged over the ranks
         start = time.perf_counter()
-        drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift, one_t)
+        drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift)
         losses = gradients(objective, clips, drawn, parts, bf16)
         norm = distributed.clip(model, CLIP_NORM)
 

@@ -26,13 +26,13 @@ class Defaults(NamedTuple):
     guidance_text: float
     guidance_condition: float
     shift: float
-    lead: float  # of motion ahead of video in joint sampling (flow.clocks)
+    redraw: bool  # make the video of a joint sample once more, from its motion
 
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
 ABLATED = ("synced", "apart", "shared")  # fields of DualDiTConfig that only ablations change
 
-PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, lead=0.5)
+PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, redraw=True)
 
 
 class Backbone(NamedTuple):
@@ -116,7 +116,7 @@ def wan_backbone(
 
     return Backbone(
         geometry,
-        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, lead=0.0),
+        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False),
         False,
         body,
         lambda: wan.TextEncoder(folder, dtype, device),

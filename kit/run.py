@@ -162,12 +162,10 @@ def ablated(model: DualDiT, ablate: str | None) -> DualDiT:
 # ---------------------------------------------------------------- records
 
 
-def settings(
-    shape: Geometry, words: int, body: str, shift: float, one_t: bool, ablate: str | None
-) -> dict[str, object]:
+def settings(shape: Geometry, words: int, body: str, shift: float, ablate: str | None) -> dict[str, object]:
     """What training depended on, but for the stage; it goes with the weights (kit/weights.py)."""
     clip = {"fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width}
-    recipe = {"shift": shift, "one_t": one_t, "ablate": ablate}
+    recipe = {"shift": shift, "ablate": ablate}
     return clip | {"text_tokens": words, "body": body, "recipe": recipe}
 
 

@@ -38,7 +38,7 @@ class HeldOut(NamedTuple):
     def draw(self, task: Task) -> Draw:
         """Video to motion never has text."""
         no_text = torch.full(self.t.shape, task is Task.VIDEO_TO_MOTION)
-        return Draw(task, no_text, self.t, self.t, self.seeds)
+        return Draw(task, no_text, self.t, self.seeds)
 
     def rows(self, first: int, end: int) -> "HeldOut":
         return HeldOut(*(x if x is None else x[first:end] for x in self))
@@ -161,7 +161,8 @@ def picture(
             rows.append(pictures.draw_skeleton(joints, puppet.body().parents, puppet.project, PICTURE))
             titles.append(f"{title}: motion")
 
-    one = held.rows(0, 1)
+    one, how = held.rows(0, 1), PUPPET_DEFAULTS._asdict()
+    del how["redraw"]  # motion to video is a picture of its own
     show("held out", one.video, one.motion)
     for task in tasks:
         given = ((one.video, one.seeds, task.video), (one.motion, one.seeds + 1, task.motion))
@@ -170,7 +171,7 @@ def picture(
             for x, seeds, role in given
         ]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
-            made = flow.sample(model, *inputs, one.text, one.null_text, task, **PUPPET_DEFAULTS._asdict())
+            made = flow.sample(model, *inputs, one.text, one.null_text, task, **how)
         # a condition comes back as it went in: it is in the first rows
         video, motion = (x if role is Role.NOISY else None for x, (*_, role) in zip(made, given, strict=True))
         show(task.name.lower().replace("_", " "), video, motion)

@@ -39,7 +39,7 @@ from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
 from study.measures import summary
-from study.scores import AT_ONCE, Columns, Real
+from study.scores import Columns, Real
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
@@ -160,7 +160,7 @@ def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
         return [plan.stage(0)], 0
     if name in STAGES:
         return [plan.stage(STAGES[name])], plan.stages[STAGES[name]]
-    name = name.removesuffix("-at-once")
+    name = name.removesuffix("-redrawn")
     return [trained(name, seed, plan) for seed in range(plan.seeds)], steps_of(name, plan)
 
 
@@ -205,28 +205,22 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
     "table1": {
         "real": None,
         "backbone": Task.VIDEO_ONLY,
-        "echomotion-at-once": Task.JOINT,
         "echomotion": Task.JOINT,
+        "echomotion-redrawn": Task.JOINT,
         "video-tuning": Task.VIDEO_ONLY,
         "video-tuning-flops": Task.VIDEO_ONLY,
     },
     "table5": {"mean-motion": None, "echomotion": Task.VIDEO_TO_MOTION},
-    "table6": {
-        "real": None,
-        "stage-1": Task.MOTION_ONLY,
-        "echomotion-at-once": Task.JOINT,
-        "echomotion": Task.JOINT,
-    },
+    "table6": {"real": None, "stage-1": Task.MOTION_ONLY, "echomotion": Task.JOINT},
 }
 
 
 @cache  # tables 1 and 6 ask for the same
 def sampled(
-    file: Path, task: Task, at_once: bool, clips: int, device: str
+    file: Path, task: Task, redraw: bool, clips: int, device: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """Video and motion that a network makes of the held-out clips."""
-    how = AT_ONCE if at_once else {}
-    return scores.generate(*opened(file, device), real_clips(clips), task, **how)
+    return scores.generate(*opened(file, device), real_clips(clips), task, redraw=redraw)
 
 
 def table(part: str, plan: Plan) -> None:
@@ -244,7 +238,7 @@ def table(part: str, plan: Plan) -> None:
             return scores.of_pose(scores.mean_motion(real), real)
         if name == "real":
             return of(scores.through_codec(codec, real), real.motion)
-        return of(*sampled(file, task, name.endswith("at-once"), plan.clips, plan.device))
+        return of(*sampled(file, task, name.endswith("redrawn"), plan.clips, plan.device))
 
     def measured(name: str, task: Task, paths: list[Path]) -> dict:
         found = [columns(name, task, path) for path in paths]

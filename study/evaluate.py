@@ -1,11 +1,11 @@
 """The measures: how good are trained weights on puppet clips they have never seen?
 
-    python -m study.evaluate [--weights FILE] [--clips 64] [--at-once] [--json FILE] [--attention FILE.png]
+    python -m study.evaluate [--weights FILE] [--clips 64] [--no-redraw] [--json FILE] [--attention FILE.png]
     python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE    video to motion on 3DPW (study/pw3d.py)
 
 Each measure stands with its standard error over clips, its baseline (what knowing nothing gives) and its
-ceiling (what the codec, or real clips, give). Motion is made first, then video; --at-once adds what comes
-out when both are made at once, as in the paper.
+ceiling (what the codec, or real clips, give). The video of a joint sample is redrawn from its motion, as by
+sample.py; --no-redraw leaves it as it was made beside the motion, as in the paper.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
-from study.scores import AT_ONCE, Columns, Real
+from study.scores import Columns, Real
 
 # what is printed, by measure: its name, which way is better, baseline and ceiling if there are any
 ROWS = {
@@ -53,13 +53,11 @@ ROWS = {
 Found = dict[str, dict[str, Columns]]  # task -> "ours", "baseline", "ceiling" -> measures
 
 
-def measured(
-    model: DualDiT, codec: puppet.Codec, real: Real, at_once: bool = False, **sampling: float
-) -> Found:
+def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float) -> Found:
     """All three tasks sampled and measured, and what stands beside each."""
     coded = scores.through_codec(codec, real)
     chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
-    make = lambda task, **other: scores.generate(model, codec, real, task, **(sampling | other))
+    make = lambda task: scores.generate(model, codec, real, task, **sampling)
     found = {}
     _, motion = make(Task.VIDEO_TO_MOTION)
     found["video to motion"] = {
@@ -72,14 +70,13 @@ def measured(
         "baseline": scores.of_likeness(video.roll(1, 0), real),
         "ceiling": scores.of_likeness(coded, real),
     }
-    for name, lead in (("joint", {}), ("joint, at once", AT_ONCE))[: 1 + at_once]:
-        video, motion = make(Task.JOINT, **lead)
-        shuffled = scores.of_pair(video.roll(1, 0), motion, real)
-        found[name] = {
-            "ours": scores.of_both(video, motion, real),
-            "baseline": shuffled | {"right_action": chance, "prompt_following": chance},
-            "ceiling": scores.of_both(coded, real.motion, real),
-        }
+    video, motion = make(Task.JOINT)
+    shuffled = scores.of_pair(video.roll(1, 0), motion, real)
+    found["joint"] = {
+        "ours": scores.of_both(video, motion, real),
+        "baseline": shuffled | {"right_action": chance, "prompt_following": chance},
+        "ceiling": scores.of_both(coded, real.motion, real),
+    }
     return found
 
 
@@ -110,12 +107,13 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FILE")
     add("--clips", type=files.count, default=64, metavar="N", help="held-out clips (default %(default)s)")
-    add("--at-once", action="store_true", help="sample video and motion at once too, as in the paper")
     usual = PUPPET_DEFAULTS
     add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
     add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
+    what = "make the video of a joint sample once more, from its motion"
+    add("--redraw", action=argparse.BooleanOptionalAction, default=usual.redraw, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
@@ -131,8 +129,8 @@ def main() -> None:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
-    how = {name: getattr(args, name) for name in ("steps", "solver", "guidance_text", "guidance_condition")}
-    found = measured(model, codec, real, args.at_once, **how)
+    names = "steps", "solver", "guidance_text", "guidance_condition", "redraw"
+    found = measured(model, codec, real, **{name: getattr(args, name) for name in names})
     to_video, to_motion = scores.attention(model, codec, real)
     there, back = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
     print_table(found)

@@ -19,7 +19,6 @@ from study import measures, pose
 CHUNK = {"cpu": 16, "cuda": 128}  # clips at a time
 BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
 READ_CLIPS = 64  # of them whose elbows and knees say what is usual
-AT_ONCE = {"lead": 0.0, "steps": 12}  # as the paper samples; by default motion is made first, in 6 and 6
 Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
 
 

@@ -14,8 +14,8 @@ NAMES = {  # in the order of rows
     "video-tuning-flops": "video tuning, as much arithmetic",
     "mean-motion": "mean motion",
     "stage-1": "text → motion alone (stage 1)",
-    "echomotion-at-once": "EchoMotion, both at once",
-    "echomotion": "EchoMotion, motion first",
+    "echomotion": "EchoMotion",
+    "echomotion-redrawn": "EchoMotion, video redrawn",
     "mvs-rope": "MVS-RoPE",
     "unsynced": "unsynced",
     "collision": "collision",
@@ -26,7 +26,6 @@ NAMES = {  # in the order of rows
 OTHER_NAMES = {
     ("a82", "mvs-rope"): "stages 1 and 2",
     ("a83", "one-stage"): "two experts",
-    ("table5", "echomotion"): "EchoMotion",
     ("table6", "real"): "other real motions",
 }
 LOSS = {"first_loss": "at the start", "loss": "at the end ↓"}

@@ -128,7 +128,7 @@ def test_a_step(model, watch, task, checkpointing):
         distributed.recompute_blocks(model)
     video, motion, text = given(Task.JOINT)
     clips = iter([Batch(video, motion, text, torch.zeros_like(text))] * 2)
-    draw = Draw(task, torch.zeros(2, dtype=torch.bool), *torch.rand(2, 2), torch.arange(2))
+    draw = Draw(task, torch.zeros(2, dtype=torch.bool), torch.rand(2), torch.arange(2))
     # catches times uploaded while the host waits, and a look at the loss before the step is on its way
     for _ in range(2):  # the first uploads what is kept
         watch.waited_uploads.clear()
@@ -145,7 +145,7 @@ def test_a_step(model, watch, task, checkpointing):
 @pytest.mark.parametrize("task", Task)
 def test_a_sample(model, watch, task):
     video, motion, text = given(task)
-    options = {"steps": 2, "guidance_text": 5.0, "guidance_condition": 1.5, "lead": 0.5}
+    options = {"steps": 2, "guidance_text": 5.0, "guidance_condition": 1.5}
     assert there(*flow.sample(model, video, motion, text, torch.zeros_like(text), task, **options))
     assert not watch.waits, watch.waits
 
@@ -223,7 +223,7 @@ def test_weights_in_bf16_are_not_kept_until_the_step_ends():
         return flow.Loss(video.requires_grad_(), None)
 
     clips = iter([Batch(torch.ones(2), None, torch.zeros(2, 1, 1), None)])
-    draw = Draw(Task.VIDEO_ONLY, torch.zeros(2, dtype=torch.bool), *torch.rand(2, 2), torch.arange(2))
+    draw = Draw(Task.VIDEO_ONLY, torch.zeros(2, dtype=torch.bool), torch.rand(2), torch.arange(2))
     train.gradients(objective, clips, draw, [range(2)], bf16=True)
     assert cached == [False]
 

@@ -31,7 +31,7 @@ def randn(*roles: Role) -> list[Tensor | None]:
 
 def a_draw(task: Task, **given) -> Draw:
     seeds = torch.randint(2**62, (B,))
-    return Draw(task, torch.zeros(B, dtype=torch.bool), torch.rand(B), torch.rand(B), seeds)._replace(**given)
+    return Draw(task, torch.zeros(B, dtype=torch.bool), torch.rand(B), seeds)._replace(**given)
 
 
 # ---------------------------------------------------------------- the path
@@ -176,16 +176,13 @@ def test_a_draw_is_a_function_of_the_generator():
     other = flow.draw(torch.Generator().manual_seed(4), 2, 64, shift=8.0)
     assert not (one.seeds == other.seeds).any() and len(one.seeds.unique()) == 64
     part = one.rows(2, 5)
-    assert part.task is one.task and torch.equal(part.t_motion, one.t_motion[2:5])
+    assert part.task is one.task and torch.equal(part.t, one.t[2:5])
 
 
-def test_noise_levels_are_shifted_and_each_modalitys_own():
-    draw = flow.draw(torch.Generator().manual_seed(0), 2, 20_000, shift=8.0)
-    for t in (draw.t_video, draw.t_motion):  # 8t / (1 + 7t) has its median at 8/9
-        assert t.median().item() == pytest.approx(8 / 9, abs=0.005) and 0 <= t.min() < t.max() <= 1
-    assert torch.corrcoef(torch.stack((draw.t_video, draw.t_motion)))[0, 1].abs() < 0.03
-    shared = flow.draw(torch.Generator().manual_seed(0), 2, 8, one_t=True)
-    assert torch.equal(shared.t_video, shared.t_motion)
+def test_noise_levels_are_shifted():
+    t = flow.draw(torch.Generator().manual_seed(0), 2, 20_000, shift=8.0).t
+    # 8t / (1 + 7t) has its median at 8/9
+    assert t.median().item() == pytest.approx(8 / 9, abs=0.005) and 0 <= t.min() < t.max() <= 1
 
 
 @every_task
@@ -200,13 +197,13 @@ def test_a_step_asks_for_the_velocity_at_a_point_of_the_path_and_its_loss_is_the
     got = flow.loss(lambda *given: asked.append(given) or outputs, video, motion, TEXT, NULL, draw)
     ((x_video, x_motion, t_video, t_motion, text, asked_task),) = asked
     assert asked_task is task and text.mean(dim=(1, 2)).tolist() == [0, 1, 0]
-    for role, x0, x, t, drawn, seeds, u, part in (
-        (task.video, video, x_video, t_video, draw.t_video, draw.seeds, outputs[0], got.video),
-        (task.motion, motion, x_motion, t_motion, draw.t_motion, draw.seeds + 1, outputs[1], got.motion),
+    for role, x0, x, t, seeds, u, part in (
+        (task.video, video, x_video, t_video, draw.seeds, outputs[0], got.video),
+        (task.motion, motion, x_motion, t_motion, draw.seeds + 1, outputs[1], got.motion),
     ):
         if role is Role.NOISY:
             noise = flow.noise_like(x0, seeds)
-            assert torch.equal(t, drawn)
+            assert torch.equal(t, draw.t)  # one for both
             for i in range(B):
                 torch.testing.assert_close(x[i], (1 - t[i]) * x0[i] + t[i] * noise[i])
             by_hand = [((u[i] - (noise[i] - x0[i])) ** 2).sum().item() / u[i].numel() for i in range(B)]
@@ -239,17 +236,16 @@ def solve(network, state: list[Tensor | None], task=Task.JOINT, **options) -> tu
     return flow.sample(network, *state, TEXT, NULL, task, **options)
 
 
-@pytest.mark.parametrize("lead", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
-def test_order_of_convergence(solver, order, shift, lead):
+def test_order_of_convergence(solver, order, shift):
     # u = x² cos t has 1/x(0) = 1/x(1) + sin 1, and u = -2tx has x(0) = e·x(1)
     network = ode(lambda x, t: x.square() * t.cos(), lambda x, t: -2 * t * x)
     start = [x.double().sigmoid() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
     exact = 1 / (1 / start[0] + math.sin(1)), math.e * start[1]
     errors = []
     for steps in (12, 24, 48):
-        got = solve(network, start, steps=steps, shift=shift, solver=solver, lead=lead)
+        got = solve(network, start, steps=steps, shift=shift, solver=solver)
         errors.append([(x - y).abs().max().item() for x, y in zip(got, exact, strict=True)])
     for video_and_motion in pairwise(errors):
         for coarse, fine in zip(*video_and_motion, strict=True):
@@ -271,17 +267,14 @@ def test_ab2_is_exact_for_linear_velocities_after_its_first_step(shift):
 
 
 @pytest.mark.parametrize(
-    ("task", "steps", "shift", "lead", "t_video", "t_motion"),
+    ("task", "shift", "t_video", "t_motion"),
     [
-        (Task.JOINT, 4, 3.0, 0.0, (1, 0.9, 0.75, 0.5), (1, 0.9, 0.75, 0.5)),  # 3t / (1 + 2t)
-        (Task.JOINT, 3, 1.0, 0.25, (1, 1, 2 / 3, 1 / 3), (1, 2 / 3, 1 / 3, 0)),
-        (Task.JOINT, 2, 1.0, 0.5, (1, 1, 1, 0.5), (1, 0.5, 0, 0)),  # motion first, then video
-        # nothing is ahead of a condition: both clocks of the other tasks are the plain one
-        (Task.MOTION_TO_VIDEO, 4, 1.0, 0.5, (1, 0.75, 0.5, 0.25), (0, 0, 0, 0)),
-        (Task.VIDEO_TO_MOTION, 4, 1.0, 0.5, (0, 0, 0, 0), (1, 0.75, 0.5, 0.25)),
+        (Task.JOINT, 3.0, (1, 0.9, 0.75, 0.5), (1, 0.9, 0.75, 0.5)),  # 3t / (1 + 2t)
+        (Task.MOTION_TO_VIDEO, 1.0, (1, 0.75, 0.5, 0.25), (0, 0, 0, 0)),
+        (Task.VIDEO_TO_MOTION, 1.0, (0, 0, 0, 0), (1, 0.75, 0.5, 0.25)),
     ],
 )
-def test_sampling_asks_at_these_times(task, steps, shift, lead, t_video, t_motion):
+def test_sampling_asks_at_these_times(task, shift, t_video, t_motion):
     asked = []
 
     def network(video, motion, t_video, t_motion, text, task):
@@ -289,7 +282,7 @@ def test_sampling_asks_at_these_times(task, steps, shift, lead, t_video, t_motio
             asked.append((t_video.item(), t_motion.item()))
         return video, motion
 
-    solve(network, randn(Role.NOISY, Role.NOISY), task, steps=steps, shift=shift, lead=lead)
+    solve(network, randn(Role.NOISY, Role.NOISY), task, steps=4, shift=shift)
     for i, times in enumerate((t_video, t_motion)):
         assert [t[i] for t in dict.fromkeys(asked)] == pytest.approx(times)
 
@@ -306,7 +299,6 @@ def test_progress_sees_every_step_and_gradients_are_off():
     [
         (Task.JOINT, (), {"solver": "heun"}, "unknown solver 'heun': choose one of euler, ab2"),
         (Task.JOINT, (), {"steps": 0}, "steps must be at least 1"),
-        (Task.JOINT, (), {"lead": 0.6}, "lead must be from 0"),
         (Task.MOTION_TO_VIDEO, ("motion",), {}, "motion is a condition.*got none"),
         (Task.JOINT, ("video",), {}, "video is generated; got none"),
         (Task.MOTION_ONLY, (), {}, "video .*no tokens.*got a tensor"),

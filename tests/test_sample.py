@@ -14,14 +14,17 @@ from conftest import ROOT, TINY, all_frames, contents, tiny_model
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation, Slerp
 
+import flow
 import sample
+from flow import Task
 from kit import devices, jobs, output, pictures, puppet, weights
 from kit.attention import attention_to_latents
 from kit.backbone import Backbone, puppet_backbone
 from kit.conditions import read_motion, read_video
+from kit.data.batch import rng
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import Motion, save_amass
-from motion_tokens import decode_smpl
+from motion_tokens import MOTION_DIM, decode_smpl
 
 PLAIN = ("--device", "cpu", "--steps", 2)
 NAMES = ("joint", "m2v", "v2m")
@@ -127,22 +130,42 @@ def test_the_puppet_computes_in_what_the_processor_has_units_for(tiny_weights, t
     assert {x.dtype for x in load_file(out / "latents" / "v2m.safetensors").values()} == {torch.float32}
 
 
-DEFAULTS = {"steps": 6, "guidance_text": 1.5, "guidance_condition": 1.5, "shift": 1.0, "lead": 0.5}
-CHANGED = {"steps": 3, "guidance_text": 0.0, "guidance_condition": 4.0, "lead": 0.0, "solver": "euler"}
+DEFAULTS = {"steps": 6, "guidance_text": 1.5, "guidance_condition": 1.5, "shift": 1.0}
+CHANGED = {"steps": 3, "guidance_text": 0.0, "guidance_condition": 4.0, "solver": "euler"}
 
 
 def test_options_reach_the_sampler_and_the_rest_is_the_puppets(verb, tiny_weights, tmp_path, monkeypatch):
-    # catches a 0 that is taken for nothing given
+    # catches a 0 or a no that is taken for nothing given
     asked = []
-    monkeypatch.setattr(sample.flow, "sample", lambda *given, **how: asked.append(how) or given[1:3])
+    listen = lambda *given, progress, **how: asked.append((given[5], how)) or given[1:3]
+    monkeypatch.setattr(sample.flow, "sample", listen)
     for name in ("looks", "write_all"):
         monkeypatch.setattr(output, name, lambda *_, **__: None)
     call = ("--device", "cpu", "--weights", tiny_weights, "--out", tmp_path, "--task", "joint")
     changed = [f"--{name.replace('_', '-')}={value}" for name, value in CHANGED.items()]
-    assert verb(sample, *call).code == verb(sample, *call, *changed).code == 0
-    for how, expected in zip(asked, ({"solver": "ab2"}, CHANGED), strict=True):
-        how.pop("progress")
-        assert how == DEFAULTS | expected
+    assert verb(sample, *call).code == verb(sample, *call, *changed, "--no-redraw").code == 0
+    usual = DEFAULTS | {"solver": "ab2"}
+    assert asked == [(Task.JOINT, usual), (Task.MOTION_TO_VIDEO, usual), (Task.JOINT, DEFAULTS | CHANGED)]
+
+
+def test_redraw_makes_the_video_again_from_the_motion_and_leaves_the_motion():
+    # catches the same noise used twice, a motion whose units are not the network's, guidance that is lost
+    model = tiny_model()
+    model.motion_mean.fill_(0.5)
+    model.motion_std.fill_(2.0)
+    text, null_text = puppet.encode_text(["a person jumps", ""]).split(1)
+    how = {"steps": 2, "guidance_text": 1.5, "guidance_condition": 4.0, "shift": 1.0}
+    generator, latents = rng("sample", SEED), (1, TINY.channels, 2, 8, 8)
+    noise, noise_motion, more_noise = (
+        torch.randn(shape, generator=generator) for shape in (latents, (1, 5, MOTION_DIM), latents)
+    )
+    video, motion = flow.sample(model, noise, noise_motion, text, null_text, Task.JOINT, **how)
+    again, _ = flow.sample(model, more_noise, motion, text, null_text, Task.MOTION_TO_VIDEO, **how)
+    for redraw, expected in ((False, video), (True, again)):
+        given = (model, Task.JOINT, text, null_text, SEED, latents[2:])
+        made, moved = sample.denoise(*given, redraw=redraw, **how)
+        assert torch.equal(made, expected) and torch.equal(moved, 2.0 * motion + 0.5)
+    assert not torch.equal(video, again)
 
 
 def test_sampling_imports_nothing_slow_that_it_does_not_use(tiny_weights, tmp_path):
@@ -312,7 +335,6 @@ REFUSED = (  # options, and what the message must say
     ("--frames 6", "--frames: expected 4n.1, got 6; the nearest is 5"),
     ("--size 64", "--size: expected HEIGHTxWIDTH"),
     ("--fps 30", "--fps is for --wan"),
-    ("--lead 0.6", "lead must be from 0"),
     ("--weights missing.safetensors", r"no weights at .*missing\.safetensors"),
     ("--weights no-codec", "codec"),
 )
@@ -327,5 +349,5 @@ def test_bad_input_is_one_line_and_writes_nothing(
     ended = verb(sample, *call)
     assert ended.code == 2
     assert re.search(f"^sample.py: error: .*{words}", ended.err.splitlines()[-1])
-    assert ended.err.count("\n") == 1 or words.startswith("lead")  # the bar of the sample comes first
+    assert ended.err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -197,15 +197,15 @@ def call(patch: pytest.MonkeyPatch, module: ModuleType, *arguments: object) -> N
 
 
 def test_wan_is_trained_by_the_papers_settings(folder, trained):
-    # A.9: AdamW, 8e-6, decay 1e-3, shift 8, 15,000 and 12,000 steps, and one t for both modalities
+    # A.9: AdamW, 8e-6, decay 1e-3, shift 8, 15,000 and 12,000 steps
     run, steps = trained
     assert train.stage_steps("wan", None, None, one_stage=False) == {1: 15_000, 2: 12_000}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [line["stage"] for line in lines] == [1] * 5 + [2] * 4
     # as long as the cache's clips, not as the puppet's
     assert {line["frames"] for line in lines} == {FRAMES}
-    for stage, clips, shift, one_t, kind, rate, decay in steps:
-        assert (stage in (1, 2), clips, shift, one_t, decay) == (True, 2, 8.0, True, 1e-3)
+    for stage, clips, shift, kind, rate, decay in steps:
+        assert (stage in (1, 2), clips, shift, decay) == (True, 2, 8.0, 1e-3)
         assert kind is torch.optim.AdamW and rate < 8e-6
     first = train.Step(1, train.WARMUP, 15_000, FRAMES)
     assert train.learning_rate(train.LEARNING_RATE["wan"], first) == pytest.approx(8e-6, rel=1e-4)
@@ -223,7 +223,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     body = settings.pop("body")
     assert body == puppet.body().digest() and settings == {
         "fps": 30, "frames": FRAMES, "height": 64, "width": 64, "text_tokens": 512,
-        "recipe": {"stage": 2, "shift": 8.0, "one_t": True, "ablate": None},
+        "recipe": {"stage": 2, "shift": 8.0, "ablate": None},
     }  # fmt: skip
     plain = (folder, tmp_path / "a", "--task", "joint", "--weights", file)
     made = run(*plain, shape=())

@@ -176,7 +176,7 @@ def test_the_shipped_file_is_the_average_with_codec_statistics_and_settings(whol
     assert torch.equal(model.motion_mean, start.motion_mean)
     assert torch.equal(model.motion_std, start.motion_std)
     assert not differing(codec, extra)
-    recipe = {"stage": 2, "shift": 1.0, "one_t": False, "ablate": None}
+    recipe = {"stage": 2, "shift": 1.0, "ablate": None}
     assert weights.read_header(file)[1] == {
         "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": "", "recipe": recipe,
     }  # fmt: skip
@@ -257,7 +257,7 @@ def test_one_clip_is_learned_by_heart_and_sampled_back(tiny_weights):
     given = [x.expand(copies, *x.shape[1:]) for x in (video, motion, text)]
     for _ in range(steps):
         kept = torch.zeros(copies, dtype=torch.bool)
-        draw = Draw(Task.JOINT, kept, *torch.rand(1, copies).expand(2, -1), torch.randint(2**62, (copies,)))
+        draw = Draw(Task.JOINT, kept, torch.rand(copies), torch.randint(2**62, (copies,)))
         flow.loss(model, *given, torch.zeros_like(text[0]), draw).total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -385,7 +385,7 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
         row = samples.rows(i, i + 1)
         for task in tasks:  # video to motion never has text
             text = row.null_text if task is Task.VIDEO_TO_MOTION else row.text
-            draw = Draw(task, torch.tensor([False]), row.t, row.t, row.seeds)
+            draw = Draw(task, torch.tensor([False]), row.t, row.seeds)
             loss = flow.loss(averaged, row.video, row.motion, text, row.null_text, draw)
             errors[task].append(loss.motion.item())
     for task in tasks:
@@ -444,7 +444,6 @@ ABLATED = {  # fields of the configuration, and the stages whose losses stay wha
     "collision": ({"apart": False}, {0, 1}),  # without video there is nothing to collide with
     "single-stream": ({"shared": True}, {0}),
     "one-stage": ({}, {0}),
-    "shared-noise": ({}, {0}),
 }
 
 
@@ -467,14 +466,12 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(ablations, name):
     stages = [line["stage"] for line in metrics(out)]
     assert stages == [0, *([1] if name != "one-stage" else []), 2, 2]
     config, settings = weights.read_header(out / "weights.safetensors")
-    assert settings["recipe"] == {"stage": 2, "shift": 1.0, "one_t": name == "shared-noise", "ablate": name}
+    assert settings["recipe"] == {"stage": 2, "shift": 1.0, "ablate": name}
     assert config == dataclasses.replace(TINY, **fields)
     # one-stage has a step less, the only one of stage 1
     for step, (one, other) in enumerate(zip(plain.calls[: len(calls)], calls, strict=True)):
         drawn, expected = other.draw, one.draw
-        assert torch.equal(drawn.t_video, drawn.t_motion) == (name == "shared-noise")
-        assert torch.equal(drawn.t_video, expected.t_video) and torch.equal(drawn.seeds, expected.seeds)
-        assert torch.equal(drawn.t_motion, expected.t_motion) or name == "shared-noise"
+        assert torch.equal(drawn.t, expected.t) and torch.equal(drawn.seeds, expected.seeds)
         if name != "one-stage" or step < 1:
             assert drawn.task is expected.task and torch.equal(other.motion, one.motion)
     equal = [a == b for a, b in zip(curve(plain.out)[: len(calls)], curve(out), strict=True)]
@@ -520,7 +517,7 @@ def test_weights_of_one_ablation_do_not_become_another(verb, ablations, tmp_path
     names = ("unsynced", "collision", "single-stream")
     for name in names:
         init = ("--init", ablations[name].out / "weights.safetensors")
-        for other in (("--ablate", other) for other in (*names, "shared-noise") if other != name):
+        for other in (("--ablate", other) for other in names if other != name):
             refused(verb, tmp_path / "run", f"trained with --ablate {name}: add that", *init, *other)
         refused(verb, tmp_path / "run", f"trained with --ablate {name}: add that", *init)
         call = ("--stage", 2, "--steps", 1, "--batch", 1, "--frames", 5, "--ablate", name, *init, *PLAIN)

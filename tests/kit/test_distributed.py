@@ -129,7 +129,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
     backend = lambda graph, _: graphs.append(graph) or graph
     monkeypatch.setattr(torch, "compile", lambda f: compile_it(f, backend=backend, fullgraph=True))
     batch = torch.randn(2, 48, 2, 8, 8), torch.randn(2, 5, 235), torch.randn(2, 16, 64), torch.randn(16, 64)
-    drawn = torch.tensor([True, False]), *torch.rand(2, 2), torch.tensor([1, 2])
+    drawn = torch.tensor([True, False]), torch.rand(2), torch.tensor([1, 2])
     model = tiny_model()
 
     def gradients() -> list[torch.Tensor]:

@@ -29,9 +29,7 @@ def batch() -> tuple:
 
 
 def loss_of(objective: torch.nn.Module, task: Task, bf16: bool = False) -> torch.Tensor:
-    drawn = Draw(
-        task, torch.zeros(2, dtype=torch.bool), torch.full((2,), 0.3), torch.full((2,), 0.6), torch.arange(2)
-    )
+    drawn = Draw(task, torch.zeros(2, dtype=torch.bool), torch.full((2,), 0.3), torch.arange(2))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         return objective(*batch(), drawn).total
 

@@ -61,13 +61,12 @@ def asked(monkeypatch) -> list[tuple]:
     for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):
         monkeypatch.setattr(scores, name, number)
     monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
-    monkeypatch.setattr(ablate, "AT_ONCE", {"lead": 0.0, "steps": 1})
     ablate.real_clips.cache_clear()
     ablate.sampled.cache_clear()
     calls, generate = [], scores.generate
 
     def listen(model, codec, real, task, **sampling):
-        calls.append((task, sampling.get("lead")))
+        calls.append((task, sampling.get("redraw")))
         return generate(model, codec, real, task, **sampling)
 
     monkeypatch.setattr(scores, "generate", listen)
@@ -145,7 +144,7 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
     assert set(results) == {"table1", "figure8", "a81", "a82", "a83", "table5", "table6"}
     for part in results.values():
         for name, found in part.items():
-            seeds = 2 if name in NETWORKS or "at-once" in name else 1
+            seeds = 2 if name in NETWORKS or "redrawn" in name else 1
             assert found["seeds"] == len(found["weights"]) == seeds
             assert found["trained_clips"] == 2 * found["steps"]
             for value in found["measures"].values():
@@ -156,10 +155,10 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
-    # table 1 comes last, with the samples of table 6. Catches a backbone that is asked for motion, or
-    # samples made at once called motion first
-    video, twice = (Task.VIDEO_ONLY, None), [(Task.JOINT, 0.0)] * 2 + [(Task.JOINT, None)] * 2
-    assert asked[-9:] == [*twice, *[video] * 5]
+    # table 1 comes last, with the samples of table 6. Catches a backbone that is asked for motion, or a row
+    # that says redrawn of videos that are not
+    joint, redrawn, video = (Task.JOINT, False), (Task.JOINT, True), (Task.VIDEO_ONLY, False)
+    assert asked[-9:] == [*[joint] * 2, video, *[redrawn] * 2, *[video] * 4]
     # catches work done again, and old numbers kept beside new weights
     measured = []
     for _ in range(2):

@@ -12,9 +12,9 @@ from kit import backbone
 from study import diagrams, figures, tables
 
 ROWS = {
-    "table1": ("real", "backbone", "echomotion-at-once", "echomotion", "video-tuning"),
+    "table1": ("real", "backbone", "echomotion", "echomotion-redrawn", "video-tuning"),
     "table5": ("mean-motion", "echomotion"),
-    "table6": ("real", "stage-1", "echomotion-at-once", "echomotion"),
+    "table6": ("real", "stage-1", "echomotion"),
     "a81": ("mvs-rope", "collision"),
     "a82": ("mvs-rope", "one-stage"),
     "a83": ("one-stage", "single-stream"),
