@@ -43,7 +43,7 @@ from study.scores import Columns, Real
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
-ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
+ABLATION_STEPS = 1000  # of networks that are compared by their losses and attention
 LOOKS = 16  # times that each of these is validated
 WAYS = {"motion_to_video": frame_share, "video_to_motion": latent_share}
 STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")  # its losses
@@ -55,7 +55,7 @@ class Network(NamedTuple):
     start: int
     stage: int
     ablate: str | None = None
-    frames: int | None = None  # None: growing clips, as train.py has them
+    frames: int | None = None  # None: clips as long as the run's
 
 
 NETWORKS = {
@@ -81,15 +81,16 @@ class Plan(NamedTuple):
     runs: Path
     out: Path
     device: str
-    compile: bool  # as the run was
+    frames: int | None  # of clips, and --compile, as the run was; None: growing clips
+    compile: bool
 
     def stage(self, stage: int) -> Path:
         """The weights with which a stage of the run has ended."""
         return self.start / f"stage-{stage}.safetensors"
 
 
-def check_start(folder: Path) -> tuple[dict[int, int], int, bool]:
-    """Steps of each stage, batch and --compile of a run that has ended; an error for another."""
+def check_start(folder: Path) -> tuple[dict[int, int], int, int | None, bool]:
+    """Steps of each stage, batch, --frames and --compile of a run that has ended; an error for another."""
     for name in ("run.json", "stage-0.safetensors", "stage-1.safetensors", "weights.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -101,18 +102,19 @@ def check_start(folder: Path) -> tuple[dict[int, int], int, bool]:
     steps = train.stage_steps("puppet", None, options["steps"], False)
     if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
-    return steps, options["batch"], options["compile"]
+    return steps, options["batch"], options["frames"], options["compile"]
 
 
 # ---------------------------------------------------------------- training
 
 
-def arithmetic(stage: int, steps: int) -> float:
-    """FLOPs of a stage for each clip of a batch, over growing clips; as if no condition were ever dropped."""
+def arithmetic(stage: int, steps: int, frames: int | None) -> float:
+    """FLOPs of a stage for each clip of a batch; as if no condition were ever dropped."""
     config, size, total = PRESETS["puppet"], (puppet.SIZE, puppet.SIZE), 0
     absent = {0: {"motion": 0}, 1: {"video": 0}, 2: {}}[stage]
-    for frames, count in Counter(step.frames for step in train.schedule({stage: steps}, None)).items():
-        tokens = flops.tokens_of(config, frames, size, 8, puppet.TEXT_LEN)._replace(**absent)
+    lengths = Counter(step.frames for step in train.schedule({stage: steps}, frames))
+    for length, count in lengths.items():
+        tokens = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)._replace(**absent)
         total += count * flops.step_flops(config, tokens, checkpointing=False)
     return total
 
@@ -123,8 +125,9 @@ def steps_of(name: str, plan: Plan) -> int:
         return plan.steps or ABLATION_STEPS
     steps = plan.steps or plan.stages[2]
     if name == "video-tuning-flops":
-        both = arithmetic(1, plan.stages[1]) + arithmetic(2, steps)
-        return round(steps * both / arithmetic(0, steps))
+        flops_of = partial(arithmetic, frames=plan.frames)
+        both = flops_of(1, plan.stages[1]) + flops_of(2, steps)
+        return round(steps * both / flops_of(0, steps))
     return steps
 
 
@@ -134,7 +137,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
     if name == "echomotion" and seed == 0 and steps == plan.stages[2]:
         return plan.start / "weights.safetensors"  # the run itself
     options = {"init": str(plan.stage(network.start)), "stage": network.stage, "steps": steps}
-    options |= {"batch": plan.batch, "frames": network.frames, "ablate": network.ablate}
+    options |= {"batch": plan.batch, "frames": network.frames or plan.frames, "ablate": network.ablate}
     options |= {"seed": seed + 1}  # 0 is the run's own: its stages have seen those clips
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
@@ -315,10 +318,10 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    stages, batch, compiled = check_start(args.start)
+    stages, batch, frames, compiled = check_start(args.start)
     plan = Plan(
         args.start, stages, batch, args.seeds, args.clips, args.steps, args.runs, args.out, args.device,
-        compiled,
+        frames, compiled,
     )  # fmt: skip
     plan.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
     for part in PARTS if "all" in args.parts else args.parts:

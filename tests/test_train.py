@@ -224,7 +224,7 @@ def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path,
 
 @pytest.mark.parametrize(
     ("given", "batch"),
-    (("cuda", 128), ("cuda:1", 128), ("cpu", 16), ("cuda --batch 32", 32), ("cuda --wan FOLDER", 16)),
+    (("cuda", 32), ("cuda:1", 32), ("cpu", 16), ("cuda --batch 8", 8), ("cuda --wan FOLDER", 16)),
 )
 def test_the_puppet_has_more_clips_a_step_on_a_gpu(monkeypatch, given, batch):
     # catches 16 clips, of which a GPU is done before its host has launched the next kernel

@@ -24,12 +24,14 @@ from study.ablate import NETWORKS
 def plan(tiny_weights, tmp_path) -> ablate.Plan:
     """From what train.py leaves of a run of all stages."""
     start = tmp_path / "run"
-    write_record(start / "run.json", {"ablate": None, "steps": 12, "batch": 2, "compile": True})
+    write_record(
+        start / "run.json", {"ablate": None, "steps": 12, "batch": 2, "frames": None, "compile": True}
+    )
     for name in ("stage-0", "stage-1", "weights"):
         shutil.copy(tiny_weights, start / f"{name}.safetensors")
-    stages, batch, compiled = ablate.check_start(start)
+    stages, batch, frames, compiled = ablate.check_start(start)
     where = tmp_path / "runs", tmp_path / "results.json"
-    return ablate.Plan(start, stages, batch, 1, 2, None, *where, "cpu", compiled)
+    return ablate.Plan(start, stages, batch, 1, 2, None, *where, "cpu", frames, compiled)
 
 
 @pytest.fixture
@@ -95,10 +97,10 @@ def test_video_tuning_sees_as_many_clips_or_costs_as_much_arithmetic(plan):
         flops.step_flops(PRESETS["puppet"], flops.Tokens(16 * (f + 3), 51 * f, puppet.TEXT_LEN), False)
         for f in lengths  # a latent of 8x8 tokens for the first frame, then for each four
     )
-    assert ablate.arithmetic(2, 700) == pytest.approx(by_hand)
-    spent = ablate.arithmetic(1, 100) + by_hand
+    assert ablate.arithmetic(2, 700, None) == pytest.approx(by_hand)
+    spent = ablate.arithmetic(1, 100, None) + by_hand
     steps = ablate.steps_of("video-tuning-flops", plan)
-    assert ablate.arithmetic(0, steps) == pytest.approx(spent, rel=0.01)
+    assert ablate.arithmetic(0, steps, None) == pytest.approx(spent, rel=0.01)
 
 
 def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan):
@@ -107,10 +109,12 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
     ablate.trained("unsynced", 3, plan)
     assert out.name == "unsynced-3" and len(trainings) == 1
     assert trainings[0].seed == 4  # 0 is the run's own
-    folder_of(out, 500).rename(folder_of(out, 1))  # cut short: weights are there, its last step is not
+    folder_of(out, ablate.ABLATION_STEPS).rename(
+        folder_of(out, 1)
+    )  # cut short: weights are there, its last step is not
     ablate.trained("unsynced", 3, plan)
     assert len(trainings) == 2 and trainings[1].resume == "auto"
-    with pytest.raises(ValueError, match=r"trained with \{'steps': 500\}, expected .*choose another --runs"):
+    with pytest.raises(ValueError, match=r"trained with \{'steps': 1000\}, expected .*choose another --runs"):
         ablate.trained("unsynced", 3, plan._replace(steps=9))
 
 
@@ -119,7 +123,7 @@ def test_training_that_fails_or_stops_ends_the_work(code, saved, plan, monkeypat
     # catches a table of half trained networks; train.py takes SIGTERM for an end
     def run(*_, **__) -> subprocess.CompletedProcess:
         if saved:
-            folder_of(plan.runs / "collision-0", 500).mkdir(parents=True)
+            folder_of(plan.runs / "collision-0", ablate.ABLATION_STEPS).mkdir(parents=True)
         return subprocess.CompletedProcess([], code)
 
     monkeypatch.setattr(ablate.subprocess, "run", run)
@@ -150,7 +154,7 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
             for value in found["measures"].values():
                 assert value["mean"] == value["mean"] and value["error"] >= 0
                 assert ("error_seeds" in value) == (seeds == 2)
-    assert results["a82"]["one-stage"]["curve"]["steps"] == [0, 500]
+    assert results["a82"]["one-stage"]["curve"]["steps"] == [0, ablate.ABLATION_STEPS]
     assert results["a81"]["collision"]["measures"]["first_loss"]["mean"] == 1
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
