@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from kit import puppet
-from study import measures
+from study import measures, pose, scores
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -173,3 +173,12 @@ def test_outlines_forgive_place_and_nothing_else():
 def test_held_out_clips_are_not_those_of_the_bank():
     one, other = measures.held_out(4), measures.held_out(4, "bank")
     assert not torch.equal(one.joints, other.joints)
+
+
+def test_bends_are_those_of_as_many_clips_as_are_said(monkeypatch):
+    # catches a whole chunk read where fewer are asked for
+    for name, number in (("BANK_CLIPS", 5), ("READ_CLIPS", 3), ("CHUNK", {"cuda": 2})):
+        monkeypatch.setattr(scores, name, number)
+    bank = measures.held_out(3, "bank")
+    expected = pose.read_pose(puppet.render(bank.joints, bank.betas, bank.shirt)[0]).bend.flatten(0, 1)
+    torch.testing.assert_close(scores.held_out(2).bends, expected, rtol=0, atol=0, equal_nan=True)
