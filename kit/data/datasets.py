@@ -61,7 +61,10 @@ class DataSet(NamedTuple):
 
 def parse(spec: str) -> tuple[str, str, float | None]:
     """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
-    match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", OPTION.sub("", spec))
+    rest = OPTION.sub("", spec)
+    if unknown := re.search(r"@\w+=[^@]*", rest):
+        raise ValueError(f"data set {spec!r}: no option {unknown[0]}, expected @axes=, @smooth= or @WEIGHT")
+    match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", rest)
     if not match:
         raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
     kind, where, weight = match.groups()
@@ -70,7 +73,7 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     return kind, where or "", None if weight is None else float(weight)
 
 
-def parse_reading(spec: str, force: bool = False) -> Reading:
+def parse_reading(spec: str, force: bool | None = None) -> Reading:
     """The options in a data set's name, such as @axes=opencv@smooth=0.1."""
     options = dict(OPTION.findall(spec))
     if (axes := options.get("axes", "")) and axes not in AXES:
@@ -82,10 +85,10 @@ def parse_reading(spec: str, force: bool = False) -> Reading:
     return Reading(axes, float(smooth), force)
 
 
-def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
+def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool | None = None) -> DataSet:
     """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none.
 
-    `force` takes motion that no person can do.
+    `force` takes motion that no person can do; None where the command has no such option.
     """
     kind, where, _ = parse(spec)
     if kind not in KINDS:

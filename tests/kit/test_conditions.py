@@ -1,7 +1,6 @@
 """--motion of sample.py takes what kit/data/hmr.py reads; what it assumes is said."""
 
 import pickle
-from pathlib import Path
 
 import hmr_files
 import numpy as np
@@ -81,11 +80,22 @@ def test_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     )
 
 
-@pytest.mark.parametrize("ending", ("@fps=x", "@fps=-1", "@smooth=inf"))
-def test_options_that_mean_nothing(tmp_path, backbone, who, ending):
+@pytest.mark.parametrize(
+    "named, reason",
+    [
+        ("w.pkl@fps=x", "expected a number above 0"),
+        ("w.pkl@fps=-1", "expected a number above 0"),
+        ("w.pkl@fps=0", "fps is '0', expected a number above 0"),
+        ("w.pkl@smooth=inf", "expected a number from 0 on"),
+        ("own.npz@fps=25", r"own\.npz has a rate of its own, 16: leave @fps= out"),
+    ],
+)
+def test_options_that_mean_nothing(tmp_path, backbone, who, named, reason):
     hmr_files.wham(tmp_path / "w.pkl", who)
-    with pytest.raises(ValueError, match=r"expected a number from 0 on"):
-        open_motion(Path(f"{tmp_path}/w.pkl{ending}"), backbone.body)
+    poses = who.full.reshape(-1, 72)
+    np.savez(tmp_path / "own.npz", poses=poses, trans=who.transl, betas=who.betas, mocap_frame_rate=16.0)
+    with pytest.raises(ValueError, match=reason):
+        open_motion(tmp_path / named, backbone.body)
 
 
 def test_every_tool_conditions_a_sample(tmp_path, backbone, who):
