@@ -8,12 +8,12 @@ from kit.puppet.actions import SIDED, TABLE, mirror
 from kit.puppet.world import _move, _own_time
 from motion_tokens import axis_angle_to_matrix
 
-HELD_OUT = range(7_000_000, 7_000_048)
+HELD_OUT = range(7_000_000, 7_000_012)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return puppet.Codec.fit(puppet.FIT_SEEDS[:192])
+    return puppet.Codec.fit(puppet.FIT_SEEDS[:48])
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,6 @@ def test_actions_are_told_apart_by_their_joints():
     assert (bank.action[nearest] == fresh.action).float().mean() >= 0.95
 
 
-def test_the_mean_motion_is_far_off():
-    bank, fresh = (puppet.clips(seeds).joints for seeds in (range(600), range(1000, 1200)))
-    mean = (bank - bank[:, :, :1]).mean(dim=0)
-    error = (fresh - fresh[:, :, :1] - mean).norm(dim=-1).mean()
-    assert 0.170 < error < 0.205
-
-
 def test_render():
     clips = puppet.clips(range(6))
     video, cover = puppet.render(clips.joints, clips.betas, clips.shirt)
@@ -172,13 +165,6 @@ def test_codec_is_causal(codec, held_out):
         changed[:, :, t] *= -1
         moved = (codec.decode(changed) - codec.decode(latents)).abs().amax(dim=(0, 1, 3, 4)) > 1e-4
         assert moved.nonzero().flatten().tolist() == [f for f in range(17) if (f + 3) // 4 == t]
-
-
-def test_codec_travels_as_tensors(codec, held_out):
-    again = puppet.Codec.from_state({name: value.clone() for name, value in codec.state().items()})
-    assert set(codec.state()) == {"encode", "decode", "mean", "scale"}
-    latents = codec.encode(held_out[0][:2])
-    assert torch.equal(again.decode(again.encode(held_out[0][:2])), codec.decode(latents))
 
 
 def test_text():
