@@ -1,5 +1,6 @@
 """bench gpu: at tiny sizes on the CPU, each part within its time, none spoilt by another."""
 
+import functools
 import json
 import os
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, timing
+from bench import gpu, puppet, timing
 
 CPU = torch.device("cpu")
 
@@ -17,16 +18,17 @@ def test_parts_that_need_no_peer_run_at_tiny_sizes(monkeypatch, tmp_path):
     # compiling is left to a GPU
     monkeypatch.setattr(torch, "compile", lambda forward: forward)
     monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(puppet, "training_step", functools.partial(puppet.training_step, frames=5))
     found = {}
     for name in ("train", "motion", "hybrid", "puppet"):
         gpu.PARTS[name][0](gpu.TINY, CPU, tmp_path, 60.0, found.setdefault(name, {}).update)
-    train, hybrid, puppet = found["train"], found["hybrid"], found["puppet"]
+    train, hybrid, steps = found["train"], found["hybrid"], found["puppet"]
     assert train.keys() == {"planned_gib", "plain", "compiled"}
     assert train["plain"].keys() == {"seconds", "tokens_per_second", "tflops"}
     assert found["motion"]["overhead"] > 0
     assert hybrid["shape"].startswith("2 latents of 2x2") and hybrid["backward"]["tokens_per_second"] > 0
     parts = {"clips_per_second", "step", "data", "gradients", "optimizers", "average"}
-    assert puppet["batch_2"].keys() == puppet["batch_2_compiled"].keys() == parts
+    assert steps["batch_2"].keys() == steps["batch_2_compiled"].keys() == parts
 
 
 def fails(sizes, device, out: Path, left: float, report) -> None:

@@ -112,9 +112,8 @@ def test_a_checkpointed_block_keeps_what_is_counted(dual):
     # catches what a video-only block keeps of motion: nothing, its tokens pass unchanged
     shallow = dataclasses.replace(SMALL, dual=None if dual is None else ())
     deep = dataclasses.replace(SMALL, layers=6, dual=dual)
-    counts = [
-        flops.training_memory(c, GRID, 2, checkpointing=True, text=TEXT).activations for c in (deep, shallow)
-    ]
+    how = {"checkpointing": True, "text": TEXT}
+    counts = [flops.training_memory(c, GRID, 2, **how).activations for c in (deep, shallow)]
     assert counts[0] - counts[1] == pytest.approx(alive_bytes(deep) - alive_bytes(shallow), rel=0.02)
 
 

@@ -72,7 +72,7 @@ def test_products_train_in_bf16_where_scores_fit(monkeypatch, dtype, grad, cache
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "products"), [(CPU, True, True), (CPU, False, False), (GPU, True, False)]
+    "device, units, products", [(CPU, True, True), (CPU, False, False), (GPU, True, False)]
 )
 def test_only_a_cpu_with_bf16_units_trains_by_products(monkeypatch, device, units, products):
     # elsewhere they take ten times as long as the fused kernel, or more

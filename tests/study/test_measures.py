@@ -45,9 +45,8 @@ def reference_pa(found: np.ndarray, real: np.ndarray) -> float:
 def test_pa_mpjpe_agrees_with_scipy_and_a_mirror_image_is_not_free(mirror):
     real = randn(2, 3, 24, 3, seed=1)
     found = mirror * real + 0.1 * randn(2, 3, 24, 3, seed=2)
-    expected = [
-        reference_pa(*pair) for pair in zip(found.double().numpy(), real.double().numpy(), strict=True)
-    ]
+    pairs = zip(found.double().numpy(), real.double().numpy(), strict=True)
+    expected = [reference_pa(*pair) for pair in pairs]
     np.testing.assert_allclose(measures.pa_mpjpe(found, real), expected, rtol=1e-4)
     assert min(expected) > 500 if mirror == -1 else max(expected) < 200
 

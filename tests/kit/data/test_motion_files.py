@@ -204,10 +204,9 @@ def test_mirror_reflects_the_joints(make):
     body, motion = make(), random_motion()
     motion = motion._replace(body_pose=torch.randn(FRAMES, 23, 3, generator=torch.Generator().manual_seed(1)))
     expected = joints(motion, body)
-    swapped = [
-        name.replace("left", "x").replace("right", "left").replace("x", "right") for name in JOINT_NAMES
-    ]
-    expected = expected[:, [JOINT_NAMES.index(name) for name in swapped]] * torch.tensor((-1, 1, 1))
+    other = lambda name: name.replace("left", "x").replace("right", "left").replace("x", "right")
+    swapped = [JOINT_NAMES.index(other(name)) for name in JOINT_NAMES]
+    expected = expected[:, swapped] * torch.tensor((-1, 1, 1))
     torch.testing.assert_close(joints(mirror(motion, body), body), expected, atol=1e-5, rtol=0)
     twice = mirror(mirror(motion, body), body)
     for name in ("global_orient", "body_pose", "transl"):
