@@ -27,9 +27,6 @@ def call(model: DualDiT, batch: int, video: bool = True, motion: bool = True):
     return model(latents, moving, t if video else None, t if motion else None, text, Task.JOINT)
 
 
-# ---------------------------------------------------------------- arithmetic
-
-
 @pytest.mark.parametrize("config", (SMALL, HYBRID), ids=("all dual", "hybrid"))
 @pytest.mark.parametrize(("video", "motion"), ((True, True), (True, False), (False, True)))
 def test_flops_are_torchs_own_count(config, video, motion):
@@ -60,9 +57,6 @@ def test_a_step_is_three_forwards_and_a_recomputation():
     forward = sum(flops.forward_flops(PRESETS["wan2.1-1.3b"], tokens).values())
     stored, recomputed = (flops.step_flops(PRESETS["wan2.1-1.3b"], tokens, ck) for ck in (False, True))
     assert stored == 3 * forward and 0 < recomputed - stored < forward
-
-
-# ---------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("dual", (None, (2,), (0, 2)), ids=str)

@@ -81,9 +81,6 @@ def test_only_a_cpu_with_bf16_units_trains_by_products(monkeypatch, device, unit
     assert dual_dit.attention is (devices.attention_by_products if products else devices.fused_attention)
 
 
-# ---------------------------------------------------------------- the same under load
-
-
 def choice_and_bytes(seed: int) -> tuple[str, str]:
     """In a process of its own: the attention that training chooses, and a hash of a gradient and a sample."""
     torch.set_num_threads(1)

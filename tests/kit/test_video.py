@@ -233,9 +233,6 @@ def test_hdr_is_refused(tmp_path, transfer, name):
         next(images_at(path, 16))
 
 
-# ---------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("size", [(704, 1280), (64, 64)], ids=str)
 def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
     # catches BT.601's numbers without a tag: from HD on, players take them for BT.709's

@@ -38,9 +38,6 @@ def edit(path: Path, config: str | None = with_config(), **tensors: torch.Tensor
     save_file(load_file(path) | tensors, path, {} if config is None else {"config": config})
 
 
-# ---------------------------------------------------------------- there and back
-
-
 def test_network_configuration_and_extras_come_back(saved, model):
     back, extra = load_weights(saved)
     assert back.config == model.config and not back.training
@@ -62,9 +59,6 @@ def test_the_same_weights_give_the_same_bytes(tmp_path, model):
     for k in range(8):
         save_weights(tmp_path / f"{k}", TINY, model.state_dict(), EXTRA, settings={"fps": 16, "frames": 9})
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 DAMAGE = {

@@ -179,9 +179,6 @@ SAMPLES = {
 }
 
 
-# ---------------------------------------------------------------- the test
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """clips/ and cache/, which are in order, and outside/, which nobody may look at."""

@@ -35,9 +35,6 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: x for name, x in batch._asdict().items() if x is not None and name != "null_text"}
 
 
-# ---------------------------------------------------------------- randomness
-
-
 def test_rng_depends_on_its_key_alone():
     # catches a generator that follows torch's own, or that moves it
     torch.manual_seed(1)
@@ -50,9 +47,6 @@ def test_rng_depends_on_its_key_alone():
 def test_rng_is_the_same_in_every_process_and_version():
     # catches Python's own hash(), which is salted anew in every process
     assert rng("noise", 0, 1).initial_seed() == 5109899978712744302
-
-
-# ---------------------------------------------------------------- the batch
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2))
@@ -87,9 +81,6 @@ def test_another_seed_step_or_sample_is_other_data(batch, other):
     # catches a key that forgets one of them: training would see the same clips again
     here, there = tensors(batch()), tensors(batch(**other))
     assert not [name for name in here if torch.equal(here[name], there[name])]
-
-
-# ---------------------------------------------------------------- finite data: which sample when
 
 
 def numbered(count: int | None, weight: float = 1.0, paired: bool = True, offset: float = 0.0) -> Source:

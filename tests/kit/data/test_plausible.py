@@ -139,9 +139,6 @@ def test_the_effect_of_a_known_smoothing():
     assert mean == pytest.approx(0.005, rel=1e-3) and most == pytest.approx(0.005, rel=1e-3)
 
 
-# ---------------------------------------------------------------- bodies
-
-
 def gendered_bodies(folder: Path, **sizes: float) -> Path:
     """SMPL models that differ in size."""
     folder.mkdir()
@@ -172,9 +169,6 @@ def test_a_gendered_file_has_that_genders_body(tmp_path, capsys):
         expected = (pelvis + file["trans"]) @ AXES["zup"].T.numpy() - pelvis
     found = read_motion_file(tmp_path / "a" / "male.npz", body).motion
     np.testing.assert_allclose(found.transl, expected, atol=1e-5)
-
-
-# ---------------------------------------------------------------- clips, and their picture
 
 
 def test_clips_in_other_axes_and_other_units(tmp_path, capsys):

@@ -234,8 +234,6 @@ def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder
                 assert 0.7 < found.std() / expected.std() < 1.4, name
 
 
-# ---------------------------------------------------------------- number for number
-
 GRIDS = [(1, 2, 2), (3, 4, 6), (5, 10, 4)]
 
 
@@ -252,9 +250,6 @@ def test_video_only_is_diffusers(folder, grid):
     assert max(map(relative, found, reference(video, each, text).sample)) < 1e-5
     coarse = velocity(wan.load_transformer(folder, torch.bfloat16), video, TIMES, text)
     assert max(map(relative, coarse, expected)) < 2e-2
-
-
-# ---------------------------------------------------------------- from a prompt to pixels
 
 
 class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
