@@ -72,6 +72,12 @@ def test_skeleton():
     assert (behind == torch.tensor(pictures.PAPER)).all()
 
 
+def test_side_by_side():
+    skeleton = pictures.draw_skeleton(standing(), PARENTS, project, size=64)
+    both = pictures.side_by_side(pictures.to_frames(moving_picture(4, 16, 16)), skeleton)
+    assert both.shape == (4, 64, 64 + 4 + 64, 3) and torch.equal(both[:, :, 68:], skeleton)
+
+
 def test_fitted_view_holds_the_motion_upright_and_unmirrored():
     joints = standing() * 3 + torch.tensor([5.0, -2.0, 1.0])
     pixels, depth = pictures.fitted(joints)(joints)

@@ -167,6 +167,13 @@ def test_codec_is_causal(codec, held_out):
         assert moved.nonzero().flatten().tolist() == [f for f in range(17) if (f + 3) // 4 == t]
 
 
+def test_codec_travels_as_tensors(codec, held_out):
+    again = puppet.Codec.from_state({name: value.clone() for name, value in codec.state().items()})
+    latents = codec.encode(held_out[0][:2])
+    assert torch.equal(again.encode(held_out[0][:2]), latents)
+    assert torch.equal(again.decode(latents), codec.decode(latents))
+
+
 def test_text():
     text = puppet.encode_text(["a red shirt", "A shirt red.", "", "red"])
     assert text.shape == (4, puppet.TEXT_LEN, puppet.TEXT_DIM)
