@@ -73,7 +73,7 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     return kind, where or "", None if weight is None else float(weight)
 
 
-def parse_reading(spec: str, force: bool | None = None) -> Reading:
+def parse_reading(spec: str, force: bool = False) -> Reading:
     """The options in a data set's name, such as @axes=opencv@smooth=0.1."""
     options = dict(OPTION.findall(spec))
     if (axes := options.get("axes", "")) and axes not in AXES:
@@ -85,10 +85,10 @@ def parse_reading(spec: str, force: bool | None = None) -> Reading:
     return Reading(axes, float(smooth), force)
 
 
-def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool | None = None) -> DataSet:
+def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
     """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none.
 
-    `force` takes motion that no person can do; None where the command has no such option.
+    `force` takes motion that no person can do.
     """
     kind, where, _ = parse(spec)
     if kind not in KINDS:

@@ -25,8 +25,9 @@ class Reading:
 
     axes: str = ""  # of all files, one of AXES; empty: as each file tells
     smooth: float = 0.0  # seconds, the deviation of a Gaussian; 0: as it is
-    force: bool | None = None  # takes what no person does, too; None: the command has no --force
+    force: bool = False  # takes what no person does, too
     said: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # names of what would be taken with force
     smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
 
     def say(self, name: str, notes: list[str]) -> None:
@@ -35,8 +36,8 @@ class Reading:
     def refuse(self, faults: list[str], name: str) -> None:
         """Raise ValueError if there are faults; only say so if what has them is forced."""
         if faults and not self.force:
-            hint = "" if self.force is None else " (--force takes it as it is)"
-            raise ValueError(f"{name}: {'; '.join(faults)}{hint}")
+            self.refused.append(name)
+            raise ValueError(f"{name}: {'; '.join(faults)}")
         self.say(name, faults)
 
 

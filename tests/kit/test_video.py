@@ -156,16 +156,12 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path, pixel, ending):
     assert found.sum(axis=1).max() == pytest.approx(24 * pixel, abs=1)
 
 
-def test_what_is_stretched_is_turned_after_that(tmp_path):
+def test_what_is_stretched_is_turned_after_that_within_reason(tmp_path):
     path = wide(tmp_path / "a.mp4", Fraction(3, 2))
     set_matrix(path, 0, 1, -1, 0, 48)
     assert np.asarray(next(images_at(path, 16))).shape == (96, 48, 3)
-
-
-def test_pixels_that_no_camera_has_are_refused(tmp_path):
-    # catches a damaged header that asks for a picture of gigabytes
-    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):
-        next(images_at(wide(tmp_path / "a.mp4", Fraction(20)), 16))
+    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):  # a damaged header
+        next(images_at(wide(path, Fraction(20)), 16))
 
 
 # ---------------------------------------------------------------- colours

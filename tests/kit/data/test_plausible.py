@@ -98,7 +98,7 @@ def test_axes_named_in_the_spec(tmp_path, capsys):
     spec = amass_folder(tmp_path / "a", yup=(puppet_motion(), "yup"))
     count, said = check(spec, capsys)
     assert count == 0 and "yup.npz: the person lies in 100% of frames" in said and "1 rejected" in said
-    assert "(--force takes it as it is)" in said
+    assert "--force takes as it is what no person does: 1 of those rejected" in said
     with pytest.raises(ValueError, match="the person lies") as training:  # which has no --force
         open_sources([spec], PUPPET, puppet.body())
     assert "--force" not in str(training.value)

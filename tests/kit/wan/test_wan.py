@@ -155,13 +155,15 @@ def test_every_tensor_lands(folder, tmp_path, layout):
     assert wan.transformer_config(changed / "transformer") == model.config
 
 
+def in_blocks(word: str):
+    return lambda name: re.sub(r"^(blocks\.\d+\.)", rf"\1{word}", name)
+
+
 PREFIXES = {
     "ComfyUI": "model.diffusion_model.{}".format,
     "DDP, compiled": "module._orig_mod.{}".format,
-    "compiled blocks": lambda name: re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", name),
-    "FSDP, checkpointed": lambda name: re.sub(
-        r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
-    ),
+    "compiled blocks": in_blocks("_orig_mod."),
+    "FSDP, checkpointed": in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module."),
 }
 
 
@@ -508,11 +510,7 @@ def test_a_transformer_that_is_not_whole_or_not_supported_is_refused(small, case
         wan.load_transformer(small)
 
 
-FILES = {
-    "vae": f"{STEM}.safetensors",
-    "text_encoder": "model.safetensors",
-    "tokenizer": "tokenizer.json",
-}
+FILES = {"vae": f"{STEM}.safetensors", "text_encoder": "model.safetensors", "tokenizer": "tokenizer.json"}
 
 
 @pytest.mark.parametrize("part", FILES)
