@@ -48,22 +48,19 @@ def test_joints_follow_from_the_parameters():
 
 def test_left_is_the_mirror_of_right():
     assert len(SIDED) >= 12
+    other = {"l": lambda name: name.replace("left", "right"), "r": lambda name: name.replace("right", "left")}
     for name in SIDED:
         right, left = (puppet.ACTIONS.index(name.format(side)) for side in ("right", "left"))
         cycles = torch.linspace(0, 1, 9)[None]
         (right_pose, right_path), (left_pose, left_path) = (
             _move(torch.tensor([a]), cycles, torch.ones(1)) for a in (right, left)
         )
-        swap = [puppet.JOINT[mirrored_name(joint)] for joint in puppet.JOINT_NAMES]
+        swap = [puppet.JOINT[other.get(joint[0], str)(joint)] for joint in puppet.JOINT_NAMES]
         reflect = torch.tensor((-1.0, 1.0, 1.0))
         torch.testing.assert_close(left_path, right_path * reflect)
         expected = right_pose[:, :, swap] * reflect[:, None] * reflect
         torch.testing.assert_close(left_pose, expected, atol=1e-6, rtol=0)
         assert mirror(mirror(SIDED[name])) == SIDED[name]
-
-
-def mirrored_name(joint: str) -> str:
-    return {"l": joint.replace("left", "right"), "r": joint.replace("right", "left")}.get(joint[0], joint)
 
 
 def test_captions_say_what_is_shown():
