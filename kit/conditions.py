@@ -65,6 +65,8 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
             fps = USUAL_FPS
             said.append(f"it has no rate: {fps:g} frames a second are assumed, or name another, @fps=25")
         times = torch.arange(int(found.frames[-1]) + 1, dtype=torch.float64) / fps
+    elif "fps" in options:
+        raise ValueError(f"{file} has a rate of its own, {found.motion.fps:g}: leave @fps= out")
     parts, cut = stretches(found, times)
     motion = max(parts, key=lambda part: len(part.times)).motion
     if len(parts) > 1:
@@ -81,8 +83,9 @@ def _number(path: Path, options: dict[str, str], name: str, usual: float) -> flo
         value = float(options.get(name, usual))
     except ValueError:
         value = -1.0
-    if name in options and not 0 <= value < math.inf:
-        raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number from 0 on")
+    if name in options and not (0 < value < math.inf or (value == 0 and name == "smooth")):
+        least = "from 0 on" if name == "smooth" else "above 0"
+        raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number {least}")
     return value
 
 

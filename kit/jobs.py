@@ -26,6 +26,8 @@ def jobs(
     motion: Path | None, video: Path | None,
 ) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
+    if prompt is not None and prompts:
+        raise ValueError("--prompt and --prompts are two ways to say what is made: give one of the two")
     if motion and name != "m2v":
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
     if video and name != "v2m":
@@ -104,6 +106,8 @@ def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tens
         return read_video(file, backbone.geometry, start)
     if backbone.project is None:
         raise ValueError("--video FILE is needed: it is the condition of this task")
+    if start:
+        raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
     own = puppet.clips([CONDITION_CLIP])
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
@@ -114,6 +118,8 @@ def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: 
         return read_motion(file, backbone, start, loop)
     if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
+    if start or loop:
+        raise ValueError("--start and --loop say how --motion is read: add that, or leave them out")
     return puppet_motion(puppet.clips([CONDITION_CLIP]))
 
 

@@ -18,7 +18,7 @@ from study import measures, pose
 
 CHUNK = {"cpu": 16, "cuda": 128}  # clips at a time
 BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
-READ_CLIPS = 64  # of them whose elbows and knees say what is usual
+READ_CLIPS = 128  # of them whose elbows and knees say what is usual
 Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
 
 
@@ -41,7 +41,8 @@ def held_out(count: int) -> Real:
         part = slice(start, start + CHUNK["cuda"])
         other = puppet.render(bank.joints[part], bank.betas[part], bank.shirt[part])[0]
         outlines.append(measures.outlines(puppet.silhouette(other)))
-        bends += [pose.read_pose(other).bend.flatten(0, 1)] if start < READ_CLIPS else []
+        if start < READ_CLIPS:
+            bends.append(pose.read_pose(other[: READ_CLIPS - start]).bend.flatten(0, 1))
     return Real(clips, puppet_motion(clips), video, bank, torch.cat(outlines), torch.cat(bends))
 
 

@@ -3,14 +3,18 @@
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import ROOT
+
+from kit.data.clips import read_metadata
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
@@ -110,6 +114,26 @@ def test_sample_commands_run(verb, tmp_path, monkeypatch):
         name, out = arguments[arguments.index("--task") + 1], arguments[arguments.index("--out") + 1]
         made = {path.suffix for path in (tmp_path / out).glob(f"{name}.*")}
         assert made == {".mp4", ".gif", ".png", ".npz", ".bvh"}
+
+
+def test_folder_of_videos_becomes_a_table(tmp_path):
+    # catches a tool that is run in one folder and given the videos of another
+    (tmp_path / "GVHMR/tools/demo").mkdir(parents=True)
+    (tmp_path / "GVHMR/tools/demo/demo.py").write_text(
+        "import pathlib, sys\n"
+        "video, root = (pathlib.Path(option.split('=')[1]) for option in sys.argv[1:3])\n"
+        "made = root / video.stem / 'hmr4d_results.pt'\n"
+        "made.parent.mkdir(parents=True), made.write_bytes(video.read_bytes())\n"
+    )
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").write_bytes(b"a video")
+    (tmp_path / "clips/a.txt").write_text('she says "hi", and waves\n')
+    lines = [command for command in COMMANDS if command.startswith("(")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, env={"PATH": path}, check=True)
+    (clip,), problems = read_metadata(tmp_path / "clips")
+    assert not problems and clip[:2] == ("a.mp4", 'she says "hi", and waves')
+    assert (tmp_path / "clips" / clip.motion).read_bytes() == b"a video"
 
 
 def test_memory_in_docs_wan_is_what_plan_counts(monkeypatch):

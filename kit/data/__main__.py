@@ -70,9 +70,11 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
 
 
 def say(data: DataSet) -> None:
-    """Print what was assumed, cut, or forced, and what smoothing did."""
+    """Print what was assumed, cut, or forced, what could be forced, and what smoothing did."""
     for line in data.reading.said:
         print(line)
+    if refused := len(data.reading.refused):
+        print(f"--force takes as it is what no person does: {refused} of those rejected")
     if data.reading.smoothed:
         before, after, mean, most = torch.stack(data.reading.smoothed).unbind(1)
         print(

@@ -61,7 +61,10 @@ class DataSet(NamedTuple):
 
 def parse(spec: str) -> tuple[str, str, float | None]:
     """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
-    match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", OPTION.sub("", spec))
+    rest = OPTION.sub("", spec)
+    if unknown := re.search(r"@\w+=[^@]*", rest):
+        raise ValueError(f"data set {spec!r}: no option {unknown[0]}, expected @axes=, @smooth= or @WEIGHT")
+    match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", rest)
     if not match:
         raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
     kind, where, weight = match.groups()

@@ -8,7 +8,7 @@ from torch import Tensor
 from kit.body import JOINT_NAMES, Body
 from kit.data.motion_files import Motion, smooth
 
-RATES = (4.0, 240.0)  # frames a second
+RATES = (4.0, 250.0)  # frames a second; AMASS has recordings of 250
 SPEED, JUMP = 12.0, 1.0  # of the pelvis: metres a second, a sprinter's; metres in a frame, at any rate
 TRAIN = 25.0  # metres a second, on average: nobody is as fast for long
 LYING = 0.2  # metres that the head is above the feet, at most, of one who lies
@@ -27,6 +27,7 @@ class Reading:
     smooth: float = 0.0  # seconds, the deviation of a Gaussian; 0: as it is
     force: bool = False  # takes what no person does, too
     said: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # names of what would be taken with force
     smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
 
     def say(self, name: str, notes: list[str]) -> None:
@@ -35,7 +36,8 @@ class Reading:
     def refuse(self, faults: list[str], name: str) -> None:
         """Raise ValueError if there are faults; only say so if what has them is forced."""
         if faults and not self.force:
-            raise ValueError(f"{name}: {'; '.join(faults)} (--force takes it as it is)")
+            self.refused.append(name)
+            raise ValueError(f"{name}: {'; '.join(faults)}")
         self.say(name, faults)
 
 
@@ -66,7 +68,7 @@ def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) 
     `floor`: its heights count from a floor, as in AMASS. `depth` is what movement along z counts: less where
     a distance was estimated from an apparent size, through a long lens.
     """
-    if not RATES[0] <= motion.fps <= RATES[1]:
+    if not RATES[0] <= round(motion.fps, 1) <= RATES[1]:
         cause = "is it seconds a frame, or a count of frames?"
         return [f"{motion.fps:g} frames a second, expected {RATES[0]:g} to {RATES[1]:g}: {cause}"]
     body = body.of(motion.gender)

@@ -92,9 +92,6 @@ def test_recording_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-# ---------------------------------------------------------------- maps and shares, by hand
-
-
 def test_frame_share_by_hand():
     own = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [0, 1]])
     even = torch.full((5, 2), 0.5)

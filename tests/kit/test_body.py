@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.body import JOINT_NAMES, Body
+from kit.body import Body
 from kit.puppet.skeleton import _body_data, body
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
@@ -48,15 +48,6 @@ def test_turning_the_parameters_turns_the_body():
     turned_vertices, turned_joints = body().mesh(turned_orient, pose, betas, turned_transl)
     torch.testing.assert_close(turned_vertices, vertices @ turn.T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(turned_joints, joints @ turn.T, atol=1e-5, rtol=1e-5)
-
-
-def test_the_puppet_stands_like_smpl():
-    joints = body().rest_joints(torch.zeros(10))
-    left, right = (joints[JOINT_NAMES.index(f"{side}_hand"), 0] for side in ("left", "right"))
-    assert left > 0.6 > -0.6 > right
-    vertices, _ = body().mesh(torch.zeros(3), torch.zeros(23, 3), torch.zeros(10), torch.zeros(3))
-    assert 1.6 < vertices[:, 1].max() - vertices[:, 1].min() < 1.8
-    assert body().parents.tolist()[:5] == [-1, 0, 0, 0, 1] and body().faces.max() == len(vertices) - 1
 
 
 def assert_same_body(loaded: Body) -> None:
@@ -109,9 +100,8 @@ def python2(value: object) -> bytes:
         return b"c__builtin__\nset\n(](" + b"".join(map(python2, sorted(value))) + b"etR"
     if isinstance(value, np.ndarray):
         code = value.dtype.str[1:]
-        empty = (
-            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + python2((0,)) + python2("b") + b"tR"
-        )
+        empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+        empty += python2((0,)) + python2("b") + b"tR"
         dtype = b"cnumpy\ndtype\n" + python2((code, 0, 1)) + b"R"
         dtype += python2((3, "<", None, None, None, -1, -1, 0)) + b"b"
         order = "F" if value.flags.f_contiguous else "C"
@@ -138,13 +128,15 @@ def test_a_pickle_of_python_2(tmp_path):
         "_shape": data["J_regressor"].shape, "data": data["J_regressor"][rows, columns],
         "indices": rows.astype(np.int32), "indptr": np.concatenate(([0], counts.cumsum())).astype(np.int32),
     }  # fmt: skip
-    selection = {"idxs": chosen, "preferred_shape": data["shapedirs"].shape}
+    selection = {
+        "a": python2_object("chumpy.ch.Ch", x=wide),
+        "idxs": chosen,
+        "preferred_shape": data["shapedirs"].shape,
+    }
     data |= {
         "J_regressor": python2_object("scipy.sparse.csc.csc_matrix", **regressor),
         "v_template": python2_object("chumpy.ch.Ch", x=data["v_template"]),
-        "shapedirs": python2_object(
-            "chumpy.reordering.Select", a=python2_object("chumpy.ch.Ch", x=wide), **selection
-        ),
+        "shapedirs": python2_object("chumpy.reordering.Select", **selection),
         "kintree_table": data["kintree_table"].astype(np.uint32),  # the root's parent is 4294967295
         "J": python2_object("chumpy.reordering.transpose", a=None),  # not needed, not evaluated
         "pose_training_info": {"gender": "female", "note": "\xe9"},
@@ -239,25 +231,14 @@ def test_malformed_models(tmp_path, change, message):
 
 @pytest.mark.parametrize("suffix", [".npz", ".pkl"])
 def test_damaged_files(tmp_path, suffix):
+    """Whatever else is damaged: test_untrusted.py."""
     np.savez_compressed(tmp_path / "whole.npz", **GOOD)
     (tmp_path / "whole.pkl").write_bytes(pickle.dumps(GOOD, protocol=2))
     whole = (tmp_path / f"whole{suffix}").read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 3 : len(whole) // 3 + 50] = bytes(50)
-    contents = [b"", b"no model", b"\x80\x02K\x05.", b"\x80\x02]q\x00.", b"PK\x03\x04" + whole[4:99]]
-    contents += [whole[:n] for n in (1, len(whole) // 2, len(whole) - 1)]
-    if suffix == ".npz":  # a pickle's numbers have no checksum
-        contents.append(bytes(damaged))
-    for content in contents:
+    for content in (b"no model", b"\x80\x02K\x05.", b"\x80\x02]q\x00.", whole[: len(whole) // 2], whole[:-1]):
         (tmp_path / f"bad{suffix}").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\{suffix}"):
             Body.load(tmp_path / f"bad{suffix}")
-
-
-def test_objects_in_an_npz_are_refused(tmp_path):
-    np.savez(tmp_path / "bad.npz", **GOOD | {"f": np.array([{}], dtype=object)})
-    with pytest.raises(ValueError, match=r"bad\.npz.*Object arrays"):
-        Body.load(tmp_path / "bad.npz")
 
 
 def test_bad_input(tmp_path):

@@ -27,9 +27,6 @@ def call(model: DualDiT, batch: int, video: bool = True, motion: bool = True):
     return model(latents, moving, t if video else None, t if motion else None, text, Task.JOINT)
 
 
-# ---------------------------------------------------------------- arithmetic
-
-
 @pytest.mark.parametrize("config", (SMALL, HYBRID), ids=("all dual", "hybrid"))
 @pytest.mark.parametrize(("video", "motion"), ((True, True), (True, False), (False, True)))
 def test_flops_are_torchs_own_count(config, video, motion):
@@ -60,9 +57,6 @@ def test_a_step_is_three_forwards_and_a_recomputation():
     forward = sum(flops.forward_flops(PRESETS["wan2.1-1.3b"], tokens).values())
     stored, recomputed = (flops.step_flops(PRESETS["wan2.1-1.3b"], tokens, ck) for ck in (False, True))
     assert stored == 3 * forward and 0 < recomputed - stored < forward
-
-
-# ---------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("dual", (None, (2,), (0, 2)), ids=str)
@@ -112,9 +106,8 @@ def test_a_checkpointed_block_keeps_what_is_counted(dual):
     # catches what a video-only block keeps of motion: nothing, its tokens pass unchanged
     shallow = dataclasses.replace(SMALL, dual=None if dual is None else ())
     deep = dataclasses.replace(SMALL, layers=6, dual=dual)
-    counts = [
-        flops.training_memory(c, GRID, 2, checkpointing=True, text=TEXT).activations for c in (deep, shallow)
-    ]
+    how = {"checkpointing": True, "text": TEXT}
+    counts = [flops.training_memory(c, GRID, 2, **how).activations for c in (deep, shallow)]
     assert counts[0] - counts[1] == pytest.approx(alive_bytes(deep) - alive_bytes(shallow), rel=0.02)
 
 

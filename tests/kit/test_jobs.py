@@ -1,9 +1,12 @@
 """kit/jobs.py: every prompt of a file gets files of its own; what is no such file is refused by its line."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from flow import Task
-from kit.jobs import LONGEST, jobs, read_prompts
+from kit.jobs import LONGEST, condition_motion, condition_video, jobs, read_prompts
+from sample import TASKS
 
 PROMPTS = {
     "plain": (b"a cat\na dog", ["a cat", "a dog"]),
@@ -46,10 +49,41 @@ def test_a_file_that_is_none_is_refused_by_its_line(tmp_path, content, message):
         read_prompts(tmp_path / "p.txt")
 
 
+ASKED = {"task": None, "prompt": None, "prompts": None, "motion": None, "video": None}
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        ({"prompt": "a cat", "prompts": Path("p.txt")}, "give one of the two"),
+        ({"prompt": "", "prompts": Path("p.txt")}, "give one of the two"),
+        ({"task": "v2m", "prompt": "a cat"}, "video to motion takes no text"),
+        ({"task": "v2m", "prompts": Path("p.txt")}, "video to motion takes no text"),
+        ({"motion": Path("m.npz")}, "condition of --task m2v"),
+        ({"task": "m2v", "motion": Path("m.npz"), "video": Path("v.mp4")}, "condition of --task v2m"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(asked, reason):
+    # catches one of them passed over in silence
+    task, prompt, prompts, motion, video = (ASKED | asked).values()
+    with pytest.raises(ValueError, match=reason):
+        jobs(TASKS, task, prompt, prompts, 1, 0, motion, video)
+
+
+def test_where_to_begin_needs_a_file():
+    the_puppet = SimpleNamespace(project="its camera")
+    with pytest.raises(ValueError, match="--start is where in --video or --motion"):
+        condition_video(None, the_puppet, 0.5)
+    for start, loop in ((0.5, False), (0.0, True)):
+        with pytest.raises(ValueError, match="--start and --loop say how --motion is read"):
+            condition_motion(None, the_puppet, start, loop)
+
+
 def test_a_repeated_prompt_is_sampled_anew(tmp_path):
     # catches the same noise, and so the same bytes, under another name
     (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
-    made = jobs({"joint": Task.JOINT}, None, None, tmp_path / "p.txt", 2, 5, None, None)
+    made = jobs(TASKS, None, None, tmp_path / "p.txt", 2, 5, None, None)
     assert [(job.name, job.seed) for job in made] == [
         ("a cat-0", 5), ("a cat-1", 6), ("a dog-0", 5), ("a dog-1", 6), ("a cat 2-0", 7), ("a cat 2-1", 8),
     ]  # fmt: skip

@@ -101,12 +101,8 @@ def test_mesh_arrays(tmp_path, body):
     assert vertices.dtype == np.float32 and faces.dtype == np.int32 and fps == 29.97
     np.testing.assert_array_equal(faces, body.faces)
     # the body's own smplx, called by its own names
-    out = body.smpl(
-        global_orient=motion.global_orient,
-        body_pose=motion.body_pose.flatten(1),
-        betas=motion.betas.expand(300, 10),
-        transl=motion.transl,
-    )
+    named = {"global_orient": motion.global_orient, "transl": motion.transl}
+    out = body.smpl(**named, body_pose=motion.body_pose.flatten(1), betas=motion.betas.expand(300, 10))
     np.testing.assert_allclose(vertices, out.vertices, atol=1e-5)
 
 

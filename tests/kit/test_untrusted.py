@@ -1,6 +1,7 @@
 """Files that may hold anything: read as their own libraries would, and none of them runs."""
 
 import base64
+import io
 import os
 import pickle
 import zlib
@@ -33,24 +34,17 @@ class Touch:
         return os.mknod, (str(self.file),)
 
 
-def save_npy(path, value):
-    with open(path, "wb") as file:
-        np.save(file, np.array(value, dtype=object), allow_pickle=True)
-
-
-def save_pickle(path, value):
-    path.write_bytes(pickle.dumps(value))
-
-
-def save_compressed(path, value):
-    path.write_bytes(zlib.compress(pickle.dumps(value)))
+def npy(value: object) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array(value, dtype=object), allow_pickle=True)
+    return stream.getvalue()
 
 
 WRITERS = {
-    "pickle": save_pickle,
-    "npy": save_npy,
+    "pickle": lambda path, value: path.write_bytes(pickle.dumps(value)),
+    "npy": lambda path, value: path.write_bytes(npy(value)),
     "torch": lambda path, value: torch.save(value, path),
-    "joblib, compressed": save_compressed,
+    "joblib, compressed": lambda path, value: path.write_bytes(zlib.compress(pickle.dumps(value))),
 }
 
 
@@ -97,7 +91,7 @@ def test_a_storage_in_a_pickle_runs_nothing_either(tmp_path):
         def __reduce__(self):
             return torch.storage._load_from_bytes, (inner,)
 
-    save_pickle(tmp_path / "file", Storage())
+    WRITERS["pickle"](tmp_path / "file", Storage())
     with pytest.raises(ValueError, match=r"posix\.mknod"):
         read_object(tmp_path / "file", "motion")
     assert not (tmp_path / "bait").exists()
@@ -124,8 +118,8 @@ def test_a_file_that_names_itself_ends(tmp_path):
     loop.append(loop)
     for _ in range(100):
         wide = [wide, wide]
-    save_pickle(tmp_path / "loop", loop)
+    WRITERS["pickle"](tmp_path / "loop", loop)
     with pytest.raises(ValueError, match="damaged"):
         read_object(tmp_path / "loop", "motion")
-    save_pickle(tmp_path / "wide", wide)
+    WRITERS["pickle"](tmp_path / "wide", wide)
     read_object(tmp_path / "wide", "motion")

@@ -98,9 +98,8 @@ def set_matrix(path: Path, a: int, b: int, c: int, d: int, x: int = 0, y: int = 
     content = bytearray(path.read_bytes())
     start = content.index(b"tkhd") + 44
     one = 65536
-    content[start : start + 36] = struct.pack(
-        ">9i", a * one, b * one, 0, c * one, d * one, 0, x * one, y * one, 1 << 30
-    )
+    numbers = (a * one, b * one, 0, c * one, d * one, 0, x * one, y * one, 1 << 30)
+    content[start : start + 36] = struct.pack(">9i", *numbers)
     path.write_bytes(content)
 
 
@@ -157,16 +156,12 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path, pixel, ending):
     assert found.sum(axis=1).max() == pytest.approx(24 * pixel, abs=1)
 
 
-def test_what_is_stretched_is_turned_after_that(tmp_path):
+def test_what_is_stretched_is_turned_after_that_within_reason(tmp_path):
     path = wide(tmp_path / "a.mp4", Fraction(3, 2))
     set_matrix(path, 0, 1, -1, 0, 48)
     assert np.asarray(next(images_at(path, 16))).shape == (96, 48, 3)
-
-
-def test_pixels_that_no_camera_has_are_refused(tmp_path):
-    # catches a damaged header that asks for a picture of gigabytes
-    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):
-        next(images_at(wide(tmp_path / "a.mp4", Fraction(20)), 16))
+    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):  # a damaged header
+        next(images_at(wide(path, Fraction(20)), 16))
 
 
 # ---------------------------------------------------------------- colours
@@ -183,14 +178,6 @@ def to_yuv(colour: tuple, matrix: int, full: bool) -> list[int]:
     chroma = (b - luma) / (1 - blue) / 2, (r - luma) / (1 - red) / 2
     scale = (255, 255, 0) if full else (219, 224, 16)
     return [round(scale[2] + scale[0] * luma), *(round(128 + scale[1] * c) for c in chroma)]
-
-
-def to_rgb(yuv: list[float], matrix: int) -> list[float]:
-    """The other way, of a limited range."""
-    red, blue = LUMA[matrix]
-    luma, u, v = (yuv[0] - 16) / 219, (yuv[1] - 128) / 224, (yuv[2] - 128) / 224
-    r, b = luma + 2 * (1 - red) * v, luma + 2 * (1 - blue) * u
-    return [255 * x for x in (r, (luma - red * r - blue * b) / (1 - red - blue), b)]
 
 
 def plain(path: Path, colours: list, matrix: int, full: bool, size=(64, 64), tags=(2, 0), transfer=2) -> Path:
@@ -242,9 +229,6 @@ def test_hdr_is_refused(tmp_path, transfer, name):
         next(images_at(path, 16))
 
 
-# ---------------------------------------------------------------- what is written
-
-
 @pytest.mark.parametrize("size", [(704, 1280), (64, 64)], ids=str)
 def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
     # catches BT.601's numbers without a tag: from HD on, players take them for BT.709's
@@ -256,7 +240,7 @@ def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
         assert tags == (1, 1, 1, 1)
         frames = list(container.decode())
     yuv = [[bytes(plane)[plane.line_size * 9 + 9] for plane in frame.planes] for frame in frames]
-    np.testing.assert_allclose([to_rgb(values, 1) for values in yuv], COLOURS, atol=4)
+    np.testing.assert_allclose(yuv, [to_yuv(colour, 1, full=False) for colour in COLOURS], atol=2)
     back, fps = all_frames(tmp_path / "a.mp4")
     np.testing.assert_allclose(back[:, size[0] // 2, size[1] // 2], COLOURS, atol=4)
     assert fps == 16

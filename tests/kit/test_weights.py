@@ -38,9 +38,6 @@ def edit(path: Path, config: str | None = with_config(), **tensors: torch.Tensor
     save_file(load_file(path) | tensors, path, {} if config is None else {"config": config})
 
 
-# ---------------------------------------------------------------- there and back
-
-
 def test_network_configuration_and_extras_come_back(saved, model):
     back, extra = load_weights(saved)
     assert back.config == model.config and not back.training
@@ -49,9 +46,7 @@ def test_network_configuration_and_extras_come_back(saved, model):
     torch.testing.assert_close(extra, EXTRA, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "config", ({"synced": False}, {"eps": 1e-5}, {"patch": (1, 2, 2)}, {"dual": (0,)}), ids=str
-)
+@pytest.mark.parametrize("config", ({"synced": False}, {"eps": 1e-5}, {"patch": (1, 2, 2)}, {"dual": (0,)}))
 def test_every_field_of_the_configuration_comes_back(tmp_path, config):
     # catches fields that leave no trace in the tensors: the ablation would be sampled as the real thing
     config = DualDiTConfig(layers=1, width=12, heads=1, ffn=8, channels=2, text_dim=4, freq_dim=4, **config)
@@ -66,9 +61,6 @@ def test_the_same_weights_give_the_same_bytes(tmp_path, model):
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 DAMAGE = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
     "text": (lambda path: path.write_text("not weights\n" * 100), "not a safetensors file"),
@@ -76,19 +68,16 @@ DAMAGE = {
     "unknown field": (lambda path: edit(path, config='{"depth": 3}'), "another version.*depth"),
     "configuration is not JSON": (lambda path: edit(path, config="{"), "configuration"),
     "settings that are none": (lambda path: edit(path, with_config(settings=[])), "configuration.*get"),
-    "a rate that is no number": (
-        lambda path: edit(path, with_config(settings={"fps": "30"})),
-        "configuration",
-    ),
+    "a rate of text": (lambda path: edit(path, with_config(settings={"fps": "30"})), "configuration"),
     "a rate of 0": (lambda path: edit(path, with_config(settings={"fps": 0})), "settings: fps"),
     "missing tensor": (
         lambda path: edit(path, with_config(layers=3)),
-        r"Missing key.*blocks\.2\.motion\.ffn\.0\.weight",
+        r"Missing key.*blocks\.2\.motion\.ffn",
     ),
     "unknown tensor": (lambda path: edit(path, stranger=torch.ones(1)), "Unexpected key.*stranger"),
     "wrong shape": (
         lambda path: edit(path, motion_mean=torch.ones(234)),
-        "size mismatch for motion_mean.*234.*235",
+        "mismatch for motion_mean.*234.*235",
     ),
 }
 

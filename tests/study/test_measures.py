@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from kit import puppet
-from study import measures
+from study import measures, pose, scores
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,9 +45,8 @@ def reference_pa(found: np.ndarray, real: np.ndarray) -> float:
 def test_pa_mpjpe_agrees_with_scipy_and_a_mirror_image_is_not_free(mirror):
     real = randn(2, 3, 24, 3, seed=1)
     found = mirror * real + 0.1 * randn(2, 3, 24, 3, seed=2)
-    expected = [
-        reference_pa(*pair) for pair in zip(found.double().numpy(), real.double().numpy(), strict=True)
-    ]
+    pairs = zip(found.double().numpy(), real.double().numpy(), strict=True)
+    expected = [reference_pa(*pair) for pair in pairs]
     np.testing.assert_allclose(measures.pa_mpjpe(found, real), expected, rtol=1e-4)
     assert min(expected) > 500 if mirror == -1 else max(expected) < 200
 
@@ -167,9 +166,12 @@ def test_outlines_forgive_place_and_nothing_else():
     assert not torch.equal(measures.outlines(shape)[1], found[0])
 
 
-# ---------------------------------------------------------------- on real clips
-
-
-def test_held_out_clips_are_not_those_of_the_bank():
-    one, other = measures.held_out(4), measures.held_out(4, "bank")
-    assert not torch.equal(one.joints, other.joints)
+def test_bends_are_those_of_as_many_clips_as_are_said(monkeypatch):
+    # catches a whole chunk read where fewer are asked for, and a bank of what is measured
+    for name, number in (("BANK_CLIPS", 5), ("READ_CLIPS", 3), ("CHUNK", {"cuda": 2})):
+        monkeypatch.setattr(scores, name, number)
+    bank = measures.held_out(3, "bank")
+    expected = pose.read_pose(puppet.render(bank.joints, bank.betas, bank.shirt)[0]).bend.flatten(0, 1)
+    found = scores.held_out(3)
+    torch.testing.assert_close(found.bends, expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(found.clips.joints, bank.joints)

@@ -77,11 +77,6 @@ def outside(folder: Path) -> Path:
     return folder.parent / "outside"
 
 
-def link_folder(folder: Path) -> None:
-    link(folder / "linked", outside(folder))
-    rows(folder, "linked/1.mp4", "text", M)
-
-
 def playlist(folder: Path) -> None:
     """FFmpeg takes it for a video where it may guess, and follows the link."""
     link(folder / "linked", outside(folder))
@@ -120,19 +115,13 @@ CLIPS = {  # what is done to clip 1, and what is then said
     "no video": (lambda f: (f / V).unlink(), "1.mp4: no such file"),
     "no motion": (lambda f: (f / M).unlink(), "1.npz: no such file"),
     "another suffix": (lambda f: rows(f, M, "text", M), "expected a video ending"),
-    "an absolute path": (lambda f: rows(f, f"{outside(f)}/1.mp4", "t", M), "leads out of"),
     "a path upwards": (lambda f: rows(f, V, "text", "../outside/motions/1.npz"), "leads out of"),
     "a link out": (lambda f: link(f / V, outside(f) / "1.mp4"), "1.mp4 leads out of"),
-    "a link to a folder": (link_folder, "linked/1.mp4 leads out of"),
     "a link to itself": (lambda f: link(f / V, f / V), "1.mp4: no such file"),
     "a playlist": (playlist, "1.mp4 is damaged or no .mp4"),
     "a name with a zero": (lambda f: raw(f, b"1\0.mp4,text,motions/1.npz\n"), "null byte"),
-    "a name too long": (lambda f: rows(f, "1" * 5000 + ".mp4", "text", M), "too long"),
     "not UTF-8": (lambda f: raw(f, b"1.mp4,caf\xe9,motions/1.npz\n"), "metadata.csv line 3: not UTF-8"),
-    "no caption": (
-        lambda f: rows(f, V, " ", M),
-        "metadata.csv line 3: one of video, prompt, motion is empty",
-    ),
+    "no caption": (lambda f: rows(f, V, " ", M), "csv line 3: one of video, prompt, motion is empty"),
     "a value too few": (lambda f: rows(f, V, "text"), "line 3: expected 3 values"),
     "a value too many": (lambda f: rows(f, V, "a, b", "c", "d"), "line 3: expected 3 values"),
     "a motion too short": (lambda f: shorter(f, 14), "1.mp4 ends after 1.25 s, motions/1.npz after 0.81 s"),
@@ -150,7 +139,6 @@ CLIPS = {  # what is done to clip 1, and what is then said
 TABLES = {
     "no table": (lambda f: (f / TABLE).unlink(), "metadata.csv: expected a table"),
     "an empty table": (lambda f: (f / TABLE).write_bytes(b""), "metadata.csv lacks"),
-    "a table in UTF-16": (lambda f: (f / TABLE).write_text("video,prompt,motion\n", "utf-16"), "csv lacks"),
     "no motions": (lambda f: (f / TABLE).write_text("video,prompt\n0.mp4,x\n"), "lacks the columns motion"),
     "elsewhere": (lambda f: link(f / TABLE, outside(f) / TABLE), "metadata.csv leads out of"),
     "a field too long": (lambda f: raw(f, b'1.mp4,"' + b"x" * 200_000), "larger than field limit"),
@@ -191,9 +179,6 @@ SAMPLES = {
     "NaN": (lambda f: spoil_shard(f, "2.motion", NAN), f"{ONE}: sample 2, clip"),
     "another size": (lambda f: spoil_shard(f, "2.latents", WRONG), "latents (c, 3, 8, 8)"),
 }
-
-
-# ---------------------------------------------------------------- the test
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,9 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from kit import pictures, puppet
 from kit.data.__main__ import overlay, preview
-from kit.data.clips import Camera, Clip, read_clip, read_metadata, resized, resized_camera
+from kit.data.clips import Clip, read_clip, read_metadata, resized, resized_camera
 from kit.data.motion_files import Motion
 from kit.geometry import Geometry
-
-# ---------------------------------------------------------------- moments
 
 
 @pytest.mark.parametrize("fps", (10, 16, 25))
@@ -47,9 +45,6 @@ def test_motion_is_taken_at_the_frames_moments(tmp_path, fps):
     assert shown.round().long().tolist() == nearest
 
 
-# ---------------------------------------------------------------- pixels
-
-
 @pytest.mark.parametrize("target", [(64, 64), (64, 128), (128, 64), (45, 81), (240, 320)], ids=str)
 def test_the_camera_follows_resize_and_crop(target):
     # catches the crop's offset left out or scaled twice, axes swapped, and a stretched picture
@@ -68,16 +63,6 @@ def test_the_camera_follows_resize_and_crop(target):
     assert depth.item() == pytest.approx(2.0)
 
 
-def test_the_camera_is_the_puppets_own():
-    points = puppet.clips([3]).joints
-    camera = Camera(torch.tensor(clip_folder.CAMERA).float(), clip_folder.PLACE)
-    for found, expected in zip(camera.project(points), puppet.project(points), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-
-
-# ---------------------------------------------------------------- the table
-
-
 def test_metadata_with_all_that_spreadsheets_do_to_it(tmp_path):
     text = (
         'motion,extra,prompt,video\r\n a.npz ,1,"one, ""two""\nthree",é/ü.mp4\r\n\r\nb.npz,,plain,b.mp4\r\n'
@@ -86,9 +71,6 @@ def test_metadata_with_all_that_spreadsheets_do_to_it(tmp_path):
     found, problems = read_metadata(tmp_path)
     assert found == [Clip("é/ü.mp4", 'one, "two"\nthree', "a.npz"), Clip("b.mp4", "plain", "b.npz")]
     assert problems == []
-
-
-# ---------------------------------------------------------------- the picture
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from kit.data.datasets import open_dataset
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import AXES, Motion, save_amass, smooth, turn
 from kit.data.plausible import faults, smoothing_effect
+from kit.data.sources import open_sources
 from kit.geometry import PUPPET
 from kit.puppet.skeleton import _body_data
 
@@ -50,9 +51,10 @@ FAULTS = {
     "walks in centimetres": (lambda: moved(3 * 100), "is trans in centimetres"),
     "walks in inches": (lambda: moved(3 * 39.37), "inches"),
     "climbs a tower": (lambda: moved(y=12), "m above the lowest foot in frame .*expected 0.2 to 3"),
-    "three frames a second": (lambda: puppet_motion(fps=3), "3 frames a second, expected 4 to 240"),
+    "three frames a second": (lambda: puppet_motion(fps=3), "3 frames a second, expected 4 to 250"),
     "five frames a second": (lambda: puppet_motion(fps=5), None),
-    "480 frames a second": (lambda: puppet_motion(fps=480), "480 frames a second, expected 4 to 240"),
+    "250 frames a second, rounded": (lambda: puppet_motion(fps=250.00001), None),
+    "480 frames a second": (lambda: puppet_motion(fps=480), "480 frames a second, expected 4 to 250"),
 }
 
 
@@ -96,6 +98,11 @@ def test_axes_named_in_the_spec(tmp_path, capsys):
     spec = amass_folder(tmp_path / "a", yup=(puppet_motion(), "yup"))
     count, said = check(spec, capsys)
     assert count == 0 and "yup.npz: the person lies in 100% of frames" in said and "1 rejected" in said
+    assert "--force takes as it is what no person does: 1 of those rejected" in said
+    with pytest.raises(ValueError, match="the person lies") as training:  # which has no --force
+        open_sources([spec], PUPPET, puppet.body())
+    assert "--force" not in str(training.value)
+    capsys.readouterr()
     count, said = check(spec, capsys, "--force")
     assert count == 3 and "yup.npz: the person lies" in said and "0 rejected" in said
     count, said = check(f"{spec}@axes=yup", capsys)
@@ -132,9 +139,6 @@ def test_the_effect_of_a_known_smoothing():
     assert mean == pytest.approx(0.005, rel=1e-3) and most == pytest.approx(0.005, rel=1e-3)
 
 
-# ---------------------------------------------------------------- bodies
-
-
 def gendered_bodies(folder: Path, **sizes: float) -> Path:
     """SMPL models that differ in size."""
     folder.mkdir()
@@ -165,9 +169,6 @@ def test_a_gendered_file_has_that_genders_body(tmp_path, capsys):
         expected = (pelvis + file["trans"]) @ AXES["zup"].T.numpy() - pelvis
     found = read_motion_file(tmp_path / "a" / "male.npz", body).motion
     np.testing.assert_allclose(found.transl, expected, atol=1e-5)
-
-
-# ---------------------------------------------------------------- clips, and their picture
 
 
 def test_clips_in_other_axes_and_other_units(tmp_path, capsys):
