@@ -43,7 +43,7 @@ from study.scores import Columns, Real
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
-ABLATION_STEPS = 1000  # of networks that are compared by their losses and attention
+ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
 LOOKS = 16  # times that each of these is validated
 WAYS = {"motion_to_video": frame_share, "video_to_motion": latent_share}
 STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")  # its losses

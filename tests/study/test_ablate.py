@@ -114,7 +114,7 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
     )  # cut short: weights are there, its last step is not
     ablate.trained("unsynced", 3, plan)
     assert len(trainings) == 2 and trainings[1].resume == "auto"
-    with pytest.raises(ValueError, match=r"trained with \{'steps': 1000\}, expected .*choose another --runs"):
+    with pytest.raises(ValueError, match=r"trained with \{'steps': 500\}, expected .*choose another --runs"):
         ablate.trained("unsynced", 3, plan._replace(steps=9))
 
 
