@@ -248,17 +248,10 @@ def train(args: argparse.Namespace) -> None:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
     stopping, done = distributed.terminated(), first
-    wanted = (
-        batches.Wanted(now.stage, step, now.frames, samples)
-        for step, now in enumerate(steps)
-        for samples in parts
+    # made when the first is asked for: by then the model is on its device
+    clips = batches.stream(
+        sources, model, steps, first, parts, seed=args.seed, batch=args.batch, device=device, codec=codec
     )
-    # called when the first batch is asked for: by then the model is on its device
-    read = lambda some: batches.read(
-        sources, model.motion_mean, model.motion_std, some,
-        seed=args.seed, batch=args.batch, device=device, codec=codec,
-    )  # fmt: skip
-    clips = batches.stream(wanted, first, read, device, made=codec is not None)
     # a small network's passes are recorded for a GPU, if a step has one of each
     replay = len(parts) == 1 and not args.checkpointing
 

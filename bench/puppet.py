@@ -57,12 +57,8 @@ def training_step(
     parts, made = [range(i, i + micro) for i in range(0, batch, micro)], []
     drawn = flow.draw(batches.rng("bench"), STAGE, batch)._replace(task=Task.JOINT)
     codec = puppet.Codec.from_state(extra)
-    wanted = (batches.Wanted(STAGE, step, frames, part) for step in itertools.count() for part in parts)
-    read = functools.partial(
-        batches.read, sources, model.motion_mean, model.motion_std,
-        seed=0, batch=batch, device=device, codec=codec,
-    )  # fmt: skip
-    clips = batches.stream(wanted, 0, read, device, made=True)
+    steps = itertools.repeat(train.Step(STAGE, 0, 1, frames))
+    clips = batches.stream(sources, model, steps, 0, parts, seed=0, batch=batch, device=device, codec=codec)
 
     def data() -> None:
         made[:] = [next(clips) for _ in parts]

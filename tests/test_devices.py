@@ -137,7 +137,7 @@ def test_a_step(model, watch, task, checkpointing):
     average = {name: x.clone() for name, x in model.state_dict().items()}
     opts = train.optimizers(model, "puppet")
     opts = opts if DEVICE.type == "cuda" else opts[:1]  # fused AdamW has no kernel for meta
-    train.update(model, average, opts, 1e-3, train.Step(2, 0, 10, 17))
+    train.update(model.state_dict(), average, opts, 1e-3, train.Step(2, 0, 10, 17))
     assert there(losses, norm, *(p.grad for p in model.parameters()), *average.values())
     assert not watch.waits and not watch.waited_uploads, watch.waits + watch.waited_uploads
 
@@ -285,15 +285,19 @@ def test_only_training_is_compiled(monkeypatch):
         ("cuda", True, 33, [list(range(32, 40))]),  # as a run that never stopped has read them
     ],
 )
-def test_steps_are_read_in_order_and_as_suits_the_device(device, made, first, read_before):
+def test_steps_are_read_in_order_and_as_suits_the_device(
+    monkeypatch, model, device, made, first, read_before
+):
     begun = []
 
-    def read(wanted: list[batches.Wanted]) -> list[int]:
+    def read(sources, mean, std, wanted, **where) -> list[int]:
         begun.append([part.step for part in wanted])
         return begun[-1]
 
-    wanted = [batches.Wanted(step // 40, step, 5, range(2)) for step in range(70)]
-    clips = batches.stream(wanted, first, read, torch.device(device), made)
+    monkeypatch.setattr(batches, "read", read)
+    steps = [train.Step(step // 40, 0, 0, 5) for step in range(70)]
+    where = {"seed": 0, "batch": 2, "device": torch.device(device), "codec": object() if made else None}
+    clips = batches.stream([], model, steps, first, [range(2)], **where)
     assert next(clips) == first
     wait = time.monotonic() + 60
     while len(begun) < len(read_before) and time.monotonic() < wait:

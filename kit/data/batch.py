@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dual_dit import DualDiT
 from kit import puppet
 from kit.data.sources import Read, Source
 from kit.devices import upload
@@ -187,21 +188,36 @@ Reader = Callable[[list[Wanted]], list[Batch]]
 
 
 def stream(
-    wanted: Iterable[Wanted], first: int, read: Reader, device: torch.device, made: bool
+    sources: Sequence[Source],
+    model: DualDiT,
+    steps: Iterable,
+    first: int,
+    parts: Sequence[range],
+    *,
+    seed: int,
+    batch: int,
+    device: torch.device,
+    codec: puppet.Codec | None,
 ) -> Iterator[Batch]:
-    """The batches from step `first` on, in their order. `made`: by the device itself, as the puppet's clips.
+    """A batch for each of `parts`, ranges of samples, of each step (train.Step) from `first` on.
 
-    A GPU makes those of 32 steps at once: each operation costs its host as much as one step's would. What
-    comes from disk is read by a thread while a GPU trains.
+    A GPU makes the puppet's clips itself, those of 32 steps at once: each operation costs its host as much as
+    one step's would. What comes from disk is read by a thread while a GPU trains.
     """
-    at_once = AT_ONCE if made and device.type == "cuda" else 1
+    wanted = (
+        Wanted(now.stage, step, now.frames, samples) for step, now in enumerate(steps) for samples in parts
+    )
+    on_gpu, made = device.type == "cuda", codec is not None
+    at_once = AT_ONCE if on_gpu and made else 1
     # the same steps together, wherever a run goes on: a GPU's last bits depend on how many there are
     groups = (list(x) for _, x in groupby(wanted, lambda w: (w.stage, w.frames, w.step // at_once)))
     groups = (group for group in groups if group[-1].step >= first)
-    # not while a GPU makes clips: no thread may use it while another records (kit/graphs.py)
-    ahead = device.type == "cuda" and not made
-    for group, found in (_read_ahead if ahead else _read_in_turn)(read, groups):
-        yield from (batch for part, batch in zip(group, found, strict=True) if part.step >= first)
+    one_group = functools.partial(
+        read, sources, model.motion_mean, model.motion_std, seed=seed, batch=batch, device=device, codec=codec
+    )
+    # no thread beside what is made on a GPU: it would use the GPU while passes are recorded (kit/graphs.py)
+    for group, found in (_read_ahead if on_gpu and not made else _read_in_turn)(one_group, groups):
+        yield from (clips for part, clips in zip(group, found, strict=True) if part.step >= first)
 
 
 def _read_in_turn(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
