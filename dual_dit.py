@@ -1,21 +1,22 @@
 """The dual-modality diffusion transformer (paper, section 3.1): Wan's, with a second expert beside it.
 
 Video and motion are two streams of tokens. Each has an expert of its own: an embedding and, in every
-block (of the 5B in every second one), Wan's layers: norms, modulation, query/key/value and output
-projections, cross-attention to the text and a feed-forward network. Wan's embeddings of time and text,
-before the blocks, serve both.
-The streams meet in one place only: self-attention runs once over both, concatenated.
+block (motion's, in the 5B, in every second one), Wan's layers: norms, modulation, query/key/value and
+output projections, cross-attention to the text and a feed-forward network. Wan's embeddings of noise level
+and text, before the blocks, serve both. The streams meet in one place only: self-attention runs once over
+both, concatenated.
 
-        video tokens                      motion tokens
-    norm, modulate, q k v, rope       norm, modulate, q k v, rope
-                \\_________ joint attention _________/
-    o-projection, gate                o-projection, gate
-    cross-attention to text           cross-attention to text
-    modulate, feed-forward, gate      modulate, feed-forward, gate
+          video tokens                          motion tokens
+    norm, modulate, q k v, rope           norm, modulate, q k v, rope
+                 └─────────── joint attention ───────────┘
+    o-projection, gate                    o-projection, gate
+    norm, cross-attention to text         norm, cross-attention to text
+    norm, modulate, feed-forward, gate    norm, modulate, feed-forward, gate
 
 Either stream may be absent. Without motion, and while the task hint is zero, this computes what Wan does.
 
-Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width, heads x k = d.
+Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width, k channels
+a head.
 """
 
 import functools
@@ -50,7 +51,7 @@ class DualDiTConfig:
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
     synced: bool = True  # False is an ablation: motion at time f, not f/4
-    apart: bool = True  # False is an ablation: motion inside the video grid, positions collide
+    apart: bool = True  # False is an ablation: motion begins at the grid's corner, positions collide
     shared: bool = False  # True is an ablation: single-stream, one set of block weights for both
 
     def __post_init__(self):
@@ -126,9 +127,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
 
-    def qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (b n d), keys and values of the context (b l d): each (b heads n k)."""
-        q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(context), self.norm_k), self.v(context)
+    def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x (b n d), keys and values of the source (b l d): each (b heads n k)."""
+        q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(source), self.norm_k), self.v(source)
         return tuple(rearrange(y, "b n (heads k) -> b heads n k", heads=self.heads) for y in (q, k, v))
 
 
@@ -138,7 +139,7 @@ class Attention(nn.Module):
 class Context(NamedTuple):
     """What a block gets of a modality besides its tokens; the same for every block."""
 
-    time: Tensor  # (b 6 d) the timestep's part of the modulation, float32
+    time: Tensor  # (b 6 d) the noise level's part of the modulation, float32
     text: Tensor  # (b l d)
     rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n k/2)
 
@@ -216,8 +217,8 @@ class Head(nn.Module):
 
 
 class VideoExpert(nn.Module):
-    """Latents (b c t h w) <-> video tokens (b, T·H·W, d), and the embeddings of time and text that both
-    experts use. Names are Wan's."""
+    """Latents (b c t h w) -> video tokens (b, T·H·W, d) -> their velocity; and the embeddings of noise level
+    and text that both experts use. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
@@ -229,10 +230,10 @@ class VideoExpert(nn.Module):
         self.patch_embedding = nn.Conv3d(config.channels, d, config.patch, stride=config.patch)
         self.head = Head(config, nn.Linear(d, math.prod(config.patch) * config.channels))
 
-    def condition(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
+    def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
         """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
         dtype = self.time_embedding[0].weight.dtype
-        with torch.autocast(t.device.type, enabled=False):  # time stays fp32
+        with torch.autocast(t.device.type, enabled=False):  # it would round it to bf16
             time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype)).float()  # (b d)
             time6 = rearrange(self.time_projection(time.to(dtype)), "b (six d) -> b six d", six=6).float()
         return time, Context(time6, self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), rope)
@@ -250,7 +251,7 @@ class VideoExpert(nn.Module):
 
 
 class MotionExpert(nn.Module):
-    """Normalised motion (b f 235) <-> motion tokens (b, f·51, d)."""
+    """Normalised motion (b f 235) -> motion tokens (b, f·51, d) -> their velocity."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
@@ -306,12 +307,12 @@ class DualDiT(nn.Module):
 
         xs, contexts = {}, {}
         if video is not None:
-            time_video, contexts["video"] = self.video.condition(t_video, text, rope_video)
+            time_video, contexts["video"] = self.video.context(t_video, text, rope_video)
             x = self.video.embed(video)  # (b T·H·W d)
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
             # paper is silent: Wan's embeddings of time and text serve both experts
-            time_motion, contexts["motion"] = self.video.condition(t_motion, text, rope_motion)
+            time_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
             x = self.motion.embed(motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
@@ -371,7 +372,7 @@ class DualDiT(nn.Module):
         self.motion_std.fill_(1.0)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def rope_tables(
     config: DualDiTConfig, grid: tuple[int, int, int], f: int, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ Network = Callable[..., tuple[Tensor | None, Tensor | None]]  # dual_dit.DualDiT
 
 
 class Role(Enum):
-    NOISY = "generated"
+    NOISY = "noise, to be denoised"
     CLEAN = "a condition: enters without noise, at t = 0; its velocity is not used"
     ABSENT = "absent: has no tokens in the sequence"
 
@@ -87,9 +87,10 @@ class Draw(NamedTuple):
 def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> Draw:
     """A step of b samples: a pure function of the generator.
 
-    joint            the text is dropped at random
-    motion to video  the text, or text and motion
-    video to motion  never has text; the video is dropped at random
+    What is dropped at random, for a sample's text or a step's condition:
+    joint            text
+    motion to video  text, or text and motion
+    video to motion  video; text always
     """
     tasks = STAGES[stage]
     task = tasks[int(torch.randint(len(tasks), (1,), generator=generator))]
@@ -125,7 +126,7 @@ def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """Squared velocity error per sample (b,), None for a modality that was not generated."""
+    """Squared velocity error per sample (b,), None for a modality that is not noise."""
 
     video: Tensor | None
     motion: Tensor | None
@@ -139,9 +140,10 @@ class Loss(NamedTuple):
 def loss(
     model: Network, video: Tensor | None, motion: Tensor | None, text: Tensor, null_text: Tensor, drawn: Draw
 ) -> Loss:
-    """The objective on clean latents (b c T h w) and motion (b f 235), normalised.
+    """The objective on clean latents (b c T h w) and normalised motion (b f 235).
 
-    text and null_text (b l text_dim); a modality that is absent from the task may be None.
+    text (b l text_dim); null_text (l text_dim), the empty prompt's features. A modality that is absent from
+    the task may be None.
     """
     drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
     text = torch.where(drop_text[:, None, None], null_text, text)
@@ -261,7 +263,7 @@ def sample(
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
     condition comes back as it went in. `progress` is what the steps go through, such as tqdm. The defaults
-    are Wan's. ValueError where options or inputs do not fit.
+    are the paper's, but for ab2. ValueError where options or inputs do not fit.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -3,7 +3,7 @@
     v  root translation    1 token  of  3     position group
     η  joint positions    24 tokens of  3     position group
     θ  joint rotations    24 tokens of  6     rotation group
-    γ  global orientation  1 token  of  6     rotation group
+    γ  root rotation       1 token  of  6     rotation group
     β  body shape          1 token  of 10     shape group
                           51 tokens, 235 numbers
 
@@ -42,7 +42,7 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: RoPE cannot say which of its latent's four frames a token is of
+        # paper is silent: RoPE knows differences alone; this tells a token its f mod 4
         self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def motion_statistics(motion: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (235,) of motion vectors (n f 235), for normalisation.
 
     A channel that hardly moves (a wrist that never turns) is not blown up to unit variance: its
-    deviation counts as at least half the root mean square of its quantity's deviations.
+    deviation counts as at least half the root mean square of those in its part (v, η, θ, γ or β).
     """
     flat = rearrange(motion, "n f c -> (n f) c").double()
     mean, std = flat.mean(0), flat.std(0)

@@ -35,7 +35,7 @@ def motion_positions(f: int, H: int, W: int, synced: bool = True, apart: bool = 
     """Positions of f frames of motion tokens beside an H x W video grid -> (f·51, 3) float64.
 
     Two ablations, one thing each: `synced=False` has time f instead of f/4, four times too fast;
-    `apart=False` has (i, i) instead of (H + i, W + i), inside the video grid, where positions collide.
+    `apart=False` has (i, i) instead of (H + i, W + i): the first tokens stand on video's positions.
     """
     frame = torch.arange(f, dtype=torch.float64)
     token = torch.arange(TOKENS_PER_FRAME, dtype=torch.float64)
@@ -54,7 +54,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's rotation angles: (n, 3) -> two tensors (n, head_dim/2), float32.
 
-    Each axis owns its share of the channel pairs, with frequencies from 1 down to 1/theta. Angles are
+    Each axis owns its share of the channel pairs, with frequencies from 1 down towards 1/theta. Angles are
     computed in float64: fractional times and long clips keep their precision.
     """
     if head_dim % 2 or head_dim < 6:
@@ -95,6 +95,7 @@ if __name__ == "__main__":
     for frame, rows in enumerate(zip(attention_of_frames(True), attention_of_frames(False), strict=True)):
         own = int(latent_of(torch.tensor(frame)))
         cells = [
-            "".join(f"{100 * x:6.1f}{'*' if k == own else ' '}" for k, x in enumerate(row)) for row in rows
+            "".join(f"{100 * x:6.1f}{'*' if latent == own else ' '}" for latent, x in enumerate(row))
+            for row in rows
         ]
         print(f"{frame:>4}   {cells[0]:40}   {cells[1]}")

@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
     # the network
     add("--weights", type=Path, metavar="FILE", help="written by train.py; default: the shipped puppet")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
-    add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the procedural body")
+    add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the puppet's")
     add("--frames", type=files.frames, metavar="N", help="4n+1, for --wan; default: as trained")
     add("--size", type=files.size, metavar="HxW", help="pixels, for --wan; default: as trained")
     add("--fps", type=files.positive, metavar="F", help="frames a second, for --wan; default: as trained")
@@ -107,7 +107,7 @@ def make(
     backbone: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
     out: Path, device: str, looks: bool,
 ) -> list[Path]:  # fmt: skip
-    """Text, condition, samples -> files of latents. Each part of the backbone is loaded, used and let go."""
+    """Encode text and condition, sample -> files of latents. Each part of the backbone is used and let go."""
     text = jobs.texts(backbone, (job.prompt for job in todo))
     free_memory(device)
     latents = None if pixels is None else backbone.codec().encode(pixels.to(device))

@@ -167,7 +167,7 @@ def begin_stage(
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
     """Go on from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
-    follow(model.state_dict(), ema, 1.0)
+    follow(model.state_dict(), ema, 1.0)  # a copy
     if stage == 0:
         copy_video_to_motion(model)
         follow(ema, model.state_dict(), 1.0)
@@ -198,7 +198,7 @@ def update(
 def gradients(
     objective: nn.Module, clips: Iterator[batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
 ) -> Tensor:
-    """Forward and backward of the samples in `parts`, part by part -> losses: in all, and of what is made."""
+    """Forward and backward of `parts` of the samples, one by one -> losses (2 or 3,): total, its parts."""
     losses = 0.0
     for samples in parts:
         batch = next(clips)
@@ -216,11 +216,12 @@ def train(args: argparse.Namespace) -> None:
     device, rank, ranks = world
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
+    args.steps = sum(stages.values())  # a run that goes on keeps them, whatever the defaults are then
     accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
     run.check(args.out, args.resume, args.batch, ranks, accumulate)
     micro = args.batch // ranks // accumulate  # clips at a time
-    share = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))  # of this rank
-    parts = [range(i, i + micro) for i in share[::micro]]
+    mine = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))  # this rank's samples
+    parts = [range(i, i + micro) for i in mine[::micro]]
     shift = SHIFT[kind] if args.shift is None else args.shift
     peak = args.lr or LEARNING_RATE[kind]
 
@@ -229,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
     found = run.resumed(args.out, args.resume, plan)
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, shape.frames if args.wan else args.frames)
-    sources, held = validation.hold_out(sources)  # always, so that validation changes no run
+    sources, held = validation.hold_out(sources)  # even if never looked at: training data depend on it
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
     model.train()
@@ -248,11 +249,11 @@ def train(args: argparse.Namespace) -> None:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
     stopping, done = distributed.terminated(), first
-    # made when the first is asked for: by then the model is on its device
+    # a generator: it starts at the first step, when the model is on its device
     clips = batches.stream(
         sources, model, steps, first, parts, seed=args.seed, batch=args.batch, device=device, codec=codec
     )
-    # a small network's passes are recorded for a GPU, if a step has one of each
+    # CUDA graphs need one forward and one backward pass a step, and cannot recompute
     replay = len(parts) == 1 and not args.checkpointing
 
     for step in range(first, len(steps)):

@@ -40,7 +40,7 @@ from bench.timing import device_name, interleaved, random_model, seconds
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import distributed, flops
-from kit.data.batch import AT_ONCE
+from kit.data.batch import CLIPS_AT_ONCE
 from kit.files import whole_file
 from kit.monitor import peak_flops
 
@@ -153,7 +153,7 @@ def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
         parts = training_step(batch, device, bf16, compiled)
         calls = {"step": lambda: [part() for part in parts]} | parts._asdict()  # noqa: B023, called at once
         # the parts are waited for one by one: together they overlap
-        least = 2 * AT_ONCE if bf16 else 5  # a GPU makes the clips of so many steps at once
+        least = 2 * CLIPS_AT_ONCE // batch if bf16 else 5  # a GPU makes the clips of many steps at once
         mean = {name: sum(x) / len(x) for name, x in interleaved(calls, least=least, device=device).items()}
         name = f"batch_{batch}{'_compiled' * compiled}"
         report(**{name: {"clips_per_second": batch / mean["step"]} | mean})
@@ -164,8 +164,8 @@ def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Repo
     folder, end = out / "puppet-run", time.monotonic() + left
     shutil.rmtree(folder, ignore_errors=True)
     found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
-    rates = [x["clips_per_second"] for name, x in found.items() if name.startswith("batch_")]
-    steps = sizes.run_steps or max(20, int(0.7 * left * max(rates, default=1000.0) / sizes.run_batch))
+    rate = found.get(f"batch_{sizes.run_batch}", {}).get("clips_per_second", 1000.0)
+    steps = sizes.run_steps or max(20, int(0.7 * left * rate / sizes.run_batch))
     plan = ("--batch", sizes.run_batch, "--steps", steps, "--device", device, "--out", folder)
     call = [sys.executable, "train.py", *map(str, plan), "--save-every", "1000", "--validate-every", "1000"]
     process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -187,7 +187,7 @@ def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Repo
 
 # part: (what runs, the seconds that it may take at most); the last has what is left
 PARTS = {
-    "tests": (tests, 80), "train": (train, 130), "forward": (forward, 85), "motion": (motion, 25),
+    "tests": (tests, 120), "train": (train, 130), "forward": (forward, 85), "motion": (motion, 25),
     "hybrid": (hybrid, 50), "puppet": (puppet, 60), "run": (run, 3600),
 }  # fmt: skip
 

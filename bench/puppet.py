@@ -22,7 +22,7 @@ from kit.geometry import PUPPET
 from motion_tokens import MOTION_DIM
 from sample import denoise
 
-BATCH = 16  # clips a step, train.py's default
+BATCH = 16  # clips a step, train.py's default on a CPU
 STAGE = 2
 BUDGET = 30  # seconds of each length
 

@@ -22,7 +22,7 @@ from kit.geometry import PUPPET, Geometry, geometry
 class Defaults(NamedTuple):
     """How a backbone is sampled unless told otherwise."""
 
-    steps: int  # of each modality
+    steps: int  # of the solver
     guidance_text: float
     guidance_condition: float
     shift: float
@@ -72,12 +72,12 @@ def open_backbone(
     else:
         print("no --weights: the motion expert is untrained, its motion means nothing; try --task video")
     if not body:
-        print("no --body: joints are the procedural body's, not SMPL's")
+        print("no --body: joints are the puppet's, not SMPL's")
     if fps and trained.get("fps", fps) != fps:
         print(f"{file} was trained on {trained['fps']:g} frames a second, {fps:g} are asked for")
     own = Body.load(body) if body else puppet.body()
     if trained.get("body", own.digest()) != own.digest():
-        print(f"{file} was trained on another body than {body or 'the procedural one'}: name it with --body")
+        print(f"{file} was trained on another body than {body or 'that of the puppet'}: name it with --body")
     frames, fps = frames or trained.get("frames"), fps or trained.get("fps")
     if not size and "height" in trained:
         size = trained["height"], trained["width"]

@@ -44,11 +44,12 @@ class World(NamedTuple):
 
 def start(device: str) -> World:
     """Join the process group that torchrun describes, if any."""
+    if device == "cuda" and "RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # CUDA graphs and nccl go by it
     if "RANK" not in os.environ:
         return World(torch.device(device), 0, 1)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # gloo beside nccl: checkpoints are written from the CPU
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     store, rank, ranks = next(dist.rendezvous("env://"))
@@ -100,7 +101,7 @@ class Objective(nn.Module):
 def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool, replay: bool = False) -> nn.Module:
     """The objective, with the model on its device as the ranks train it; it takes what flow.loss takes next.
 
-    `replay`: as CUDA graphs (kit/graphs.py), where one GPU trains all of a small network.
+    `replay`: one GPU replays a small network as CUDA graphs (kit/graphs.py).
 
     kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. What is on
     the meta device gets memory, and rank 0's values if that has any; else a checkpoint brings them.

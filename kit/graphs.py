@@ -10,58 +10,60 @@ from torch import Tensor
 from dual_dit import DualDiT
 from flow import Role, Task
 
-WARM_UP = 3  # passes before a recording: what is compiled or allocated once is not recorded
+DRY_RUNS = 3  # passes before a recording: they compile and allocate what later ones use again
 
 
-class Pass:
+class RecordedPass:
     """Forward and backward pass for one task and one shape, with the memory that they run in."""
 
-    def __init__(self, model: DualDiT, task: Task, given: list[Tensor]):
+    def __init__(self, model: DualDiT, task: Task, inputs: list[Tensor]):
         self.model, self.task = model, task
-        self.inputs = [x.clone() for x in given]
+        self.inputs = [x.clone() for x in inputs]
         self.trained = [p for p in model.parameters() if p.requires_grad]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                made = self.velocities()
-                self.gradients_of(made, [torch.zeros_like(u) for u in made])
+            for _ in range(DRY_RUNS):
+                outputs = self.run_forward()
+                self.run_backward(outputs, [torch.zeros_like(u) for u in outputs])
         torch.cuda.current_stream().wait_stream(side)
+        # thread_local: the thread that writes a checkpoint may use the GPU meanwhile
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward):
-            self.made = self.velocities()
-        self.errors = [torch.empty_like(u) for u in self.made]  # d loss / d velocity
-        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
-            self.gradients = self.gradients_of(self.made, self.errors)
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+            self.outputs = self.run_forward()
+        self.output_gradients = [torch.empty_like(u) for u in self.outputs]
+        with torch.cuda.graph(self.backward, self.forward.pool(), capture_error_mode="thread_local"):
+            self.gradients = self.run_backward(self.outputs, self.output_gradients)
 
-    def velocities(self) -> list[Tensor]:
-        """Of what is generated. `inputs`: what is there of video, motion and their times, and the text."""
+    def run_forward(self) -> list[Tensor]:
+        """Velocities of what is noise. `inputs`: video, motion, their times, text, without what is absent."""
         tensors, roles = iter(self.inputs), (self.task.video, self.task.motion)
         inputs = [None if role is Role.ABSENT else next(tensors) for role in roles * 2]
-        made = self.model(*inputs, next(tensors), self.task)
-        return [u for u, role in zip(made, roles, strict=True) if role is Role.NOISY]
+        velocities = self.model(*inputs, next(tensors), self.task)
+        return [u for u, role in zip(velocities, roles, strict=True) if role is Role.NOISY]
 
-    def gradients_of(self, made: list[Tensor], errors: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """One for each parameter that trains; None where this task does not reach it."""
-        with torch.autocast(made[0].device.type, enabled=False):  # it is for forward passes
-            return torch.autograd.grad(made, self.trained, errors, allow_unused=True)
+    def run_backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """For each parameter that trains; None where the task does not use it."""
+        # as in train.py, whose backward pass is outside autocast
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            return torch.autograd.grad(outputs, self.trained, gradients, allow_unused=True)
 
 
 class Replay(torch.autograd.Function):
-    """A recorded pass to autograd; parameters get their gradients without it."""
+    """A recorded pass as one operation of autograd; it sets the parameters' .grad itself."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, recorded: Pass, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, anchor: Tensor, recorded: RecordedPass, *inputs: Tensor) -> tuple[Tensor, ...]:
         """`anchor` requires a gradient, so that there is a backward pass."""
-        torch._foreach_copy_(recorded.inputs, given)
+        torch._foreach_copy_(recorded.inputs, inputs)
         recorded.forward.replay()
         ctx.recorded = recorded
-        return tuple(u.detach() for u in recorded.made)
+        return tuple(u.detach() for u in recorded.outputs)
 
     @staticmethod
-    def backward(ctx, *errors: Tensor) -> tuple[None, ...]:
+    def backward(ctx, *gradients: Tensor) -> tuple[None, ...]:
         recorded = ctx.recorded
-        torch._foreach_copy_(recorded.errors, errors)
+        torch._foreach_copy_(recorded.output_gradients, gradients)
         recorded.backward.replay()
         for p, gradient in zip(recorded.trained, recorded.gradients, strict=True):
             p.grad = gradient
@@ -69,24 +71,25 @@ class Replay(torch.autograd.Function):
 
 
 class Recorded:
-    """A network, called as itself; each task and shape is recorded when it first comes.
+    """Stands for the network: records each task and shape when it first comes, then replays it.
 
-    Weights may change in place, but what trains may not. Gradients are set, not added, and the task's next
-    backward pass overwrites them: a step can have one. The velocity of a clean condition comes as None.
+    Weights must stay where they are in memory, and the same parameters must train. .grad is set, not added
+    to, so a step has one backward pass. Autocast must keep no cast weights (cache_enabled=False). A clean
+    condition's velocity is None.
     """
 
     def __init__(self, model: DualDiT):
         self.model = model
-        self.passes: dict[tuple, Pass] = {}
+        self.passes: dict[tuple, RecordedPass] = {}
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __call__(
         self, video: Tensor | None, motion: Tensor | None, t_video: Tensor | None, t_motion: Tensor | None,
         text: Tensor, task: Task,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        given = [x for x in (video, motion, t_video, t_motion, text) if x is not None]
-        key = task, *(x.shape for x in given)
+        inputs = [x for x in (video, motion, t_video, t_motion, text) if x is not None]
+        key = task, *(x.shape for x in inputs)
         if key not in self.passes:
-            self.passes[key] = Pass(self.model, task, given)
-        made = iter(Replay.apply(self.anchor, self.passes[key], *given))
-        return tuple(next(made) if role is Role.NOISY else None for role in (task.video, task.motion))
+            self.passes[key] = RecordedPass(self.model, task, inputs)
+        velocities = iter(Replay.apply(self.anchor, self.passes[key], *inputs))
+        return tuple(next(velocities) if role is Role.NOISY else None for role in (task.video, task.motion))

@@ -17,7 +17,7 @@ from kit.files import whole_file
 def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title: str) -> None:
     """Write a .png of motion -> video attention (layers f t), one panel per layer, on one colour scale.
 
-    Entry (l, f, t) is the mass that motion frame f puts on latent frame t. The line is t = f/4, where
+    Entry (l, f, k) is the mass that motion frame f puts on latent k. The line is k = f/4, where
     MVS-RoPE puts frame f. `shares` (layers,) in [0, 1], the measured mass on the frame's own latent, is
     printed above each panel.
     """
@@ -40,7 +40,7 @@ def attention_picture(path: str | Path, attention: Tensor, shares: Tensor, title
         panel.tick_params(labelsize=7)
     figure.suptitle(f"{title} (chance {100 / latents:.0f}%)", fontsize=10)
     figure.supxlabel("motion frame f", fontsize=8)
-    figure.supylabel("latent frame t", fontsize=8)
+    figure.supylabel("latent k", fontsize=8)
     figure.colorbar(heat, ax=panels, fraction=0.06 / columns, pad=0.02).ax.tick_params(labelsize=7)
     save_figure(figure, path)
 

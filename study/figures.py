@@ -100,12 +100,12 @@ def figure8(path: Path, found: dict[str, dict]) -> None:
             panel.set(xticks=range(0, frames, 4), yticks=range(len(shown)))
             share = tables.cell(network["measures"][f"{way}_{layer}"])
             panel.set_title(f"{tables.name_of('figure8', name)}: {share}", fontsize=9)
-        row[0].set_ylabel(f"{way.replace('_to_', ' → ')}, layer {layer}\nlatent frame t", fontsize=8)
+        row[0].set_ylabel(f"{way.replace('_to_', ' → ')}, layer {layer}\nlatent k", fontsize=8)
         figure.colorbar(heat, ax=row, fraction=0.02, pad=0.02)
     chance = next(iter(found.values()))["chance"]
     figure.supxlabel("motion frame f", fontsize=8)
     figure.suptitle(
-        f"Share of attention that keeps the 4:1 clock (chance {chance:.2f}; dotted: t = f/4)", fontsize=10
+        f"Share of attention that keeps the 4:1 clock (chance {chance:.2f}; dotted: k = f/4)", fontsize=10
     )
     plots.save_figure(figure, path)
 

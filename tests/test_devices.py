@@ -296,7 +296,7 @@ def test_steps_are_read_in_order_and_as_suits_the_device(
 
     monkeypatch.setattr(batches, "read", read)
     steps = [train.Step(step // 40, 0, 0, 5) for step in range(70)]
-    where = {"seed": 0, "batch": 2, "device": torch.device(device), "codec": object() if made else None}
+    where = {"seed": 0, "batch": 32, "device": torch.device(device), "codec": object() if made else None}
     clips = batches.stream([], model, steps, first, [range(2)], **where)
     assert next(clips) == first
     wait = time.monotonic() + 60

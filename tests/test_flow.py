@@ -300,7 +300,7 @@ def test_progress_sees_every_step_and_gradients_are_off():
         (Task.JOINT, (), {"solver": "heun"}, "unknown solver 'heun': choose one of euler, ab2"),
         (Task.JOINT, (), {"steps": 0}, "steps must be at least 1"),
         (Task.MOTION_TO_VIDEO, ("motion",), {}, "motion is a condition.*got none"),
-        (Task.JOINT, ("video",), {}, "video is generated; got none"),
+        (Task.JOINT, ("video",), {}, "video is noise, to be denoised; got none"),
         (Task.MOTION_ONLY, (), {}, "video .*no tokens.*got a tensor"),
     ],
 )

@@ -235,7 +235,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     model, _ = weights.load_weights(file)
     weights.save_weights(tmp_path / "w", model.config, model.state_dict(), {}, settings=other)
     open_backbone(folder, tmp_path / "w", None, None, None, None, None, "cpu")
-    assert "w was trained on another body than the procedural one" in capsys.readouterr().out
+    assert "w was trained on another body than that of the puppet" in capsys.readouterr().out
     run(*plain, shape=("--fps", 16, "--frames", 5, "--size", "64x96"))
     pixels, fps = all_frames(tmp_path / "a" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((5, 64, 96, 3), 16)

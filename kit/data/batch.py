@@ -22,7 +22,7 @@ from motion_tokens import motion_statistics
 
 BLOCK = 1024  # positions in which every source has exactly its share
 STATISTICS_CLIPS = 2048
-AT_ONCE = 32  # steps whose clips a GPU makes together
+CLIPS_AT_ONCE = 1024  # of the puppet, made together by a GPU
 
 
 def rng(*key: int | str) -> torch.Generator:
@@ -129,7 +129,7 @@ class Batch(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which samples of a step are read together."""
+    """Samples of one step that become one Batch."""
 
     stage: int
     step: int
@@ -148,7 +148,7 @@ def read(
     device: torch.device,
     codec: puppet.Codec | None = None,
 ) -> list[Batch]:
-    """The samples of one step or several, of the same stage and length, on `device`; a step has `batch`.
+    """A Batch on `device` for each of `wanted`, all of one stage and length; a step has `batch` samples.
 
     Stages 0 and 2 use the sources with video; `codec` makes latents of what is not cached.
     """
@@ -201,22 +201,22 @@ def stream(
 ) -> Iterator[Batch]:
     """A batch for each of `parts`, ranges of samples, of each step (train.Step) from `first` on.
 
-    A GPU makes the puppet's clips itself, those of 32 steps at once: each operation costs its host as much as
-    one step's would. What comes from disk is read by a thread while a GPU trains.
+    On a GPU the puppet's clips of many steps are made together: that launches no more kernels than one
+    step's. A Wan's cache is read by a thread while a GPU trains.
     """
     wanted = (
         Wanted(now.stage, step, now.frames, samples) for step, now in enumerate(steps) for samples in parts
     )
-    on_gpu, made = device.type == "cuda", codec is not None
-    at_once = AT_ONCE if on_gpu and made else 1
-    # the same steps together, wherever a run goes on: a GPU's last bits depend on how many there are
+    on_gpu, puppets = device.type == "cuda", codec is not None
+    at_once = max(1, CLIPS_AT_ONCE // batch) if on_gpu and puppets else 1  # steps
+    # groups begin at the same steps after a resume: a GPU rounds otherwise for other numbers of clips
     groups = (list(x) for _, x in groupby(wanted, lambda w: (w.stage, w.frames, w.step // at_once)))
     groups = (group for group in groups if group[-1].step >= first)
     one_group = functools.partial(
         read, sources, model.motion_mean, model.motion_std, seed=seed, batch=batch, device=device, codec=codec
     )
-    # no thread beside what is made on a GPU: it would use the GPU while passes are recorded (kit/graphs.py)
-    for group, found in (_read_ahead if on_gpu and not made else _read_in_turn)(one_group, groups):
+    reader = _read_ahead if on_gpu and not puppets else _read_in_turn
+    for group, found in reader(one_group, groups):
         yield from (clips for part, clips in zip(group, found, strict=True) if part.step >= first)
 
 
@@ -227,11 +227,11 @@ def _read_in_turn(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], 
 def _read_ahead(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
     """A thread reads the next group while this one is in use."""
     with ThreadPoolExecutor(1) as thread:
-        before = None
+        pending = None
         for group in groups:
-            now = group, thread.submit(read, group)
-            if before:
-                yield before[0], before[1].result()
-            before = now
-        if before:
-            yield before[0], before[1].result()
+            submitted = group, thread.submit(read, group)
+            if pending:
+                yield pending[0], pending[1].result()
+            pending = submitted
+        if pending:
+            yield pending[0], pending[1].result()

@@ -44,7 +44,7 @@ RING = 6  # vertices around a bone
 
 @functools.cache
 def body(device: str | torch.device = "cpu") -> Body:
-    """The procedural body on a device. Everyone shares it: ask for another device, do not move it."""
+    """The puppet's body on a device. Everyone shares it: ask for another device, do not move it."""
     return Body(_body_data()).to(device)
 
 

@@ -11,8 +11,8 @@ from flow import Task
 from kit import graphs
 
 
-class Launched(graphs.Pass):
-    """A pass whose replay computes the same in the same memory, without a GPU."""
+class Eager(graphs.RecordedPass):
+    """A pass whose replay computes anew in the same memory, without a GPU."""
 
     def __init__(self, *given):
         super().__init__(*given)
@@ -20,12 +20,12 @@ class Launched(graphs.Pass):
 
     @torch.enable_grad()
     def launch_forward(self):
-        for u, now in zip(self.made, self.velocities(), strict=True):
+        for u, now in zip(self.outputs, self.run_forward(), strict=True):
             u.data.copy_(now)
 
     @torch.enable_grad()
     def launch_backward(self):
-        now = self.gradients_of(self.velocities(), self.errors)
+        now = self.run_backward(self.run_forward(), self.output_gradients)
         for gradient, new in zip(self.gradients, now, strict=True):
             if new is not None:
                 gradient.copy_(new)
@@ -37,7 +37,7 @@ def test_a_recorded_network_is_the_network(monkeypatch, task):
     for name in ("Stream", "stream", "current_stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
-    monkeypatch.setattr(graphs, "Pass", Launched)
+    monkeypatch.setattr(graphs, "RecordedPass", Eager)
     generator = torch.Generator().manual_seed(0)
     draw = flow.draw(generator, 2, 3)._replace(task=task)
     shapes = (3, 48, 2, 8, 8), (3, 5, 235), (3, 4, 64)
