@@ -277,7 +277,7 @@ def train(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift)
         losses = gradients(objective, clips, drawn, parts, bf16)
-        norm = distributed.clip(model, CLIP_NORM)
+        norm = distributed.clip_gradients(model, CLIP_NORM)
 
         # one look at the numbers, which are then the same on every rank
         flags = losses.new_tensor([stopping.is_set(), writer.failed()])
@@ -297,7 +297,7 @@ def train(args: argparse.Namespace) -> None:
         if log:
             log.step(step, now.stage, now.frames, drawn.task, losses, norm, skipped, args.batch, seconds)
         if not finite:
-            run.complain(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
+            run.report_skipped(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # says what is wrong
         ended = now.step + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors

@@ -207,7 +207,7 @@ def _training_step(model: DualDiT, shape: Shape, device: torch.device) -> Callab
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             loss = objective(video, motion, text, text[0], drawn)
         loss.total.backward()
-        distributed.clip(model, 1.0)
+        distributed.clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

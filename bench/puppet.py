@@ -65,7 +65,7 @@ def training_step(
 
     def gradients() -> None:
         train.gradients(objective, iter(made), drawn, parts, bf16)
-        distributed.clip(model, train.CLIP_NORM)
+        distributed.clip_gradients(model, train.CLIP_NORM)
 
     def optimizers() -> None:
         for optimizer in opts:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
-from kit.distributed import World, whole
+from kit.distributed import World, gathered
 
 DONE = "done.json"
 PATTERN = "step-*"
@@ -89,7 +89,7 @@ def load(
             counter = not len(stored[key].size)
             empty = torch.zeros((), device=parameter.device) if counter else torch.zeros_like(parameter)
             # Muon's is like its gradient
-            empty = whole(empty) if slot == "momentum_buffer" else empty
+            empty = gathered(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()
     state = training_state(model, ema, optimizers, {}, world.rank)
     state = {k: v for k, v in state.items() if k in stored or not k.startswith("random/")}  # of more ranks

@@ -222,13 +222,13 @@ def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def clip(model: nn.Module, limit: float) -> Tensor:
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients down to this global norm -> what it was, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A sharded tensor with all its slices on every rank; others are whole already."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -239,7 +239,7 @@ def gather_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Before a step of Muon, which multiplies whole matrices: gather each once, not in every product."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = p.grad if p.grad is None else whole(p.grad)
+            p.grad = p.grad if p.grad is None else gathered(p.grad)
 
 
 def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:

@@ -234,7 +234,7 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     print(f"wrote {file} and {summary}, from {found.folder}")
 
 
-def complain(seed: int, step: int, task: Task, batch: int, rank: int, stop: bool) -> None:
+def report_skipped(seed: int, step: int, task: Task, batch: int, rank: int, stop: bool) -> None:
     """A step was skipped; ValueError if it is time to stop."""
     where = f"seed {seed}, step {step}, task {task.name.lower()}, samples 0 to {batch - 1}"
     if rank == 0:

@@ -44,7 +44,7 @@ from study.scores import Columns, Real
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
 ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
-LOOKS = 16  # times that each of these is validated
+VALIDATIONS = 16  # times that each of these is validated
 WAYS = {"motion_to_video": frame_share, "video_to_motion": latent_share}
 STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")  # its losses
 
@@ -144,8 +144,8 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
     if not checkpoints.folder_of(out, steps).is_dir():  # weights of earlier steps may be there
-        looks = max(1, steps // LOOKS) if network.frames else 0
-        options |= {"validate-every": looks, "keep": 1, "device": plan.device, "resume": "auto", "out": out}
+        every = max(1, steps // VALIDATIONS) if network.frames else 0
+        options |= {"validate-every": every, "keep": 1, "device": plan.device, "resume": "auto", "out": out}
         command = [sys.executable, str(ROOT / "train.py")]
         for key, value in options.items():
             command += [] if value is None else [f"--{key}", str(value)]

@@ -133,7 +133,7 @@ def test_a_step(model, watch, task, checkpointing):
     for _ in range(2):  # the first uploads what is kept
         watch.waited_uploads.clear()
         losses = train.gradients(distributed.Objective(model), clips, draw, [range(2)], bf16=True)
-    norm = distributed.clip(model, 1.0)
+    norm = distributed.clip_gradients(model, 1.0)
     average = {name: x.clone() for name, x in model.state_dict().items()}
     opts = train.optimizers(model, "puppet")
     opts = opts if DEVICE.type == "cuda" else opts[:1]  # fused AdamW has no kernel for meta

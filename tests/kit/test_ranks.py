@@ -46,7 +46,7 @@ def compiled_ddp(world: World) -> list[tuple[float, float]]:
         objective = distributed.wrap(model, world, "ddp", False)
         loss = loss_of(objective, Task.JOINT)
         loss.backward()
-        found.append((loss.item(), distributed.clip(model, 1e9).item()))
+        found.append((loss.item(), distributed.clip_gradients(model, 1e9).item()))
     torch.compile = real
     return found
 
@@ -79,7 +79,7 @@ def sharded(world: World) -> list[dict]:
         found.append({"gathered": sum(gathered) / 2, "kept": shares, "whole": unsharded, "dtypes": dtypes})
         model.zero_grad()
     for name, x in model.state_dict().items():
-        assert torch.equal(distributed.local(distributed.whole(x)), before[name]), name
+        assert torch.equal(distributed.local(distributed.gathered(x)), before[name]), name
     setattr(dist, GATHER, real)
     return found
 
@@ -96,7 +96,7 @@ def reads(world: World) -> list[dict]:
         model, _ = run.build(Path("wan"), None, None, {1: 1}, [], 0, None, world)
         meta = model.blocks[0].video.modulation.is_meta
         distributed.wrap(model, world, kind, False)
-        values = {name: distributed.local(distributed.whole(x)) for name, x in model.state_dict().items()}
+        values = {name: distributed.local(distributed.gathered(x)) for name, x in model.state_dict().items()}
         equal = all(torch.equal(values[name], expected[name]) for name in expected)
         found.append({"called": len(called), "meta": meta, "equal": equal})
     return found
