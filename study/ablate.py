@@ -19,7 +19,6 @@ assets/results.json network by network; what is there and of the same weights is
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -151,7 +150,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
             command += [] if value is None else [f"--{key}", str(value)]
         command += ["--compile"] * plan.compile
         print(f"{name}, seed {seed}: {steps} steps", flush=True)
-        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        code = subprocess.run(command).returncode
         if code or not checkpoints.folder_of(out, steps).is_dir():
             raise ValueError(f"training stopped; the same command goes on: {' '.join(command)}")
     return out / "weights.safetensors"

@@ -39,7 +39,7 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
     """The options of each training; instead of hours of work it leaves tiny weights and two losses."""
     options = []
 
-    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+    def run(command: list[str]) -> subprocess.CompletedProcess:
         assert Path(command[1]).samefile(train.__file__)
         monkeypatch.setattr(sys, "argv", command[1:])
         args = train.options()
