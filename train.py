@@ -99,7 +99,7 @@ class Step(NamedTuple):
     """Where in the run a step is."""
 
     stage: int
-    step: int  # within the stage
+    index: int  # within the stage
     steps: int  # of the stage
     frames: int  # of the clips
 
@@ -131,8 +131,8 @@ def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool
 
 def learning_rate(peak: float, now: Step) -> float:
     """Linear warm-up, then half a cosine down to a twentieth of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * now.step / now.steps))
-    return peak * min(1.0, (now.step + 1) / WARMUP) * (0.05 + 0.95 * cosine)
+    cosine = 0.5 * (1 + math.cos(math.pi * now.index / now.steps))
+    return peak * min(1.0, (now.index + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
 def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
@@ -192,7 +192,7 @@ def update(
             group["lr"] = rate
         optimizer.step()
     # early in a stage, average over few steps
-    follow(ema, state, 1 - min(EMA_DECAY, (1 + now.step) / (10 + now.step)))
+    follow(ema, state, 1 - min(EMA_DECAY, (1 + now.index) / (10 + now.index)))
 
 
 def gradients(
@@ -258,13 +258,13 @@ def train(args: argparse.Namespace) -> None:
 
     for step in range(first, len(steps)):
         now = steps[step]
-        if step == first or now.step == 0:
+        if step == first or now.index == 0:
             objective, opts = begin_stage(model, now.stage, kind, world, args.parallel, bf16, replay)
             if step == first:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:
-                    checkpoints.load(found.folder, model, ema, opts if now.step else [], world)
-            if now.step == 0 and step > 0:
+                    checkpoints.load(found.folder, model, ema, opts if now.index else [], world)
+            if now.index == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
             state = model.state_dict()
             held_out = validation.read_held_out(
@@ -300,7 +300,7 @@ def train(args: argparse.Namespace) -> None:
             run.report_skipped(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # says what is wrong
-        ended = now.step + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
+        ended = now.index + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
             record = run.record(done, now.stage, ended, bf16, skipped, bad, plan, model.config, settings)
             writer.save(record, checkpoints.training_state(model, ema, opts, extra, rank))
