@@ -59,7 +59,8 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "echomotion": Network(1, 2),
-    "video-tuning": Network(0, 0),  # on as many clips as echomotion's stage 2
+    "video-tuning-quarter": Network(0, 0),  # on a quarter of the clips of echomotion's stage 2
+    "video-tuning": Network(0, 0),  # on as many
     "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
     "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # what the ablations are held against
     "unsynced": Network(1, 2, "unsynced", puppet.FRAMES),
@@ -123,6 +124,8 @@ def steps_of(name: str, plan: Plan) -> int:
     if NETWORKS[name].frames:
         return plan.steps or ABLATION_STEPS
     steps = plan.steps or plan.stages[2]
+    if name == "video-tuning-quarter":
+        return steps // 4
     if name == "video-tuning-flops":
         flops_of = partial(arithmetic, frames=plan.frames)
         both = flops_of(1, plan.stages[1]) + flops_of(2, steps)
@@ -209,6 +212,7 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
         "backbone": Task.VIDEO_ONLY,
         "echomotion": Task.JOINT,
         "echomotion-redrawn": Task.JOINT,
+        "video-tuning-quarter": Task.VIDEO_ONLY,
         "video-tuning": Task.VIDEO_ONLY,
         "video-tuning-flops": Task.VIDEO_ONLY,
     },

@@ -10,6 +10,7 @@ MISSING = "not yet measured"
 NAMES = {  # in the order of rows
     "real": "real video, through the codec",
     "backbone": "backbone (stage 0)",
+    "video-tuning-quarter": "video tuning, a quarter of the clips",
     "video-tuning": "video tuning, as many clips",
     "video-tuning-flops": "video tuning, as much arithmetic",
     "mean-motion": "mean motion",
