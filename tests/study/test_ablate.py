@@ -170,7 +170,7 @@ def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
             plan._replace(seeds=2), "figure8", "unsynced", lambda paths: measured.append(paths) or {}
         )
         (plan.runs / "unsynced-1" / "weights.safetensors").write_bytes(b"trained again")
-    assert len(measured) == 1 and len(trainings) == 17  # eight networks of two seeds, one the run itself
+    assert len(measured) == 1 and len(trainings) == 17  # nine networks of two seeds, one the run itself
 
 
 def test_curves_are_losses_a_task(tmp_path):
