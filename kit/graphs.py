@@ -16,7 +16,7 @@ DRY_RUNS = 3  # passes before a recording: they compile and allocate what later 
 class RecordedPass:
     """Forward and backward pass for one task and one shape, with the memory that they run in."""
 
-    def __init__(self, model: DualDiT, task: Task, inputs: list[Tensor]):
+    def __init__(self, model: DualDiT, task: Task, inputs: list[Tensor], pool: tuple[int, int] | None):
         self.model, self.task = model, task
         self.inputs = [x.clone() for x in inputs]
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -29,7 +29,7 @@ class RecordedPass:
         torch.cuda.current_stream().wait_stream(side)
         # thread_local: the thread that writes a checkpoint may use the GPU meanwhile
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.forward, pool, capture_error_mode="thread_local"):
             self.outputs = self.run_forward()
         self.output_gradients = [torch.empty_like(u) for u in self.outputs]
         with torch.cuda.graph(self.backward, self.forward.pool(), capture_error_mode="thread_local"):
@@ -81,6 +81,7 @@ class Recorded:
     def __init__(self, model: DualDiT):
         self.model = model
         self.passes: dict[tuple, RecordedPass] = {}
+        self.pool = None  # of memory, shared by all passes: none needs what another has left there
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __call__(
@@ -90,6 +91,7 @@ class Recorded:
         inputs = [x for x in (video, motion, t_video, t_motion, text) if x is not None]
         key = task, *(x.shape for x in inputs)
         if key not in self.passes:
-            self.passes[key] = RecordedPass(self.model, task, inputs)
+            self.passes[key] = RecordedPass(self.model, task, inputs, self.pool)
+            self.pool = self.passes[key].forward.pool()
         velocities = iter(Replay.apply(self.anchor, self.passes[key], *inputs))
         return tuple(next(velocities) if role is Role.NOISY else None for role in (task.video, task.motion))

@@ -108,6 +108,19 @@ def test_a_replayed_step_is_the_launched_one(task, bf16):
     assert found[1][2] == found[0][2]
 
 
+def test_passes_that_share_memory_replay_in_any_order():
+    # catches memory of one pass that another has overwritten while it is needed
+    model = tiny_model().to(GPU)
+    network, tasks = graphs.Recorded(model), (Task.JOINT, Task.VIDEO_TO_MOTION, Task.MOTION_TO_VIDEO)
+    for task in tasks:
+        loss_and_gradients(model, batch(GPU, step=1), task, network=network)
+    for task in (*reversed(tasks), *tasks):
+        expected, gradients = loss_and_gradients(model, batch(GPU), task)
+        loss, found = loss_and_gradients(model, batch(GPU), task, network=network)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        close(found, gradients, 1e-4)
+
+
 def test_checkpointing_keeps_the_attention_that_ran():
     # a kernel that kit.distributed.KEPT does not name would be recomputed
     model = DualDiT(PRESETS["puppet"]).to(GPU)
