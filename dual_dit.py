@@ -15,8 +15,7 @@ both, concatenated.
 
 Either stream may be absent. Without motion, and while the task hint is zero, this computes what Wan does.
 
-Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width, k channels
-a head.
+Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width = heads·k.
 """
 
 import functools
