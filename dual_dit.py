@@ -232,7 +232,7 @@ class VideoExpert(nn.Module):
     def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
         """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
         dtype = self.time_embedding[0].weight.dtype
-        with torch.autocast(t.device.type, enabled=False):  # it would round it to bf16
+        with torch.autocast(t.device.type, enabled=False):  # it would round the time
             time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype)).float()  # (b d)
             time6 = rearrange(self.time_projection(time.to(dtype)), "b (six d) -> b six d", six=6).float()
         return time, Context(time6, self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), rope)

@@ -142,8 +142,8 @@ def loss(
 ) -> Loss:
     """The objective on clean latents (b c T h w) and normalised motion (b f 235).
 
-    text (b l text_dim); null_text (l text_dim), the empty prompt's features. A modality that is absent from
-    the task may be None.
+    text (b l text_dim); null_text, the empty prompt's features, broadcasts to it. A modality that is absent
+    from the task may be None.
     """
     drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
     text = torch.where(drop_text[:, None, None], null_text, text)

@@ -180,12 +180,9 @@ def follow(average: dict[str, Tensor], state: dict[str, Tensor], weight: float) 
 
 
 def update(
-    state: dict[str, Tensor],
-    ema: dict[str, Tensor],
-    opts: list[torch.optim.Optimizer],
-    rate: float,
+    state: dict[str, Tensor], ema: dict[str, Tensor], opts: list[torch.optim.Optimizer], rate: float,
     now: Step,
-) -> None:
+) -> None:  # fmt: skip
     """A step of the weights, and of their average."""
     for optimizer in opts:
         for group in optimizer.param_groups:

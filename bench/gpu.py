@@ -146,15 +146,20 @@ def _backward(model: DualDiT, call: Callable) -> None:
 
 
 def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    from bench.puppet import training_step
+    from bench.puppet import done, training_step
 
     bf16 = device.type == "cuda"
     for batch, compiled in (*((batch, False) for batch in sizes.batches), (sizes.batches[-1], True)):
         parts = training_step(batch, device, bf16, compiled)
-        calls = {"step": lambda: [part() for part in parts]} | parts._asdict()  # noqa: B023, called at once
+        # a GPU makes the clips of so many steps together
+        group = max(1, CLIPS_AT_ONCE // batch) if bf16 else 1
+        calls = parts._asdict() | {
+            "step": functools.partial(done, [*parts] * group),
+            "data": functools.partial(done, [parts.data] * group),
+        }
         # the parts are waited for one by one: together they overlap
-        least = 2 * CLIPS_AT_ONCE // batch if bf16 else 5  # a GPU makes the clips of many steps at once
-        mean = {name: sum(x) / len(x) for name, x in interleaved(calls, least=least, device=device).items()}
+        mean = {name: sum(x) / len(x) for name, x in interleaved(calls, least=5, device=device).items()}
+        mean |= {name: mean[name] / group for name in ("step", "data")}
         name = f"batch_{batch}{'_compiled' * compiled}"
         report(**{name: {"clips_per_second": batch / mean["step"]} | mean})
 
