@@ -2,18 +2,21 @@
 
 python -m bench             1.3B-shaped blocks beside diffusers; the price of motion; the puppet. On the CPU
 python -m bench puppet      training of the puppet: clips a second at each length, compiled or not. On the CPU
-python -m bench gpu         what a GPU does, in one command of eight minutes (bench/gpu.py)
+python -m bench gpu         the 1.3B at 81x480x832, training and beside diffusers (bench/gpu.py)
 python -m bench plan        what a training run will need, counted
 """
 
 import argparse
+import functools
 import json
+import statistics
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from kit import files
+from kit.devices import has_bf16_units
 
 
 def bench_all() -> dict:
@@ -21,17 +24,17 @@ def bench_all() -> dict:
     from bench import puppet, speed
     from bench.timing import CPU, device_name
 
-    setting, fp32, bf16 = speed.Setting(), torch.float32, torch.bfloat16
-    compared = [(key, dtype) for dtype in (fp32, bf16) for key in speed.COMPARED]
-    rows = speed.motion(setting)
-    for key, dtype in tqdm(compared, desc="measuring"):
-        rows += speed.compared(setting, key, dtype)
-    rows += puppet.guided(setting) + puppet.training(setting)
+    parts = [speed.motion, functools.partial(speed.compared, torch.float32), puppet.guided, puppet.training]
+    if has_bf16_units(CPU):  # without them a CPU takes minutes for each call
+        parts.insert(2, functools.partial(speed.compared, torch.bfloat16))
+    rows = [row for part in tqdm(parts, desc="measuring") for row in part()]
     print(f"{device_name(CPU)}, torch {torch.__version__}; median, smallest and largest of alternating runs")
-    for key, what, (median, low, high) in rows:
-        print(f"{key:22}{median:8.3g}  ({low:.3g} … {high:.3g})".ljust(52) + what)
-    spread = {row.key: row.figure[1:] for row in rows}
-    return {row.key: row.figure.median for row in rows} | {"spread": spread, "device": device_name(CPU)}
+    figures, spread = {}, {}
+    for key, what, values in rows:
+        figures[key], spread[key] = statistics.median(values), (min(values), max(values))
+        low, high = spread[key]
+        print(f"{key:22}{figures[key]:8.3g}  ({low:.3g} … {high:.3g})".ljust(52) + what)
+    return figures | {"spread": spread, "device": device_name(CPU)}
 
 
 def options() -> argparse.Namespace:
@@ -44,13 +47,9 @@ def options() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="what", metavar="puppet, gpu, plan")
     verbs.add_parser("puppet", parents=[common], help="clips a second in training, at each length")
 
-    gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does; without one a tiny rehearsal")
-    what = "tests, train, forward, motion, hybrid, puppet, run; default: all, in this order"
-    gpu.add_argument("parts", nargs="*", metavar="PART", help=what)
-    gpu.add_argument("--minutes", type=float, default=8, metavar="N", help="in all (default %(default)s)")
-    what = "figures and the puppet's run (default %(default)s)"
-    gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help=what)
-    gpu.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does with the 1.3B")
+    parts = {"choices": ("train", "forward", "all"), "metavar": "PART", "help": "train, forward or all"}
+    gpu.add_argument("parts", nargs="*", default="all", **parts)
 
     plan = verbs.add_parser("plan", parents=[common], help="what a training run will need")
     plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
