@@ -21,7 +21,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -31,9 +30,9 @@ import torch
 from torch import Tensor
 
 import train
-from dual_dit import PRESETS, DualDiT
+from dual_dit import DualDiT
 from flow import Task
-from kit import checkpoints, files, flops, puppet, validation, weights
+from kit import checkpoints, files, puppet, validation, weights
 from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
@@ -61,7 +60,6 @@ NETWORKS = {
     "echomotion": Network(1, 2),
     "video-tuning-quarter": Network(0, 0),  # on a quarter of the clips of echomotion's stage 2
     "video-tuning": Network(0, 0),  # on as many
-    "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
     "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # what the ablations are held against
     "unsynced": Network(1, 2, "unsynced", puppet.FRAMES),
     "collision": Network(1, 2, "collision", puppet.FRAMES),
@@ -73,15 +71,16 @@ STAGES = {"backbone": 0, "stage-1": 1}  # of the run itself
 
 class Plan(NamedTuple):
     start: Path  # the run that all networks start from
-    stages: dict[int, int]  # steps of its stages
-    batch: int
     seeds: int
     clips: int  # measured on
     steps: int | None  # of the last stage
     runs: Path
     out: Path
     device: str
-    frames: int | None  # of clips, and --compile, as the run was; None: growing clips
+    # of the run
+    stages: dict[int, int]  # steps
+    batch: int
+    frames: int | None  # of clips; None: growing clips
     compile: bool
 
     def stage(self, stage: int) -> Path:
@@ -89,8 +88,8 @@ class Plan(NamedTuple):
         return self.start / f"stage-{stage}.safetensors"
 
 
-def check_start(folder: Path) -> tuple[dict[int, int], int, int | None, bool]:
-    """Steps of each stage, batch, --frames and --compile of a run that has ended; an error for another."""
+def check_start(folder: Path) -> dict[str, object]:
+    """The fields of Plan that say how a run was trained; an error if it has not ended, or is an ablation."""
     for name in ("run.json", "stage-0.safetensors", "stage-1.safetensors", "weights.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -102,21 +101,10 @@ def check_start(folder: Path) -> tuple[dict[int, int], int, int | None, bool]:
     steps = train.stage_steps("puppet", None, options["steps"], False)
     if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
-    return steps, options["batch"], options["frames"], options["compile"]
+    return {"stages": steps} | {name: options[name] for name in ("batch", "frames", "compile")}
 
 
 # ---------------------------------------------------------------- training
-
-
-def arithmetic(stage: int, steps: int, frames: int | None) -> float:
-    """FLOPs of a stage for each clip of a batch; as if no condition were ever dropped."""
-    config, size, total = PRESETS["puppet"], (puppet.SIZE, puppet.SIZE), 0
-    absent = {0: {"motion": 0}, 1: {"video": 0}, 2: {}}[stage]
-    lengths = Counter(step.frames for step in train.schedule({stage: steps}, frames))
-    for length, count in lengths.items():
-        tokens = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)._replace(**absent)
-        total += count * flops.step_flops(config, tokens, checkpointing=False)
-    return total
 
 
 def steps_of(name: str, plan: Plan) -> int:
@@ -124,13 +112,7 @@ def steps_of(name: str, plan: Plan) -> int:
     if NETWORKS[name].frames:
         return plan.steps or ABLATION_STEPS
     steps = plan.steps or plan.stages[2]
-    if name == "video-tuning-quarter":
-        return steps // 4
-    if name == "video-tuning-flops":
-        flops_of = partial(arithmetic, frames=plan.frames)
-        both = flops_of(1, plan.stages[1]) + flops_of(2, steps)
-        return round(steps * both / flops_of(0, steps))
-    return steps
+    return steps // 4 if name == "video-tuning-quarter" else steps
 
 
 def trained(name: str, seed: int, plan: Plan) -> Path:
@@ -214,7 +196,6 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
         "echomotion-redrawn": Task.JOINT,
         "video-tuning-quarter": Task.VIDEO_ONLY,
         "video-tuning": Task.VIDEO_ONLY,
-        "video-tuning-flops": Task.VIDEO_ONLY,
     },
     "table5": {"mean-motion": None, "echomotion": Task.VIDEO_TO_MOTION},
     "table6": {"real": None, "stage-1": Task.MOTION_ONLY, "echomotion": Task.JOINT},
@@ -320,14 +301,11 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = options()
-    stages, batch, frames, compiled = check_start(args.start)
-    plan = Plan(
-        args.start, stages, batch, args.seeds, args.clips, args.steps, args.runs, args.out, args.device,
-        frames, compiled,
-    )  # fmt: skip
+    args = vars(options())
+    parts = args.pop("parts")
+    plan = Plan(**args, **check_start(args["start"]))
     plan.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    for part in PARTS if "all" in args.parts else args.parts:
+    for part in PARTS if "all" in parts else parts:
         PARTS[part](plan)
 
 

@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import flow
 from dual_dit import DualDiT
 from flow import Task
 from kit import files, plots, puppet, weights
-from kit.attention import frame_map, frame_share, frame_share_by_group, latent_map, latent_share
+from kit.attention import frame_share, latent_share
 from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from motion_tokens import decode_smpl
 from study import pw3d, scores
@@ -92,16 +90,6 @@ def print_table(found: Found) -> None:
             print(line.rstrip())
 
 
-def print_attention(to_video: Tensor, there: Tensor, back: Tensor) -> None:
-    """The share of each layer's attention that keeps the 4:1 clock, both ways; to_video is (layers f i T)."""
-    print(f"\n4:1 attention, chance {1 / to_video.shape[-1]:.2f}")
-    for layer in range(len(there)):
-        print(f"layer {layer}    motion→video {there[layer]:.3f}    video→motion {back[layer]:.3f}")
-    best = int(there.argmax())
-    for group, share in frame_share_by_group(to_video).items():
-        print(f"  of layer {best}'s {group} tokens {share[best]:.3f}")
-
-
 def options() -> argparse.Namespace:
     parser = files.Parser(prog="python -m study.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -109,7 +97,6 @@ def options() -> argparse.Namespace:
     add("--clips", type=files.count, default=64, metavar="N", help="held-out clips (default %(default)s)")
     usual = PUPPET_DEFAULTS
     add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
-    add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
     add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
     what = "make the video of a joint sample once more, from its motion"
@@ -129,25 +116,24 @@ def main() -> None:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
-    names = "steps", "solver", "guidance_text", "guidance_condition", "redraw"
+    names = "steps", "guidance_text", "guidance_condition", "redraw"
     found = measured(model, codec, real, **{name: getattr(args, name) for name in names})
-    to_video, to_motion = scores.attention(model, codec, real)
-    there, back = frame_share(frame_map(to_video)), latent_share(latent_map(to_motion))
+    to_video, to_motion = scores.maps(model, codec, real)
+    there, back, chance = frame_share(to_video), latent_share(to_motion), 1 / to_video.shape[-1]
     print_table(found)
-    print_attention(to_video, there, back)
+    print(f"\n4:1 attention, chance {chance:.2f}")
+    for layer in range(len(there)):
+        print(f"layer {layer}    motion→video {there[layer]:.3f}    video→motion {back[layer]:.3f}")
     if args.json:
         numbers = {
             task: {side: {k: summary(v[None]) for k, v in of.items()} for side, of in sides.items()}
             for task, sides in found.items()
         }
-        numbers["attention"] = {
-            "motion_to_video": there.tolist(),
-            "video_to_motion": back.tolist(),
-            "chance": 1 / to_video.shape[-1],
-        }
+        shares = {"motion_to_video": there.tolist(), "video_to_motion": back.tolist()}
+        numbers["attention"] = shares | {"chance": chance}
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
     if args.attention:
-        plots.attention_picture(args.attention, frame_map(to_video), there, "motion → video attention")
+        plots.attention_picture(args.attention, to_video, there, "motion → video attention")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kit import puppet
 from kit.data.batch import rng
-from motion_tokens import axis_angle_to_matrix, decode_smpl
+from motion_tokens import axis_angle_to_matrix
 
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
 FEATURES = 32  # dimensions of the joints' space in which distributions are compared
@@ -147,9 +147,3 @@ def outlines(shape: Tensor) -> Tensor:
     shifts = (shape.shape[-1] // 2 - middle.round()).int().tolist()
     rolled = torch.stack([clip.roll(shift, -1) for clip, shift in zip(shape, shifts, strict=True)])
     return rearrange(F.avg_pool2d(rolled.float(), 2), "b f h w -> b (f h w)")
-
-
-def silhouettes_of_motion(motion: Tensor, shirt: Tensor) -> Tensor:
-    """What the motion's joints and shape look like, rendered: (b f 235) -> (b f h w) bool."""
-    smpl = decode_smpl(motion)
-    return puppet.silhouette(puppet.render(smpl["joints"], smpl["betas"], shirt)[0])

@@ -27,21 +27,21 @@ REACH = 8  # pixels from a piece of shin to its foot or thigh; a shin is some 12
 FAR = 1e4  # pixels: of what is not there
 
 
-def _palette() -> dict[str, tuple[float, float, float]]:
-    """The colours by what they stand for; all shirts and all of the head among them."""
-    colours = {(tail, tip): colour for tail, tip, _, colour in CAPSULES}
-    named = {f"shirt {name}": colour for name, colour in SHIRTS.items()}
-    named |= {"ground": BACKGROUND}
-    bones = {"hips": ("left_hip", "right_hip"), "skin": ("head", "crown")}
-    bones |= {"hair": ("nape", "scalp"), "nose": ("nose", "nose")}
-    for side in ("left", "right"):
-        bones[f"{side} upper"] = f"{side}_hip", f"{side}_knee"
-        bones[f"{side} lower"] = f"{side}_knee", f"{side}_ankle"
-        bones[f"{side} foot"] = f"{side}_ankle", f"{side}_toe"
-    return named | {name: colours[bone] for name, bone in bones.items()}
-
-
-PALETTE = _palette()
+BONES = {  # one that has the colour
+    "hips": ("left_hip", "right_hip"),
+    "skin": ("head", "crown"),
+    "hair": ("nape", "scalp"),
+    "nose": ("nose", "nose"),
+    "left upper": ("left_hip", "left_knee"),
+    "left lower": ("left_knee", "left_ankle"),
+    "left foot": ("left_ankle", "left_toe"),
+    "right upper": ("right_hip", "right_knee"),
+    "right lower": ("right_knee", "right_ankle"),
+    "right foot": ("right_ankle", "right_toe"),
+}
+COLOURS = {(tail, tip): colour for tail, tip, _, colour in CAPSULES}
+PALETTE = {f"shirt {name}": colour for name, colour in SHIRTS.items()} | {"ground": BACKGROUND}
+PALETTE |= {name: COLOURS[bone] for name, bone in BONES.items()}
 INDEX = {name: k for k, name in enumerate(PALETTE)}
 
 

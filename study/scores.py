@@ -36,14 +36,12 @@ class Real(NamedTuple):
 def held_out(count: int) -> Real:
     clips, bank = measures.held_out(count), measures.held_out(BANK_CLIPS, "bank")
     video = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
-    outlines, bends = [], []
-    for start in range(0, BANK_CLIPS, CHUNK["cuda"]):  # all of the bank's videos take much memory
-        part = slice(start, start + CHUNK["cuda"])
-        other = puppet.render(bank.joints[part], bank.betas[part], bank.shirt[part])[0]
-        outlines.append(measures.outlines(puppet.silhouette(other)))
-        if start < READ_CLIPS:
-            bends.append(pose.read_pose(other[: READ_CLIPS - start]).bend.flatten(0, 1))
-    return Real(clips, puppet_motion(clips), video, bank, torch.cat(outlines), torch.cat(bends))
+    others = lambda part: puppet.render(bank.joints[part], bank.betas[part], bank.shirt[part])[0]
+    # all of the bank's videos at once take much memory
+    parts = [slice(start, start + READ_CLIPS) for start in range(0, BANK_CLIPS, READ_CLIPS)]
+    outlines = torch.cat([measures.outlines(puppet.silhouette(others(part))) for part in parts])
+    bends = pose.read_pose(others(parts[0])).bend.flatten(0, 1)
+    return Real(clips, puppet_motion(clips), video, bank, outlines, bends)
 
 
 # ---------------------------------------------------------------- made by a network, on its own device
@@ -77,8 +75,11 @@ def through_codec(codec: puppet.Codec, real: Real) -> Tensor:
     return codec.decode(codec.encode(real.video.to(codec.mean.device))).cpu()
 
 
-def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
-    """Where motion made from video looks in it, (layers f i T), and the other way round, (layers T f)."""
+def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
+    """Where motion made from video looks in it (layers f T), and video made from motion in that (layers T f).
+
+    Rows sum to 1.
+    """
     device, to_video, to_motion = model.motion_mean.device, 0.0, 0.0
     for part in chunks(real, device):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
@@ -88,12 +89,6 @@ def attention(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, 
         share = len(motion) / len(real.video)
         to_video += share * motion_to_video(*given, no_text, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
         to_motion += share * video_to_motion(*given, text, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
-    return to_video, to_motion
-
-
-def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
-    """The same as shares of what goes to the other modality: (layers f T) and (layers T f)."""
-    to_video, to_motion = attention(model, codec, real)
     return frame_map(to_video), latent_map(to_motion)
 
 
@@ -129,8 +124,9 @@ def of_motion(motion: Tensor, real: Real) -> Columns:
 
 def of_pair(video: Tensor, motion: Tensor, real: Real) -> Columns:
     """How well a video and a motion fit each other."""
-    shown = measures.silhouettes_of_motion(motion, real.clips.shirt)
-    by_offset = measures.iou_by_offset(puppet.silhouette(video), shown)
+    smpl = decode_smpl(motion)
+    shown = puppet.render(smpl["joints"], smpl["betas"], real.clips.shirt)[0]
+    by_offset = measures.iou_by_offset(puppet.silhouette(video), puppet.silhouette(shown))
     middle = measures.OFFSETS.index(0)
     return {"iou": by_offset[:, middle], "in_step": (by_offset.argmax(dim=1) == middle).float()}
 
