@@ -27,9 +27,8 @@ def plan(tiny_weights, tmp_path) -> ablate.Plan:
     )
     for name in ("stage-0", "stage-1", "weights"):
         shutil.copy(tiny_weights, start / f"{name}.safetensors")
-    stages, batch, frames, compiled = ablate.check_start(start)
     where = tmp_path / "runs", tmp_path / "results.json"
-    return ablate.Plan(start, stages, batch, 1, 2, None, *where, "cpu", frames, compiled)
+    return ablate.Plan(start, 1, 2, None, *where, "cpu", **ablate.check_start(start))
 
 
 @pytest.fixture
@@ -55,24 +54,6 @@ def trainings(tiny_weights, monkeypatch) -> list[Namespace]:
     return options
 
 
-@pytest.fixture
-def asked(monkeypatch) -> list[tuple]:
-    """As little work as shows everything; what is asked of the networks."""
-    for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):
-        monkeypatch.setattr(scores, name, number)
-    monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
-    ablate.real_clips.cache_clear()
-    ablate.sampled.cache_clear()
-    calls, generate = [], scores.generate
-
-    def listen(model, codec, real, task, **sampling):
-        calls.append((task, sampling.get("redraw")))
-        return generate(model, codec, real, task, **sampling)
-
-    monkeypatch.setattr(scores, "generate", listen)
-    return calls
-
-
 def test_ablations_differ_in_one_thing(trainings, plan):
     # catches other clips, noise, steps or beginnings for the network that is to win
     for name, network in NETWORKS.items():
@@ -93,9 +74,8 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
     ablate.trained("unsynced", 3, plan)
     assert out.name == "unsynced-3" and len(trainings) == 1
     assert trainings[0].seed == 4  # 0 is the run's own
-    folder_of(out, ablate.ABLATION_STEPS).rename(
-        folder_of(out, 1)
-    )  # cut short: weights are there, its last step is not
+    # cut short: weights are there, its last step is not
+    folder_of(out, ablate.ABLATION_STEPS).rename(folder_of(out, 1))
     ablate.trained("unsynced", 3, plan)
     assert len(trainings) == 2 and trainings[1].resume == "auto"
     with pytest.raises(ValueError, match=r"trained with \{'steps': 500\}, expected .*choose another --runs"):
@@ -124,7 +104,17 @@ def test_a_start_without_its_stages_is_refused(plan):
         ablate.check_start(plan.start)
 
 
-def test_all_parts_are_written_and_measured_once(asked, trainings, plan, verb):
+def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypatch):
+    for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):  # little work that shows everything
+        monkeypatch.setattr(scores, name, number)
+    monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
+    asked, generate = [], scores.generate
+
+    def listen(*given, **sampling):
+        asked.append((given[3], sampling["redraw"]))
+        return generate(*given, **sampling)
+
+    monkeypatch.setattr(scores, "generate", listen)
     call = ("all", "--from", plan.start, "--seeds", 2, "--clips", 2, "--runs", plan.runs, "--out", plan.out)
     ended = verb(ablate, *call, "--device", "cpu")
     assert ended.code == 0, ended.err

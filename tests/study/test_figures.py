@@ -59,7 +59,6 @@ def test_pages_are_in_step_with_the_results():
     (
         (("blocs",), "invalid choice: 'blocs' (choose from 'frames'"),
         (("a81", "--results", "nowhere"), "nowhere has no a81: measure it"),
-        (("tasks", "--weights", "nowhere"), "nowhere"),
     ),
 )
 def test_misuse_is_one_line(arguments, words, verb):

@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from kit import puppet
-from study import measures, pose, scores
+from study import measures
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,34 +19,23 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_mpjpe_is_the_mean_distance_about_the_pelvis_in_millimetres():
-    found, real = (randn(2, 3, 24, 3, seed=seed).numpy() for seed in (1, 2))
-    for b in range(2):
-        distances = [
-            math.dist(found[b, f, j] - found[b, f, 0], real[b, f, j] - real[b, f, 0])
-            for f in range(3)
-            for j in range(24)
-        ]
-        ours = measures.mpjpe(torch.from_numpy(found), torch.from_numpy(real))[b].item()
-        assert ours == pytest.approx(1000 * np.mean(distances), rel=1e-5)
-
-
-def reference_pa(found: np.ndarray, real: np.ndarray) -> float:
-    """Frames (f j 3): scipy finds each frame's rotation, least squares its scale."""
-    errors = []
-    for a, b in zip(found, real, strict=True):
-        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-        turned = Rotation.align_vectors(b, a)[0].apply(a)
-        scale = np.sum(turned * b) / np.sum(turned * turned)
-        errors.append(np.linalg.norm(scale * turned - b, axis=-1).mean())
-    return 1000 * np.mean(errors)
+    real = randn(2, 3, 24, 3)
+    found = real + 1.0
+    found[0, :, 5, 1] += 0.24  # one of 24 joints, in one of two clips
+    assert measures.mpjpe(found, real).tolist() == pytest.approx([10, 0], abs=1e-3)
 
 
 @pytest.mark.parametrize("mirror", (1, -1), ids=("near", "mirrored"))
 def test_pa_mpjpe_agrees_with_scipy_and_a_mirror_image_is_not_free(mirror):
     real = randn(2, 3, 24, 3, seed=1)
     found = mirror * real + 0.1 * randn(2, 3, 24, 3, seed=2)
-    pairs = zip(found.double().numpy(), real.double().numpy(), strict=True)
-    expected = [reference_pa(*pair) for pair in pairs]
+    errors = []
+    for a, b in zip(*(x.double().numpy().reshape(6, 24, 3) for x in (found, real)), strict=True):
+        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+        turned = Rotation.align_vectors(b, a)[0].apply(a)
+        scale = np.sum(turned * b) / np.sum(turned * turned)
+        errors.append(1000 * np.linalg.norm(scale * turned - b, axis=-1).mean())
+    expected = np.reshape(errors, (2, 3)).mean(axis=1)
     np.testing.assert_allclose(measures.pa_mpjpe(found, real), expected, rtol=1e-4)
     assert min(expected) > 500 if mirror == -1 else max(expected) < 200
 
@@ -68,16 +57,12 @@ def test_bone_variation_is_deviation_over_mean_within_a_clip():
     joints[:, :, 1:, 0] = ends
     expected = [0, math.sqrt(2) / 4]
     assert measures.bone_variation(joints, parents).tolist() == pytest.approx(expected)
-    turn = torch.from_numpy(Rotation.from_rotvec([(0, 0, 0), (0, 0, 1)]).as_matrix()).float()
-    turned = torch.einsum("fik,bfjk->bfji", turn, joints[:1])  # bones that turn keep their length
-    assert measures.bone_variation(turned, parents).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("power", "expected"), ((3, 6.0), (2, 0.0)), ids=("cubic", "even acceleration"))
-def test_jerk_is_the_third_difference(power, expected):
-    joints = torch.zeros(2, 8, 24, 3)
-    joints[..., 1] = (torch.arange(8.0) ** power).view(8, 1)
-    assert measures.jerk(joints).tolist() == pytest.approx([expected] * 2, abs=1e-5)
+def test_jerk_is_the_third_difference():
+    joints, t = torch.zeros(2, 8, 24, 3), torch.arange(8.0)[:, None]
+    joints[..., 1] = t**3 + t**2  # even acceleration has none
+    assert measures.jerk(joints).tolist() == pytest.approx([6, 6], abs=1e-5)
 
 
 def test_usual_poses_are_within_what_99_of_100_real_ones_do():
@@ -110,8 +95,6 @@ def test_frechet_of_the_same_distribution_is_zero_within_its_error_however_few()
     bank = puppet.clips(range(400)).joints
     few = measures.summary(measures.frechet(puppet.clips(range(1000, 1040)).joints, bank)[None])
     assert abs(few["mean"]) < 4 * few["error"] + 1
-    still = bank[:40].mean(dim=1, keepdim=True).expand(-1, 17, -1, -1)
-    assert measures.frechet(still, bank).mean() > few["mean"] + 4 * few["error"]
 
 
 def test_summary_by_hand():
@@ -164,14 +147,3 @@ def test_outlines_forgive_place_and_nothing_else():
     for f in range(5):
         shape[1, f] = shape[1, f].roll(f, -1)
     assert not torch.equal(measures.outlines(shape)[1], found[0])
-
-
-def test_bends_are_those_of_as_many_clips_as_are_said(monkeypatch):
-    # catches a whole chunk read where fewer are asked for, and a bank of what is measured
-    for name, number in (("BANK_CLIPS", 5), ("READ_CLIPS", 3), ("CHUNK", {"cuda": 2})):
-        monkeypatch.setattr(scores, name, number)
-    bank = measures.held_out(3, "bank")
-    expected = pose.read_pose(puppet.render(bank.joints, bank.betas, bank.shirt)[0]).bend.flatten(0, 1)
-    found = scores.held_out(3)
-    torch.testing.assert_close(found.bends, expected, rtol=0, atol=0, equal_nan=True)
-    assert not torch.equal(found.clips.joints, bank.joints)

@@ -9,57 +9,22 @@ from kit.body import JOINT_NAMES
 from study.pose import POINTS, SEGMENTS, Pose, anatomy, read_pose
 
 # pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free
-ERRORS = {"elbow": 2.5, "hand": 2.0, "knee": 3.5, "ankle": 1.5}
+ERRORS = {"elbow": 4.2, "hand": 3.4, "knee": 6.0, "ankle": 2.5}
+GROUND = torch.tensor(puppet.BACKGROUND) * 2 - 1
 
 
-@pytest.fixture(scope="module")
-def clips() -> puppet.Clips:
-    return puppet.clips(range(100, 112))
-
-
-@pytest.fixture(scope="module")
-def video(clips) -> torch.Tensor:
-    return puppet.render(clips.joints, clips.betas, clips.shirt)[0]
-
-
-@pytest.fixture(scope="module")
-def read(video) -> Pose:
-    return read_pose(video)
-
-
-@pytest.mark.parametrize(
-    ("coded", "blur", "lost"), ((False, 1.0, 0.04), (True, 1.7, 0.08)), ids=("rendered", "through the codec")
-)
-def test_points_are_where_joints_project_to(clips, video, read, coded, blur, lost):
+def test_points_are_where_joints_project_to():
     # catches left taken for right, arms for legs, rows for columns: each is more than ten pixels off
-    pose = read
-    if coded:
-        codec = puppet.Codec.from_state(weights.load_weights(SHIPPED)[1])
-        pose = read_pose(codec.decode(codec.encode(video)))
+    clips = puppet.clips(range(100, 112))
+    codec = puppet.Codec.from_state(weights.load_weights(SHIPPED)[1])
+    pose = read_pose(codec.decode(codec.encode(puppet.render(clips.joints, clips.betas, clips.shirt)[0])))
     places = puppet.project(clips.joints)[0][:, :, [JOINT_NAMES.index(name) for name in POINTS]]
     error = (pose.points - places).norm(dim=-1)
     for k, name in enumerate(POINTS):
         found = error[:, :, k][pose.seen[:, :, k]]
         assert pose.seen[:, :, k].float().mean() > 0.7, name  # limbs also hide behind the body
-        assert found.mean() < blur * ERRORS[name.split("_")[1]], name
-        assert (found > 10).float().mean() < lost, name
-
-
-def test_real_bodies_are_sound(read):
-    found = anatomy(read, read.bend.flatten(0, 1))
-    assert found["limbs_whole"].mean() > 0.8 and found["limbs_missing"].mean() < 0.12
-    assert found["odd_bends"].mean().item() == pytest.approx(0.01, abs=0.006)
-    assert found["plausible_postures"].mean() > 0.94
-
-
-def standing() -> tuple[puppet.Clips, torch.Tensor]:
-    """A frame in which all eight segments are seen whole, and its video (1 3 1 h w)."""
-    for seed in range(60):
-        clip = puppet.clips([seed], frames=1)
-        video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
-        if (read_pose(video).pieces == 1).all():
-            return clip, video
-    raise LookupError("no such frame")
+        assert found.mean() < ERRORS[name.split("_")[1]], name
+        assert (found > 10).float().mean() < 0.08, name
 
 
 def around(clip: puppet.Clips, first: str, last: str) -> torch.Tensor:
@@ -72,19 +37,16 @@ def around(clip: puppet.Clips, first: str, last: str) -> torch.Tensor:
     return (offset - along[..., None] * bone).norm(dim=-1) < 4.5
 
 
-def test_an_erased_arm_is_missing_and_nothing_else():
-    clip, video = standing()
-    ground = torch.tensor(puppet.BACKGROUND) * 2 - 1
-    video[0, :, 0, around(clip, "left_elbow", "left_hand")] = ground[:, None]
+def test_an_erased_arm_is_missing_and_a_second_shin_is_counted():
+    clip = puppet.clips([2], frames=1)
+    video = puppet.render(clip.joints, clip.betas, clip.shirt)[0]
+    assert (read_pose(video).pieces == 1).all()  # all eight segments are seen whole
+    video[0, :, 0, around(clip, "left_elbow", "left_hand")] = GROUND[:, None]
     pose = read_pose(video)
     pieces = dict(zip(SEGMENTS, pose.pieces[0, 0].tolist(), strict=True))
     assert pieces["left_forearm"] == 0
     assert all(count == 1 for name, count in pieces.items() if not name.startswith("left_"))
     assert not pose.seen[0, 0, POINTS.index("left_hand")]
-
-
-def test_a_second_shin_is_counted():
-    clip, video = standing()
     shin = around(clip, "right_knee", "right_ankle")
     beside = shin.roll(-12, dims=-1)  # out of touch, but as near to the foot as a shin's end
     video[0, :, 0, beside] = video.roll(-12, dims=-1)[0, :, 0, beside]
@@ -92,12 +54,15 @@ def test_a_second_shin_is_counted():
     assert pieces["right_shin"] + pieces["right_forearm"] == 3  # one of each is right
 
 
-def test_anatomy_is_each_clips_own(video, read):
+def test_anatomy_is_each_clips_own():
     # catches measures that are the batch's: there would be no error over clips
+    clips = puppet.clips(range(100, 104))
+    video = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
     noise = torch.randn(video[:1].shape, generator=torch.Generator().manual_seed(0))
-    broken = read_pose(torch.cat(((video[:1] + 0.5 * noise).clamp(-1, 1), video[1:4])))
-    bends = read.bend.flatten(0, 1)
-    sound, found = anatomy(Pose(*(x[:4] for x in read)), bends), anatomy(broken, bends)
+    broken = read_pose(torch.cat(((video[:1] + 0.5 * noise).clamp(-1, 1), video[1:])))
+    read = read_pose(video)
+    sound, found = (anatomy(pose, read.bend.flatten(0, 1)) for pose in (read, broken))
+    assert sound["limbs_whole"].mean() > 0.8 and sound["limbs_missing"].mean() < 0.12
     assert found["limbs_whole"][0] < sound["limbs_whole"][0] - 0.2
     for name, value in found.items():
         assert torch.equal(value[1:], sound[name][1:]), name
@@ -114,6 +79,5 @@ def test_a_bend_beyond_the_real_ones_is_odd_and_its_frame_no_plausible_posture()
 
 
 def test_an_empty_video_has_no_limbs():
-    ground = torch.tensor(puppet.BACKGROUND).view(1, 3, 1, 1, 1) * 2 - 1
-    pose = read_pose(ground.expand(1, 3, 5, 64, 64))
+    pose = read_pose(GROUND.view(1, 3, 1, 1, 1).expand(1, 3, 5, 64, 64))
     assert not pose.seen.any() and (pose.pieces == 0).all() and pose.bend.isnan().all()
