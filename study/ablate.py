@@ -89,15 +89,13 @@ class Plan(NamedTuple):
 
 
 def check_start(folder: Path) -> dict[str, object]:
-    """The fields of Plan that say how a run was trained; an error if it has not ended, or is an ablation."""
+    """The fields of Plan that say how a run was trained; an error if it has not ended."""
     for name in ("run.json", "stage-0.safetensors", "stage-1.safetensors", "weights.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"no {folder / name}: train all stages with `python train.py --out {folder}`"
             )
     options = json.loads((folder / "run.json").read_text())["options"]
-    if options["ablate"]:
-        raise ValueError(f"{folder} is an ablation, {options['ablate']}: choose another --from")
     steps = train.stage_steps("puppet", None, options["steps"], False)
     if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")

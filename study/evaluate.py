@@ -23,7 +23,7 @@ from kit.backbone import PUPPET_DEFAULTS, SHIPPED
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
-from study.scores import Columns, Real
+from study.scores import Real
 
 # what is printed, by measure: its name, which way is better, baseline and ceiling if there are any
 ROWS = {
@@ -48,10 +48,10 @@ ROWS = {
     "sharpness": ("sharpness, of real", "", "codec"),
     "prompt_following": ("prompt following ↑", "chance", "codec"),
 }
-Found = dict[str, dict[str, Columns]]  # task -> "ours", "baseline", "ceiling" -> measures
+Numbers = dict[str, dict[str, dict]]  # task -> "ours", "baseline", "ceiling" -> measures
 
 
-def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float) -> Found:
+def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float) -> Numbers:
     """All three tasks sampled and measured, and what stands beside each."""
     coded = scores.through_codec(codec, real)
     chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
@@ -75,18 +75,20 @@ def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float)
         "baseline": shuffled | {"right_action": chance, "prompt_following": chance},
         "ceiling": scores.of_both(coded, real.motion, real),
     }
-    return found
+    return {
+        task: {side: {k: summary(v[None]) for k, v in of.items()} for side, of in sides.items()}
+        for task, sides in found.items()
+    }
 
 
-def print_table(found: Found) -> None:
+def print_table(numbers: Numbers) -> None:
     print(f"{'measure':42}{'ours':>9} {'':8}{'baseline':>9} {'':15}{'ceiling':>9}")
-    for task, sides in found.items():
-        for measure, values in sides["ours"].items():
+    for task, sides in numbers.items():
+        for measure, ours in sides["ours"].items():
             name, *beside = ROWS[measure]
-            ours = summary(values[None])
             line = f"{task + ': ' + name:42}{ours['mean']:9.3g} ±{ours['error']:<7.2g}"
             for side, what in zip(("baseline", "ceiling"), beside, strict=True):
-                line += f"{sides[side][measure].mean():9.3g} {what:15}" if what else " " * 25
+                line += f"{sides[side][measure]['mean']:9.3g} {what:15}" if what else " " * 25
             print(line.rstrip())
 
 
@@ -117,18 +119,14 @@ def main() -> None:
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
     names = "steps", "guidance_text", "guidance_condition", "redraw"
-    found = measured(model, codec, real, **{name: getattr(args, name) for name in names})
+    numbers = measured(model, codec, real, **{name: getattr(args, name) for name in names})
     to_video, to_motion = scores.maps(model, codec, real)
     there, back, chance = frame_share(to_video), latent_share(to_motion), 1 / to_video.shape[-1]
-    print_table(found)
+    print_table(numbers)
     print(f"\n4:1 attention, chance {chance:.2f}")
     for layer in range(len(there)):
         print(f"layer {layer}    motion→video {there[layer]:.3f}    video→motion {back[layer]:.3f}")
     if args.json:
-        numbers = {
-            task: {side: {k: summary(v[None]) for k, v in of.items()} for side, of in sides.items()}
-            for task, sides in found.items()
-        }
         shares = {"motion_to_video": there.tolist(), "video_to_motion": back.tolist()}
         numbers["attention"] = shares | {"chance": chance}
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
