@@ -7,7 +7,6 @@ recipe   the three stages of training, and the three tasks with the equations of
 """
 
 import functools
-import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +14,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from PIL import Image
 from torch import Tensor
 
 from flow import STAGES, Role, Task
-from kit import files, pictures, puppet
+from kit import pictures, plots, puppet
 from motion_tokens import GROUPS
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME, latent_of, motion_positions, video_positions
 
@@ -28,7 +26,7 @@ def hexadecimal(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-PAPER, INK, FAINT = (hexadecimal(c) for c in (pictures.PAPER, pictures.INK, pictures.FAINT))
+PAPER, INK = (hexadecimal(colour) for colour in (pictures.PAPER, pictures.INK))
 VIDEO, MOTION, GREY = (hexadecimal(pictures.SIDE_COLOURS[side]) for side in ("left", "right", "middle"))
 CLIP = 9  # the puppet clip that is shown
 SCALE = 8  # pixels of a skeleton to one of its video
@@ -73,12 +71,7 @@ def shown_clip(size: int) -> tuple[Tensor, Tensor]:
     video = pictures.to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
     skeletons = pictures.draw_skeleton(clip.joints[0], puppet.body().parents, puppet.project, 64 * SCALE)
     video = pictures.resized(video, 64 * SCALE)
-    seen = (skeletons.float() - torch.tensor(pictures.PAPER)).abs().sum(-1).amax(0) > 60  # (h w)
-    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
-    side = int(1.2 * max(rows.max() - rows.min(), columns.max() - columns.min()))
-    top, left = (int(x.max() + x.min() - side) // 2 for x in (rows, columns))
-    cut = slice(None), slice(max(0, top), top + side), slice(max(0, left), left + side)
-    return pictures.resized(video[cut], size), pictures.resized(skeletons[cut], size)
+    return tuple(pictures.resized(frames[:, 82:, :425], size) for frames in (video, skeletons))
 
 
 # ---------------------------------------------------------------- the pictures
@@ -122,7 +115,7 @@ def frames(path: Path) -> None:
     write(axes, -0.2, 0.62, "the clock, f/4", ha="right")
     note = "blue squares: latent k stands at time k        orange dots: motion frame f stands at time f/4"
     write(axes, 2, -0.16, note, GREY, 8)
-    save(figure, path)
+    plots.save_figure(figure, path)
 
 
 def tokens(path: Path) -> None:
@@ -184,7 +177,7 @@ def tokens(path: Path) -> None:
     write(inner, 59, 19, "motion token i of frame f\n(f/4, H+i, W+i)", MOTION, 8, ha="right")
     write(inner, 2, 55, "height down, width across,\none moment of time", GREY, 7.5, ha="left")
     write(axes, 8.15, 3.85, "where they stand", INK, 9.5)
-    save(figure, path)
+    plots.save_figure(figure, path)
 
 
 def block(path: Path) -> None:
@@ -227,7 +220,7 @@ def block(path: Path) -> None:
     box(axes, 0, 5.0, "text", GREY, 1.0, 0.44)
     write(axes, -4.85, 6.5, "video expert", VIDEO, ha="left")
     write(axes, 4.85, 6.5, "motion expert", MOTION, ha="right")
-    save(figure, path)
+    plots.save_figure(figure, path)
 
 
 EQUATIONS = {  # (4) to (6): velocity of what is made
@@ -283,7 +276,7 @@ def recipe(path: Path) -> None:
             if task in EQUATIONS:
                 equation(axes, u_x, middle, task)
             y -= height
-    save(figure, path)
+    plots.save_figure(figure, path)
 
 
 def entry(axes: Axes, x: float, y: float, role: Role, colour: str) -> None:
@@ -306,15 +299,6 @@ def equation(axes: Axes, x: float, y: float, task: Task) -> None:
         at = y + 0.24 * ((len(lines) - 1) / 2 - k)
         write(axes, x + 0.2 * (k > 0), at, line, colour, ha="left", family="DejaVu Sans Mono")
     write(axes, 9.45, y, f"({4 + list(EQUATIONS).index(task)})", GREY, ha="right")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """A PNG of 128 colours: a third of the bytes."""
-    full = io.BytesIO()
-    figure.savefig(full, format="png", metadata={"Software": None})
-    with files.whole_file(path) as temporary:
-        image = Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        image.save(temporary, format="png", optimize=True)
 
 
 DRAWN = {"frames": frames, "tokens": tokens, "block": block, "recipe": recipe}
