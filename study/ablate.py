@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 import train
 from dual_dit import DualDiT
@@ -37,7 +36,7 @@ from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
 from study.measures import summary
-from study.scores import Columns, Real
+from study.scores import Columns
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
@@ -178,9 +177,7 @@ def opened(file: Path, device: str) -> tuple[DualDiT, puppet.Codec]:
     return model, puppet.Codec.from_state(extra)
 
 
-@cache
-def real_clips(count: int) -> Real:
-    return scores.held_out(count)
+real_clips = cache(scores.held_out)
 
 
 # ---------------------------------------------------------------- the parts
@@ -200,14 +197,6 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
 }
 
 
-@cache  # tables 1 and 6 ask for the same
-def sampled(
-    file: Path, task: Task, redraw: bool, clips: int, device: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Video and motion that a network makes of the held-out clips."""
-    return scores.generate(*opened(file, device), real_clips(clips), task, redraw=redraw)
-
-
 def table(part: str, plan: Plan) -> None:
     """One of TABLES: what each network makes of the same clips, measured over clips and seeds."""
     real = real_clips(plan.clips)
@@ -218,12 +207,12 @@ def table(part: str, plan: Plan) -> None:
     }[part]
 
     def columns(name: str, task: Task, file: Path) -> Columns:
-        _, codec = opened(file, plan.device)
+        model, codec = opened(file, plan.device)
         if name == "mean-motion":
             return scores.of_pose(scores.mean_motion(real), real)
         if name == "real":
             return of(scores.through_codec(codec, real), real.motion)
-        return of(*sampled(file, task, name.endswith("redrawn"), plan.clips, plan.device))
+        return of(*scores.generate(model, codec, real, task, redraw=name.endswith("redrawn")))
 
     def measured(name: str, task: Task, paths: list[Path]) -> dict:
         found = [columns(name, task, path) for path in paths]
