@@ -15,15 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import gpu, plan, puppet, speed
+from bench.timing import CPU, device_name
 from kit import files
 from kit.devices import has_bf16_units
 
 
 def bench_all() -> dict:
     """The table, row by row; JSON has each figure under its key, and the rounds' extremes under "spread"."""
-    from bench import puppet, speed
-    from bench.timing import CPU, device_name
-
     parts = [speed.motion, functools.partial(speed.compared, torch.float32), puppet.guided, puppet.training]
     if has_bf16_units(CPU):  # without them a CPU takes minutes for each call
         parts.insert(2, functools.partial(speed.compared, torch.bfloat16))
@@ -47,41 +46,29 @@ def options() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="what", metavar="puppet, gpu, plan")
     verbs.add_parser("puppet", parents=[common], help="clips a second in training, at each length")
 
-    gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does with the 1.3B")
-    parts = {"choices": ("train", "forward", "all"), "metavar": "PART", "help": "train, forward or all"}
-    gpu.add_argument("parts", nargs="*", default="all", **parts)
+    add = verbs.add_parser("gpu", parents=[common], help="what a GPU does with the 1.3B").add_argument
+    choices = (*gpu.PARTS, "all")
+    add("parts", nargs="*", choices=choices, default="all", metavar="PART", help=", ".join(choices))
 
-    plan = verbs.add_parser("plan", parents=[common], help="what a training run will need")
-    plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
-    plan.add_argument("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
-    plan.add_argument("--gpus", type=files.count, default=32, metavar="N")
-    plan.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
-    plan.add_argument("--batch", type=files.count, default=32, metavar="CLIPS", help="a step, over all GPUs")
-    plan.add_argument("--size", type=files.size, metavar="HxW", help="pixels; default: as published")
-    plan.add_argument("--steps", type=int, default=10_000)
+    add = verbs.add_parser("plan", parents=[common], help="what a training run will need").add_argument
+    add("--frames", type=files.frames, metavar="N", help="4n+1")
+    add("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
+    add("--gpus", type=files.count, default=32, metavar="N")
+    add("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
+    add("--batch", type=files.count, default=32, metavar="CLIPS", help="a step, over all GPUs")
+    add("--size", type=files.size, metavar="HxW", help="pixels; default: as published")
+    add("--steps", type=int, default=10_000)
     what = "of a GPU in bf16: A100 312, H100 989"
-    plan.add_argument("--peak-tflops", type=float, default=312, help=what)
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    add("--peak-tflops", type=float, default=312, help=what)
+    add("--mfu", type=float, default=0.4, help="share of the peak that is reached")
     return parser.parse_args()
 
 
 def main() -> None:
     args = vars(options())
-    what, file = args.pop("what"), args.pop("json", None)
-    if what == "puppet":
-        from bench import puppet
-
-        figures = puppet.lengths()
-    elif what == "gpu":
-        from bench import gpu
-
-        figures = gpu.run_parts(**args)
-    elif what == "plan":
-        from bench import plan
-
-        figures = plan.plan(**args)
-    else:
-        figures = bench_all()
+    file, what = args.pop("json", None), args.pop("what")
+    measured = {None: bench_all, "puppet": puppet.lengths, "gpu": gpu.run_parts, "plan": plan.plan}[what]
+    figures = measured(**args)
     if file:
         file.write_text(json.dumps(figures, indent=2) + "\n")
 
