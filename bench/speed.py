@@ -119,7 +119,7 @@ class Sides:
             side: functools.partial(step, models[side], call) for side, call in self.forward(shape).items()
         }
 
-    def sample(self, shape: Shape, steps: int = STEPS) -> dict[str, Callable[[], Tensor]]:
+    def sample(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
         """A whole sample guided by text: flow.sample, and diffusers' pipeline with Euler's scheduler."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
@@ -129,10 +129,10 @@ class Sides:
         pipeline.set_progress_bar_config(disable=True)
         options = {
             "height": 8 * video.shape[3], "width": 8 * video.shape[4], "num_frames": shape.frames,
-            "num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent",
+            "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent",
             "prompt_embeds": text.to(self.dtype), "negative_prompt_embeds": null_text.to(self.dtype),
         }  # fmt: skip
-        ours = {"steps": steps, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
+        ours = {"steps": STEPS, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
         given = self.ours, video, None, text, null_text, Task.VIDEO_ONLY
         return {
             "ours": lambda: flow.sample(*given, **ours)[0],
