@@ -21,6 +21,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -29,9 +30,9 @@ from typing import NamedTuple
 import torch
 
 import train
-from dual_dit import DualDiT
+from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import checkpoints, files, puppet, validation, weights
+from kit import checkpoints, files, flops, puppet, validation, weights
 from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
@@ -59,6 +60,7 @@ NETWORKS = {
     "echomotion": Network(1, 2),
     "video-tuning-quarter": Network(0, 0),  # on a quarter of the clips of echomotion's stage 2
     "video-tuning": Network(0, 0),  # on as many
+    "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
     "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # what the ablations are held against
     "unsynced": Network(1, 2, "unsynced", puppet.FRAMES),
     "collision": Network(1, 2, "collision", puppet.FRAMES),
@@ -104,12 +106,29 @@ def check_start(folder: Path) -> dict[str, object]:
 # ---------------------------------------------------------------- training
 
 
+def arithmetic(stage: int, steps: int, frames: int | None) -> float:
+    """FLOPs of a stage for each clip of a batch; as if no condition were ever dropped."""
+    config, size, total = PRESETS["puppet"], (puppet.SIZE, puppet.SIZE), 0
+    absent = {0: {"motion": 0}, 1: {"video": 0}, 2: {}}[stage]
+    lengths = Counter(step.frames for step in train.schedule({stage: steps}, frames))
+    for length, count in lengths.items():
+        tokens = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)._replace(**absent)
+        total += count * flops.step_flops(config, tokens, checkpointing=False)
+    return total
+
+
 def steps_of(name: str, plan: Plan) -> int:
     """Steps of a network's own stage."""
     if NETWORKS[name].frames:
         return plan.steps or ABLATION_STEPS
     steps = plan.steps or plan.stages[2]
-    return steps // 4 if name == "video-tuning-quarter" else steps
+    if name == "video-tuning-quarter":
+        return steps // 4
+    if name == "video-tuning-flops":
+        flops_of = partial(arithmetic, frames=plan.frames)
+        both = flops_of(1, plan.stages[1]) + flops_of(2, steps)
+        return round(steps * both / flops_of(0, steps))
+    return steps
 
 
 def trained(name: str, seed: int, plan: Plan) -> Path:
@@ -191,6 +210,7 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
         "echomotion-redrawn": Task.JOINT,
         "video-tuning-quarter": Task.VIDEO_ONLY,
         "video-tuning": Task.VIDEO_ONLY,
+        "video-tuning-flops": Task.VIDEO_ONLY,
     },
     "table5": {"mean-motion": None, "echomotion": Task.VIDEO_TO_MOTION},
     "table6": {"real": None, "stage-1": Task.MOTION_ONLY, "echomotion": Task.JOINT},

@@ -3,9 +3,10 @@
 of the method             frames, tokens, block, recipe (study/diagrams.py)
 sampled (--weights)       tasks
 from assets/results.json  figure8, a81, a82, a83
+from networks (--runs)    collision (samples of a81's networks)
 
-Without names: all, as far as there are numbers. `--docs` instead writes the tables of README.md and
-docs/results.md.
+Without names: all but the last, as far as there are numbers. `--docs` instead writes the tables of README.md
+and docs/results.md.
 """
 
 import argparse
@@ -74,6 +75,14 @@ def tasks(path: Path, weights: Path) -> None:
     pictures.write_video(path, torch.cat(columns, dim=2), puppet.FPS)
 
 
+def collision(path: Path, runs: Path) -> None:
+    """The same prompt and noise by the two networks of A.8.1, frame by frame."""
+    names = ("mvs-rope", "collision")
+    backbones = [puppet_backbone(runs / f"{name}-0" / "weights.safetensors", "cpu") for name in names]
+    rows = [sampled(backbone, Task.JOINT, PROMPT)[0] for backbone in backbones]
+    pictures.contact_sheet(path, rows, [tables.name_of("a81", name) for name in names])
+
+
 # ---------------------------------------------------------------- from assets/results.json
 
 
@@ -126,7 +135,7 @@ READ: dict[str, Callable[[Path, dict], None]] = {  # path, what tables.networks 
     "a82": partial(curves, "a82", "Loss of stage 2"),
     "a83": partial(curves, "a83", "Loss of stage 2, from stage 0"),
 }
-NAMES = (*diagrams.DRAWN, "tasks", *READ)
+NAMES = (*diagrams.DRAWN, "tasks", *READ, "collision")
 
 
 def options() -> argparse.Namespace:
@@ -136,6 +145,7 @@ def options() -> argparse.Namespace:
     add("names", nargs="*", choices=choices, default="all", metavar="NAME", help=", ".join(choices))
     add("--weights", type=Path, default=SHIPPED, metavar="FILE", help="of tasks; default: the shipped puppet")
     add("--results", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
+    add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="study.ablate's (%(default)s)")
     add("--out", type=Path, default=ASSETS, metavar="DIR", help="default: assets")
     add("--docs", action="store_true", help="write the tables of README.md and docs/results.md instead")
     return parser.parse_args()
@@ -148,13 +158,15 @@ def main() -> None:
         for page in PAGES:
             page.write_text(tables.filled(page.read_text(), results))
         return
-    measured = [name for name in NAMES if name not in READ or name in results]
+    measured = [name for name in NAMES[:-1] if name not in READ or name in results]
     for name in measured if "all" in args.names else args.names:
         path = args.out / f"{name}.{'gif' if name == 'tasks' else 'png'}"
         if name in diagrams.DRAWN:
             diagrams.DRAWN[name](path)
         elif name == "tasks":
             tasks(path, args.weights)
+        elif name == "collision":
+            collision(path, args.runs)
         elif name in results:
             READ[name](path, tables.networks(results, name))
         else:

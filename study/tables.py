@@ -12,6 +12,7 @@ NAMES = {  # in the order of rows
     "backbone": "backbone (stage 0)",
     "video-tuning-quarter": "video tuning, a quarter of the clips",
     "video-tuning": "video tuning, as many clips",
+    "video-tuning-flops": "video tuning, as much arithmetic",
     "mean-motion": "mean motion",
     "stage-1": "text → motion alone (stage 1)",
     "echomotion": "EchoMotion",
