@@ -43,7 +43,7 @@ def run_sample(weights_file: Path, out: Path, *arguments: object) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_weights) -> Path:
     """The folder of a run that names no task: one sample of each."""
-    return run_sample(tiny_weights, tmp_path_factory.mktemp("sample") / "a" / "b")
+    return run_sample(tiny_weights, tmp_path_factory.mktemp("sample") / "a" / "b", "--mesh")
 
 
 def amass(path: Path) -> dict[str, np.ndarray]:
@@ -54,13 +54,18 @@ def amass(path: Path) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- what is written
 
 
-SUFFIXES = ("mp4", "gif", "png", "npz", "bvh")
+ENDINGS = (".mp4", ".gif", ".png", ".npz", ".bvh", "-mesh.npz")
 
 
 def test_without_a_task_each_has_its_files_and_there_is_one_page_and_one_record(made):
-    expected = {f"{name}.{suffix}" for name in NAMES for suffix in SUFFIXES}
+    expected = {f"{name}{ending}" for name in NAMES for ending in ENDINGS}
     latents = {f"latents/{name}.safetensors" for name in NAMES}
     assert contents(made).keys() == expected | latents | {"index.html", "run.json"}
+    for name in NAMES:
+        pixels, fps = all_frames(made / f"{name}.mp4")
+        assert (tuple(pixels.shape), fps) == ((17, 64, 64, 3), 16)
+        motion = amass(made / f"{name}.npz")
+        assert motion["poses"].shape == (17, 156) and motion["mocap_frame_rate"] == 16
 
 
 def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, tiny_weights):
@@ -78,16 +83,6 @@ def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, t
         np.testing.assert_allclose(np.array(one["attention"]) / 1000, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_video_and_motion_have_the_presets_size_and_rate(made, name):
-    pixels, fps = all_frames(made / f"{name}.mp4")
-    assert (tuple(pixels.shape), fps) == ((17, 64, 64, 3), 16)
-    motion = amass(made / f"{name}.npz")
-    shapes = {"poses": (17, 156), "trans": (17, 3), "betas": (16,), "gender": (), "mocap_frame_rate": ()}
-    assert {key: value.shape for key, value in motion.items()} == shapes
-    assert (motion["mocap_frame_rate"], motion["gender"]) == (16, "neutral")
-
-
 def test_record_holds_options_prompts_command_and_versions(made, tiny_weights):
     record = json.loads((made / "run.json").read_text())
     options = {"task": None, "seed": SEED, "steps": 2, "out": str(made), "weights": str(tiny_weights)}
@@ -101,7 +96,7 @@ def test_record_holds_options_prompts_command_and_versions(made, tiny_weights):
 
 
 def test_the_same_call_gives_the_same_bytes(made, tiny_weights, tmp_path):
-    again = contents(run_sample(tiny_weights, tmp_path / "again"))
+    again = contents(run_sample(tiny_weights, tmp_path / "again", "--mesh"))
     first = contents(made)
     records = [json.loads(files.pop("run.json")) for files in (first, again)]
     assert [name for name in first if first[name] != again[name]] == []
@@ -139,8 +134,8 @@ def test_options_reach_the_sampler_and_the_rest_is_the_puppets(verb, tiny_weight
     asked = []
     listen = lambda *given, progress, **how: asked.append((given[5], how)) or given[1:3]
     monkeypatch.setattr(sample.flow, "sample", listen)
-    for name in ("looks", "write_all"):
-        monkeypatch.setattr(output, name, lambda *_, **__: None)
+    for module, name in ((sample, "attention_to_latents"), (output, "write_all")):
+        monkeypatch.setattr(module, name, lambda *_: None)
     call = ("--device", "cpu", "--weights", tiny_weights, "--out", tmp_path, "--task", "joint")
     changed = [f"--{name.replace('_', '-')}={value}" for name, value in CHANGED.items()]
     assert verb(sample, *call).code == verb(sample, *call, *changed, "--no-redraw").code == 0
@@ -264,25 +259,13 @@ def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(backbone
     assert "0.06 to 1.06 s are used, 17 frames at 16 fps" in printed
 
 
-def test_mesh_and_bvh_are_of_the_sampled_motion(made, tiny_weights, tmp_path):
-    out = run_sample(tiny_weights, tmp_path, "--task", "joint", "--mesh", "npz")
+def test_the_mesh_is_of_the_sampled_motion(made):
     body = puppet.body()
-    motion = read_motion_file(out / "joint.npz", body).motion
+    motion = read_motion_file(made / "joint.npz", body).motion
     vertices = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)[0]
-    with np.load(out / "joint-mesh.npz") as file:
-        # AMASS files have no hand joints
-        np.testing.assert_allclose(file["vertices"].mean(1), vertices.mean(1), atol=0.02)
-    assert (out / "joint.bvh").read_bytes() == (made / "joint.bvh").read_bytes()
-
-
-def test_objects_that_are_there_are_kept_and_nothing_is_sampled(verb, tiny_weights, tmp_path):
-    call = (*PLAIN, "--weights", tiny_weights, "--task", "joint", "--mesh", "obj", "--out", tmp_path)
-    assert verb(sample, *call).code == 0
-    before = contents(tmp_path)
-    assert len([name for name in before if name.startswith("joint-mesh/frame_")]) == puppet.FRAMES
-    ended = verb(sample, *call, "--seed", 5)
-    assert ended.code == 2 and "joint-mesh exists: choose another --out" in ended.err
-    assert contents(tmp_path) == before
+    # AMASS files have no hand joints
+    mesh = amass(made / "joint-mesh.npz")["vertices"]
+    np.testing.assert_allclose(mesh.mean(1), vertices.mean(1), atol=0.02)
 
 
 def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_path):
@@ -330,6 +313,8 @@ REFUSED = (  # options, and what the message must say
     ("--motion good.npz", "condition of --task m2v"),
     ("--video good.mp4", "condition of --task v2m"),
     ("--task v2m --prompt walks", "video to motion takes no text"),
+    ("--task v2m --prompts long.txt", "video to motion takes no text"),
+    ("--prompt '' --prompts long.txt", "give one of the two"),
     (f"--prompt '{'word ' * 17}'", "16 words, got 17"),
     ("--prompts long.txt", "at most 200 bytes"),
     ("--frames 6", "--frames: expected 4n.1, got 6; the nearest is 5"),
