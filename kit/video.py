@@ -20,7 +20,6 @@ FORMATS = {
 SAME_TIME = 1e-7  # seconds
 UNSPECIFIED = 2  # of a frame's colour matrix
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions of ITU-R BT.2100
-MAX_PIXEL = 8  # times as wide as high, or as high as wide
 ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.mp4"
 
 
@@ -52,10 +51,9 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
     before = next(frames)
     start = before.time
     for frame in frames:
-        if frame.time > before.time:  # else the later one takes its place at once
-            while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
-                yield before.image()
-                count += 1
+        while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
+            yield before.image()
+            count += 1
         before = frame
     while count / fps <= before.time - start + SAME_TIME:
         yield before.image()
@@ -67,34 +65,22 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
 
 def shown_frames(path: Path) -> Iterator[Shown]:
     """Every frame of a video, at least one, in the order in which they are shown; errors as `images_at`."""
-    times, last = _avi_times(path) if path.suffix.lower() == ".avi" else None, -math.inf
+    last = -math.inf
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         pixel = stream.sample_aspect_ratio or Fraction(1)
-        if not 1 / MAX_PIXEL <= pixel <= MAX_PIXEL:
-            raise ValueError(f"{path}: its pixels are {pixel} times as wide as high, expected about 1")
         for count, frame in enumerate(container.decode(stream)):
-            time = frame.time if times is None else next(times, None)
-            if frame.is_corrupt or time is None:
+            if frame.is_corrupt or frame.time is None:
                 raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
-            if time < last:
-                shown = f"frame {count} is shown at {time:.3f} s, the one before it at {last:.3f} s"
+            if frame.time < last:
+                shown = f"frame {count} is shown at {frame.time:.3f} s, the one before it at {last:.3f} s"
                 raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
             if frame.color_trc in HDR:
                 raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
-            yield Shown(time, frame, pixel, *_turn(frame, path))
-            last = time
+            yield Shown(frame.time, frame, pixel, *_turn(frame))
+            last = frame.time
     if last == -math.inf:
         raise ValueError(f"{path} has no frames, expected at least one")
-
-
-def _avi_times(path: Path) -> Iterator[float]:
-    """The times of an AVI's frames as they are shown.
-
-    An AVI says when a frame is decoded, not when it is shown, and B-frames are shown in another order.
-    """
-    with _opened(path) as (container, stream):
-        return iter(sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.size))
 
 
 @contextmanager
@@ -125,7 +111,7 @@ def _rgb(frame: av.VideoFrame) -> Image.Image:
     return frame.to_image(src_colorspace=Colorspace.ITU709 if hd else Colorspace.ITU601)
 
 
-def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
+def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
     """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
 
     The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
@@ -134,9 +120,6 @@ def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
     if matrix is None:
         return False, 1, 1
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-    lying = abs(a) + abs(d) < abs(b) + abs(c)
-    right, down, *rest = (c, b, a, d) if lying else (a, d, b, c)
-    if max(map(abs, rest)) > 0.01 * min(abs(right), abs(down)) or not right * down:
-        found = f"its display matrix has {a} {b} {c} {d}, no quarter turns"
-        raise ValueError(f"{path}: {found}; turn the pixels themselves")
+    lying = abs(a) < abs(b)
+    right, down = (c, b) if lying else (a, d)
     return lying, int(np.sign(right)), int(np.sign(down))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit import page, pictures, puppet
+from kit import pictures, puppet
 from kit.attention import holds
 from kit.page import PageSample, write_page
 
@@ -60,7 +60,7 @@ def test_nothing_comes_from_elsewhere(tmp_path):
     assert "default-src 'none'" in text  # the browser is told so, too
 
 
-def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path, monkeypatch):
+def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path):
     y, x = np.mgrid[:480, :832]
     grain = np.random.default_rng(0).normal(0, 8, (480, 832, 3))  # as much as film has
     scene = 128 + 60 * np.sin(x / 40 + np.cos(y / 30))[..., None] * (1, 0.5, 0.2) + grain
@@ -73,9 +73,6 @@ def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path, monkeypatch):
         expected = np.asarray(Image.fromarray(picture).resize((444, 256)), dtype=float)
         assert np.abs(frame - expected).mean() < 8
     assert len(found["sheet"]) < 9 * 45_000
-    monkeypatch.setattr(page, "LIMIT", 100_000)  # as if there were twelve long ones
-    write_page(tmp_path / "index.html", [puppet_sample("joint")._replace(video=video)], total=1)
-    assert 30_000 < (tmp_path / "index.html").stat().st_size < 100_000
 
 
 # ---------------------------------------------------------------- in a browser
@@ -103,27 +100,21 @@ AFTER = """<script>
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """browser(script, fragment, *options) -> what the script returns on a page of three samples."""
+    """browser(script, fragment) -> what the script returns on a page of two samples, one without motion."""
     if not CHROMIUM:
         pytest.skip("no Chromium here: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
     alone = puppet_sample("video", 1)._replace(joints=None, attention=None)
-    samples = [puppet_sample("joint"), alone, puppet_sample("v2m", 2)._replace(video=None)]
-    write_page(folder / "index.html", samples, total=4)
+    write_page(folder / "index.html", [puppet_sample("joint"), alone], total=4)
     written = (folder / "index.html").read_text(encoding="utf-8")
 
-    def run(script: str, fragment: str = "", *options: str) -> dict:
+    def run(script: str, fragment: str = "") -> dict:
         text = written.replace("<head>", f"<head>{BEFORE}").replace("</body>", f"{AFTER % script}</body>")
         (folder / "test.html").write_text(text, encoding="utf-8")
         call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
-        call += [
-            "--disable-dev-shm-usage",
-            "--virtual-time-budget=5000",
-            "--window-size=900,900",
-            "--dump-dom",
-        ]
+        call += ["--disable-dev-shm-usage", "--virtual-time-budget=5000", "--window-size=900,900"]
         url = (folder / "test.html").as_uri() + fragment
-        dom = subprocess.run([*call, *options, url], capture_output=True, text=True, timeout=60).stdout
+        dom = subprocess.run([*call, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
         found = json.loads(html.unescape(re.search('data-result="([^"]*)"', dom)[1]))
         assert not found["errors"]
         return found["result"]
@@ -210,19 +201,6 @@ def test_the_map_marks_the_clock_and_the_latent_that_holds_the_frame(browser):
         np.testing.assert_allclose(percent, 100 * attention[:, f].flatten(), atol=0.051)
 
 
-@pytest.mark.parametrize("dark", (False, True))
-def test_it_fits_a_phone_in_light_and_dark(browser, dark):
-    script = """
-        document.documentElement.style.width = "390px";
-        const ends = [...document.body.querySelectorAll("*")].map(x => x.getBoundingClientRect().right);
-        const colour = getComputedStyle(document.body).backgroundColor;
-        return [Math.max(...ends), colour.match(/\\d+/g).map(Number)];
-    """
-    end, colour = browser(script, "#frame=16", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
-    assert end <= 390
-    assert (max(colour) < 64) if dark else (min(colour) > 192)
-
-
 def test_what_a_sample_lacks_is_not_shown_and_a_prompt_is_only_text(browser):
     canvases, prompt, note, playing = browser(
         """
@@ -232,6 +210,6 @@ def test_what_a_sample_lacks_is_not_shown_and_a_prompt_is_only_text(browser):
                 document.getElementById("note").textContent, article.className];
         """
     )
-    assert canvases == [["video pixels", "skeleton"], ["video pixels"], ["skeleton"]]
-    assert prompt == f"“{PROMPT}”" and note == "3 of 4 samples are shown."
+    assert canvases == [["video pixels", "skeleton"], ["video pixels"]]
+    assert prompt == f"“{PROMPT}”" and note == "2 of 4 samples are shown."
     assert playing == "playing"  # without a frame in the address

@@ -10,7 +10,7 @@ import clip_folder
 import numpy as np
 import pytest
 import torch
-from clip_folder import STEP, at_rate, levels, ramp
+from clip_folder import at_rate, levels, ramp
 from conftest import all_frames
 
 from kit import pictures, video
@@ -48,46 +48,17 @@ def test_frames_are_decoded_as_they_are_asked_for(tmp_path, monkeypatch):
         assert len(decoded) == asked + 1  # which one is nearest is known when the next has come
 
 
-def encode(path: Path, codec: str, fmt: str, times: list[int], **options: str) -> Path:
-    """Frame k of a ramp at times[k] / 16 s, muxed as it comes out of the encoder."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=16, options=options)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, fmt
-        stream.codec_context.time_base = Fraction(1, 16)
-        packets = []
-        for k in range(len(times)):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), STEP * k, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = k, Fraction(1, 16)
-            packets += stream.encode(frame)
-        for packet in (*packets, *stream.encode()):
-            if times != sorted(set(times)):  # no encoder takes such times: they come from recorders
-                packet.pts, packet.dts = times[packet.pts], packet.pts - len(times)
-            container.mux(packet)
-    return path
-
-
-B_FRAMES = {"libx264": {"x264-params": "bframes=3:b-adapt=0:scenecut=0"}, "mpeg4": {"bf": "3"}}
-
-
-@pytest.mark.parametrize("codec", B_FRAMES)
-def test_b_frames_in_an_avi_are_shown_in_their_order(tmp_path, codec):
-    # catches times of decoding taken for times of showing: frames 2, 3, 1, 4, ...
-    path = encode(tmp_path / "a.avi", codec, "yuv420p", list(range(20)), **B_FRAMES[codec])
-    assert levels(images_at(path, 16)) == list(range(20))
-
-
-def test_of_frames_at_one_time_the_last_is_seen(tmp_path):
-    # catches the frame that is replaced at once being shown, and a clip that grows by each repeated time
-    path = encode(tmp_path / "a.mkv", "mjpeg", "yuvj420p", [0, 1, 2, 2, 3, 4, 4, 4, 5])
-    assert levels(images_at(path, 16)) == [0, 1, 3, 4, 7, 8]
-
-
-@pytest.mark.parametrize("times", ([0, 1, 3, 2, 4], [0, 1, 2, 0, 1, 2]), ids=["swapped", "begins again"])
-def test_times_that_go_backwards_are_refused_by_frame(tmp_path, times):
+def test_times_that_go_backwards_are_refused_by_frame(tmp_path):
     # catches frames left out or shown too long, which the motion beside them does not follow
-    path = encode(tmp_path / "a.mkv", "mjpeg", "yuvj420p", times)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        packets = [packet for _ in range(5) for packet in stream.encode(av.VideoFrame(32, 32, "yuvj420p"))]
+        for k, packet in enumerate(packets + stream.encode()):
+            packet.pts, packet.dts = (0, 1, 3, 2, 4)[k], k - 5  # no encoder does so, but recorders do
+            container.mux(packet)
     with pytest.raises(ValueError, match=r"a\.mkv: frame 3 is shown at 0\.\d+ s.*encode it again"):
-        list(images_at(path, 16))
+        list(images_at(tmp_path / "a.mkv", 16))
 
 
 # ---------------------------------------------------------------- pixels
@@ -126,13 +97,6 @@ def test_frames_stand_as_the_display_matrix_says(tmp_path, matrix):
     assert np.abs(found - expected).mean() < 5
 
 
-def test_a_turn_that_is_no_quarter_is_refused(tmp_path):
-    path = ramp(tmp_path / "a.mp4", at_rate(16))
-    set_matrix(path, 1, 1, -1, 1)
-    with pytest.raises(ValueError, match=r"a\.mp4.*65536 65536 -65536 65536.*quarter"):
-        next(images_at(path, 16))
-
-
 def wide(path: Path, pixel: Fraction) -> Path:
     """64x48 with a white square of 24x24 file's pixels in the middle."""
     picture = np.zeros((48, 64, 3), np.uint8)
@@ -146,22 +110,19 @@ def wide(path: Path, pixel: Fraction) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ending", ("mp4", "avi"))
 @pytest.mark.parametrize("pixel", (Fraction(16, 11), Fraction(3, 4)), ids=str)
-def test_pixels_that_are_not_square_are_stretched(tmp_path, pixel, ending):
+def test_pixels_that_are_not_square_are_stretched(tmp_path, pixel):
     # catches people who are too thin or too broad, in a camera that does not see them so
-    found = np.asarray(next(images_at(wide(tmp_path / f"a.{ending}", pixel), 16)))[..., 0] > 127
+    found = np.asarray(next(images_at(wide(tmp_path / "a.mp4", pixel), 16)))[..., 0] > 127
     assert found.shape == (48, round(64 * pixel))
     assert found.sum(axis=0).max() == 24
     assert found.sum(axis=1).max() == pytest.approx(24 * pixel, abs=1)
 
 
-def test_what_is_stretched_is_turned_after_that_within_reason(tmp_path):
+def test_what_is_stretched_is_turned_after_that(tmp_path):
     path = wide(tmp_path / "a.mp4", Fraction(3, 2))
     set_matrix(path, 0, 1, -1, 0, 48)
     assert np.asarray(next(images_at(path, 16))).shape == (96, 48, 3)
-    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):  # a damaged header
-        next(images_at(wide(path, Fraction(20)), 16))
 
 
 # ---------------------------------------------------------------- colours
@@ -229,10 +190,9 @@ def test_hdr_is_refused(tmp_path, transfer, name):
         next(images_at(path, 16))
 
 
-@pytest.mark.parametrize("size", [(704, 1280), (64, 64)], ids=str)
-def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
+def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path):
     # catches BT.601's numbers without a tag: from HD on, players take them for BT.709's
-    frames = torch.tensor(COLOURS, dtype=torch.uint8).view(-1, 1, 1, 3).expand(-1, *size, 3)
+    frames = torch.tensor(COLOURS, dtype=torch.uint8).view(-1, 1, 1, 3).expand(-1, 64, 64, 3)
     pictures.write_video(tmp_path / "a.mp4", frames, 16)
     with av.open(str(tmp_path / "a.mp4")) as container:
         context = container.streams.video[0].codec_context
@@ -242,5 +202,5 @@ def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
     yuv = [[bytes(plane)[plane.line_size * 9 + 9] for plane in frame.planes] for frame in frames]
     np.testing.assert_allclose(yuv, [to_yuv(colour, 1, full=False) for colour in COLOURS], atol=2)
     back, fps = all_frames(tmp_path / "a.mp4")
-    np.testing.assert_allclose(back[:, size[0] // 2, size[1] // 2], COLOURS, atol=4)
+    np.testing.assert_allclose(back[:, 32, 32], COLOURS, atol=4)
     assert fps == 16
