@@ -58,7 +58,7 @@ def options() -> argparse.Namespace:
     add("--redraw", action=argparse.BooleanOptionalAction, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
-    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where the latents are from")
+    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where its latents/ is")
     add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
@@ -132,7 +132,8 @@ def main() -> None:
     asked = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
     sampling |= {"solver": args.solver, "bf16": backbone.autocast}
-    out, pictures = args.out or output.folder_of(args.decode), not args.prompts
+    out = args.out or (args.decode.parent.parent if args.decode else Path("samples"))
+    pictures = not args.prompts
 
     # what is to be made, and from which conditions
     wanted = jobs.jobs(

@@ -42,14 +42,6 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------- latents
 
 
-def folder_of(latents: Path | None) -> Path:
-    """Where samples go unless told otherwise: where their latents are from, or samples/."""
-    if latents is None:
-        return Path("samples")
-    there = latents.absolute().parent
-    return there.parent if there.name == "latents" else there
-
-
 def save_latents(
     out: Path, job: Job, latents: Tensor | None, motion: Tensor | None, attention: Tensor | None = None
 ) -> Path:
