@@ -42,8 +42,8 @@ def jobs(
             text = "" if motion else puppet.clips([CONDITION_CLIP]).caption[0]
         elif text is None:
             text = PROMPT
-        names = [f"{shown}-{i}" for i in range(count)] if count > 1 else [shown]
-        made += [Job(name, task, text, seed + i) for i, name in enumerate(names)]
+        for i in range(count):
+            made.append(Job(f"{shown}-{i}" if count > 1 else shown, task, text, seed + i))
     return made
 
 

@@ -24,22 +24,20 @@ ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.m
 
 
 class Shown(NamedTuple):
-    """A decoded frame, not yet converted, and how its picture is to be turned."""
+    """A decoded frame, not yet converted."""
 
     time: float  # seconds, no earlier than the frame before it
     frame: av.VideoFrame
     pixel: Fraction  # its width over its height
-    lying: bool  # rows and columns change places, before they are mirrored
-    right: int  # -1: columns run to the left
-    down: int  # -1: rows run up
 
     def image(self) -> Image.Image:
         image = _rgb(self.frame)
         if self.pixel != 1:  # of DV, DVDs and anamorphic lenses
             size = (round(image.width * self.pixel), image.height)
             image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).swapaxes(0, 1) if self.lying else np.asarray(image)  # (h w 3)
-        return Image.fromarray(np.ascontiguousarray(pixels[:: self.down, :: self.right]))
+        lying, right, down = _turn(self.frame)
+        pixels = np.asarray(image).swapaxes(0, 1) if lying else np.asarray(image)  # (h w 3)
+        return Image.fromarray(np.ascontiguousarray(pixels[::down, ::right]))
 
 
 def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
@@ -77,7 +75,7 @@ def shown_frames(path: Path) -> Iterator[Shown]:
                 raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
             if frame.color_trc in HDR:
                 raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
-            yield Shown(frame.time, frame, pixel, *_turn(frame))
+            yield Shown(frame.time, frame, pixel)
             last = frame.time
     if last == -math.inf:
         raise ValueError(f"{path} has no frames, expected at least one")
@@ -114,7 +112,8 @@ def _rgb(frame: av.VideoFrame) -> Image.Image:
 def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
     """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
 
-    The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
+    The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y). -> whether rows and
+    columns change places, and the directions (1 or -1) in which columns and rows run after that.
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:

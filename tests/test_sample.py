@@ -73,10 +73,8 @@ def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, t
     shown, _ = json.JSONDecoder().raw_decode(html[html.index('{"total":') :])
     assert [one["name"] for one in shown["samples"]] == list(NAMES)
     for one in shown["samples"]:
-        assert one["frames"] == 17 and one["video"] and len(one["joints"]) == 17
         job, latents, motion, attention = output.load_latents(made / "latents" / f"{one['name']}.safetensors")
         expected = attention_to_latents(model, latents, motion, puppet.encode_text([job.prompt]), job.task)
-        assert expected.shape == (TINY.layers, 17, 5)
         torch.testing.assert_close(attention, expected, atol=1e-5, rtol=0)
         np.testing.assert_allclose(np.array(one["attention"]) / 1000, expected, atol=1e-3)
 
@@ -102,13 +100,6 @@ def test_the_same_call_gives_the_same_bytes(made, tiny_weights, tmp_path):
     for record in records:
         record["options"].pop("out")
     assert {key for key in records[0] if records[0][key] != records[1][key]} == {"command"}
-
-
-@pytest.mark.parametrize("other", (("--seed", 4), ("--prompt", "")), ids=("seed", "no text"))
-def test_another_seed_or_text_is_another_sample(made, tiny_weights, tmp_path, other):
-    out = run_sample(tiny_weights, tmp_path, "--task", "joint", *other)
-    for suffix in ("mp4", "npz"):
-        assert (out / f"joint.{suffix}").read_bytes() != (made / f"joint.{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("bf16", (False, True))
