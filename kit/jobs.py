@@ -48,14 +48,14 @@ def jobs(
 
 
 def read_prompts(file: Path) -> list[tuple[str, str]]:
-    """A prompt a line (UTF-8) -> what its files are called, each another name, and the prompt."""
+    """A prompt a line (UTF-8) -> the names of files, as VBench has them, and the prompts; each name once."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
     try:
         lines = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from error
-    named, line_of = [], {}
+    named = {}
     for number, prompt in enumerate(map(str.strip, lines), start=1):
         if not prompt:
             continue
@@ -64,13 +64,12 @@ def read_prompts(file: Path) -> list[tuple[str, str]]:
             raise ValueError(
                 f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, got {name!r}"
             )
-        first = line_of.setdefault(name.casefold(), number)  # to some disks a and A are one file
-        if first != number:
-            raise ValueError(f"{file} line {number} names the same files as line {first}: leave one out")
-        named.append((name, prompt))
+        if name in named:  # VBench's own list repeats some
+            print(f"{file} line {number} is left out: a prompt above has the same file names")
+        named.setdefault(name, prompt)
     if not named:
         raise ValueError(f"{file} has no prompt: expected one a line")
-    return named
+    return list(named.items())
 
 
 def missing(out: Path, jobs: list[Job], keep: bool) -> list[Job]:
