@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -63,38 +62,34 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
 
 def shown_frames(path: Path) -> Iterator[Shown]:
     """Every frame of a video, at least one, in the order in which they are shown; errors as `images_at`."""
-    last = -math.inf
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        pixel = stream.sample_aspect_ratio or Fraction(1)
-        for count, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt or frame.time is None:
-                raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
-            if frame.time < last:
-                shown = f"frame {count} is shown at {frame.time:.3f} s, the one before it at {last:.3f} s"
-                raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
-            if frame.color_trc in HDR:
-                raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
-            yield Shown(frame.time, frame, pixel)
-            last = frame.time
-    if last == -math.inf:
-        raise ValueError(f"{path} has no frames, expected at least one")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a video")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a video ending in {', '.join(FORMATS)}")
+    last = -math.inf
     try:
         with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
             stream = container.streams.best("video")  # the first may be a picture of the album's cover
             if stream is None:
                 raise ValueError(f"{path} has no video stream: it is only sound, or cut short")
-            yield container, stream
+            stream.thread_type = "AUTO"
+            pixel = stream.sample_aspect_ratio or Fraction(1)
+            for count, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt or frame.time is None:
+                    raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
+                if frame.time < last:
+                    shown = f"frame {count} is shown at {frame.time:.3f} s, the one before it at {last:.3f} s"
+                    raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
+                if frame.color_trc in HDR:
+                    raise ValueError(
+                        f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first"
+                    )
+                yield Shown(frame.time, frame, pixel)
+                last = frame.time
     except av.error.FFmpegError as error:
         raise ValueError(f"{path} is damaged or no {path.suffix} video: {error.strerror}") from error
+    if last == -math.inf:
+        raise ValueError(f"{path} has no frames, expected at least one")
 
 
 # ---------------------------------------------------------------- how a frame is shown
