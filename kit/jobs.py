@@ -86,6 +86,8 @@ def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tens
         return read_video(file, backbone.geometry, start)
     if backbone.project is None:
         raise ValueError("--video FILE is needed: it is the condition of this task")
+    if start:
+        raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
     own = puppet.clips([CONDITION_CLIP])
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
@@ -96,4 +98,6 @@ def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: 
         return read_motion(file, backbone, start, loop)
     if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
+    if start or loop:
+        raise ValueError("--start and --loop say how --motion is read: add that, or leave them out")
     return puppet_motion(puppet.clips([CONDITION_CLIP]))

@@ -19,37 +19,45 @@ TEMPLATE = Path(__file__).with_name("page.html")
 SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]
 SHOWN = 12  # samples at most
 LOSSLESS = 128  # pixels: videos of at most this height are embedded as they are
-HEIGHT = 256  # pixels, of taller ones, such as Wan's; compressed
+RUNGS = ((256, 70), (256, 50), (192, 50), (128, 40), (96, 30))  # height and quality of taller ones
+LIMIT = 2_000_000  # bytes of the page
 
 
 class PageSample(NamedTuple):
-    """One sample as the page shows it; without motion, joints and attention are None."""
+    """One sample as the page shows it; what it lacks is None."""
 
     name: str
     task: str  # in words, such as "motion to video"
     prompt: str
-    video: np.ndarray  # (f h w 3) uint8
+    video: np.ndarray | None  # (f h w 3) uint8
     joints: np.ndarray | None  # (f 24 3) metres, y up
     fps: float
     attention: Tensor | None  # (layers f T), of a frame's attention to video the share of each latent
 
 
 def write_page(path: Path, samples: list[PageSample], total: int) -> None:
-    """Write one HTML file that shows these samples and says of how many they are."""
+    """Write one HTML file below 2 MB that shows these samples and says of how many they are.
+
+    A video becomes one WebP image with all its frames: lossless up to 128 pixels high; taller ones, such as
+    Wan's, are shrunk and compressed as far as the limit demands.
+    """
     head = JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
-    page["samples"] = [described(sample) for sample in samples]
-    data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
-    with whole_file(path) as temporary:
+    for rung in RUNGS:
+        page["samples"] = [described(sample, *rung) for sample in samples]
+        data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
         html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
+        if len(html) < LIMIT:
+            break
+    with whole_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
 
 
-def described(sample: PageSample) -> dict:
+def described(sample: PageSample, height: int, quality: int) -> dict:
     """What the page's script reads: joints in millimetres, attention in thousandths."""
     return sample._asdict() | {
-        "frames": len(sample.video),
-        "video": sheet(sample.video),
+        "frames": len(sample.joints if sample.video is None else sample.video),
+        "video": None if sample.video is None else sheet(sample.video, height, quality),
         "joints": whole(sample.joints),
         "attention": whole(sample.attention),
     }
@@ -60,18 +68,18 @@ def whole(x: np.ndarray | Tensor | None) -> list | None:
     return None if x is None else np.rint(1000 * np.asarray(x)).astype(int).tolist()
 
 
-def sheet(video: np.ndarray) -> dict:
-    """All frames in one WebP image, row by row."""
+def sheet(video: np.ndarray, height: int, quality: int) -> dict:
+    """All frames in one image, row by row."""
     f, h, w = video.shape[:3]
     lossless = h <= LOSSLESS
-    if h > HEIGHT:
-        h, w = HEIGHT, round(w * HEIGHT / h)
+    if not lossless and h > height:
+        w, h = max(1, round(w * height / h)), height
     columns = math.ceil(math.sqrt(f * h / w))  # about as wide as high: a browser limits both
     picture = Image.new("RGB", (columns * w, math.ceil(f / columns) * h))
     for i, frame in enumerate(video):
         tile = Image.fromarray(frame).resize((w, h), Image.Resampling.LANCZOS)
         picture.paste(tile, (i % columns * w, i // columns * h))
     data = io.BytesIO()
-    picture.save(data, "WEBP", lossless=lossless, quality=20 if lossless else 50, method=2)
+    picture.save(data, "WEBP", lossless=lossless, quality=20 if lossless else quality, method=2)
     uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
     return {"sheet": uri, "width": w, "height": h, "columns": columns}

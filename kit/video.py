@@ -28,13 +28,14 @@ class Shown(NamedTuple):
     time: float  # seconds, no earlier than the frame before it
     frame: av.VideoFrame
     pixel: Fraction  # its width over its height
+    path: Path  # of the video
 
     def image(self) -> Image.Image:
         image = _rgb(self.frame)
         if self.pixel != 1:  # of DV, DVDs and anamorphic lenses
             size = (round(image.width * self.pixel), image.height)
             image = image.resize(size, Image.Resampling.BICUBIC)
-        lying, right, down = _turn(self.frame)
+        lying, right, down = _turn(self.frame, self.path)
         pixels = np.asarray(image).swapaxes(0, 1) if lying else np.asarray(image)  # (h w 3)
         return Image.fromarray(np.ascontiguousarray(pixels[::down, ::right]))
 
@@ -84,7 +85,7 @@ def shown_frames(path: Path) -> Iterator[Shown]:
                     raise ValueError(
                         f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first"
                     )
-                yield Shown(frame.time, frame, pixel)
+                yield Shown(frame.time, frame, pixel, path)
                 last = frame.time
     except av.error.FFmpegError as error:
         raise ValueError(f"{path} is damaged or no {path.suffix} video: {error.strerror}") from error
@@ -104,7 +105,7 @@ def _rgb(frame: av.VideoFrame) -> Image.Image:
     return frame.to_image(src_colorspace=Colorspace.ITU709 if hd else Colorspace.ITU601)
 
 
-def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
+def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
     """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
 
     The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y). -> whether rows and
@@ -115,5 +116,8 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
         return False, 1, 1
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
     lying = abs(a) < abs(b)
-    right, down = (c, b) if lying else (a, d)
+    right, down, *rest = (c, b, a, d) if lying else (a, d, b, c)
+    if max(map(abs, rest)) > 0.01 * min(abs(right), abs(down)) or not right * down:
+        found = f"its display matrix has {a} {b} {c} {d}, no quarter turns"
+        raise ValueError(f"{path}: {found}; turn the pixels themselves")
     return lying, int(np.sign(right)), int(np.sign(down))

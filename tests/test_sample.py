@@ -268,6 +268,8 @@ REFUSED = (  # options, and what the message must say
     ("--task m2v --motion good.npz --start 9", "--start 9 is not in it"),
     ("--motion good.npz", "condition of --task m2v"),
     ("--video good.mp4", "condition of --task v2m"),
+    ("--task v2m --start 1", "--start is where in --video or --motion"),
+    ("--task m2v --loop", "--start and --loop say how --motion is read"),
     ("--task v2m --prompt walks", "video to motion takes no text"),
     ("--task v2m --prompts p.txt", "video to motion takes no text"),
     ("--prompt '' --prompts p.txt", "give one of the two"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kit import pictures, puppet
+from kit import page, pictures, puppet
 from kit.attention import holds
 from kit.page import PageSample, write_page
 
@@ -60,7 +60,7 @@ def test_nothing_comes_from_elsewhere(tmp_path):
     assert "default-src 'none'" in text  # the browser is told so, too
 
 
-def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path):
+def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path, monkeypatch):
     y, x = np.mgrid[:480, :832]
     grain = np.random.default_rng(0).normal(0, 8, (480, 832, 3))  # as much as film has
     scene = 128 + 60 * np.sin(x / 40 + np.cos(y / 30))[..., None] * (1, 0.5, 0.2) + grain
@@ -73,6 +73,9 @@ def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path):
         expected = np.asarray(Image.fromarray(picture).resize((444, 256)), dtype=float)
         assert np.abs(frame - expected).mean() < 8
     assert len(found["sheet"]) < 9 * 45_000
+    monkeypatch.setattr(page, "LIMIT", 100_000)  # as if there were twelve long ones
+    write_page(tmp_path / "index.html", [puppet_sample("joint")._replace(video=video)], total=1)
+    assert 30_000 < (tmp_path / "index.html").stat().st_size < 100_000
 
 
 # ---------------------------------------------------------------- in a browser
@@ -100,21 +103,27 @@ AFTER = """<script>
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """browser(script, fragment) -> what the script returns on a page of two samples, one without motion."""
+    """browser(script, fragment, *options) -> what the script returns on a page of three samples."""
     if not CHROMIUM:
         pytest.skip("no Chromium here: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
     alone = puppet_sample("video", 1)._replace(joints=None, attention=None)
-    write_page(folder / "index.html", [puppet_sample("joint"), alone], total=4)
+    samples = [puppet_sample("joint"), alone, puppet_sample("v2m", 2)._replace(video=None)]
+    write_page(folder / "index.html", samples, total=4)
     written = (folder / "index.html").read_text(encoding="utf-8")
 
-    def run(script: str, fragment: str = "") -> dict:
+    def run(script: str, fragment: str = "", *options: str) -> dict:
         text = written.replace("<head>", f"<head>{BEFORE}").replace("</body>", f"{AFTER % script}</body>")
         (folder / "test.html").write_text(text, encoding="utf-8")
         call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
-        call += ["--disable-dev-shm-usage", "--virtual-time-budget=5000", "--window-size=900,900"]
+        call += [
+            "--disable-dev-shm-usage",
+            "--virtual-time-budget=5000",
+            "--window-size=900,900",
+            "--dump-dom",
+        ]
         url = (folder / "test.html").as_uri() + fragment
-        dom = subprocess.run([*call, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
+        dom = subprocess.run([*call, *options, url], capture_output=True, text=True, timeout=60).stdout
         found = json.loads(html.unescape(re.search('data-result="([^"]*)"', dom)[1]))
         assert not found["errors"]
         return found["result"]
@@ -146,7 +155,7 @@ def test_the_slider_steps_and_the_button_plays(browser):
 
 def test_left_is_seen_on_the_right_from_the_front_and_the_other_way_from_behind(browser):
     # catches a mirrored axis: the camera looks along -z, so that what is at larger x is seen further right
-    front, behind = browser(
+    front, behind, by_key, changed = browser(
         """
         const side = () => {
           const { width, height } = skeleton;
@@ -160,15 +169,19 @@ def test_left_is_seen_on_the_right_from_the_front_and_the_other_way_from_behind(
           const mean = values => values.reduce((a, b) => a + b) / values.length;
           return mean(columns.left) - mean(columns.right);
         };
-        const front = side();
+        const [front, video] = [side(), picture(".video")];
         drag(314);  // half a turn
-        return [front, side()];
+        const behind = side();
+        const key = () => skeleton.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
+        for (let i = 0; i < 21; i++) key();  // and half a turn back
+        return [front, behind, side(), picture(".video") !== video || slider.value !== "0"];
         """,
         "#frame=0",
     )
     joints = puppet_sample("joint").joints[0]
     left, right = joints[[1, 4, 7, 16, 18, 20], 0].mean(), joints[[2, 5, 8, 17, 19, 21], 0].mean()
-    assert np.sign(front) == np.sign(left - right) == -np.sign(behind)
+    assert np.sign(front) == np.sign(left - right) == -np.sign(behind) == np.sign(by_key)
+    assert not changed  # mouse and keys turn the skeleton and nothing else
 
 
 def test_the_map_marks_the_clock_and_the_latent_that_holds_the_frame(browser):
@@ -195,3 +208,30 @@ def test_the_map_marks_the_clock_and_the_latent_that_holds_the_frame(browser):
         assert found["holder"] == pytest.approx(own.index(True), abs=0.02)
         percent = [float(re.search(r": ([\d.]+)%", title)[1]) for title in found["titles"]]
         np.testing.assert_allclose(percent, 100 * attention[:, f].flatten(), atol=0.051)
+
+
+@pytest.mark.parametrize("dark", (False, True))
+def test_it_fits_a_phone_in_light_and_dark(browser, dark):
+    script = """
+        document.documentElement.style.width = "390px";
+        const ends = [...document.body.querySelectorAll("*")].map(x => x.getBoundingClientRect().right);
+        const colour = getComputedStyle(document.body).backgroundColor;
+        return [Math.max(...ends), colour.match(/\\d+/g).map(Number)];
+    """
+    end, colour = browser(script, "#frame=16", *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    assert end <= 390
+    assert (max(colour) < 64) if dark else (min(colour) > 192)
+
+
+def test_what_a_sample_lacks_is_not_shown_and_a_prompt_is_only_text(browser):
+    canvases, prompt, note, playing = browser(
+        """
+        const canvases = article => [...article.querySelectorAll("canvas")].map(canvas => canvas.className);
+        return [[...document.querySelectorAll("article")].map(canvases),
+                document.querySelector(".prompt").textContent,
+                document.getElementById("note").textContent, article.className];
+        """
+    )
+    assert canvases == [["video pixels", "skeleton"], ["video pixels"], ["skeleton"]]
+    assert prompt == f"“{PROMPT}”" and note == "3 of 4 samples are shown."
+    assert playing == "playing"  # without a frame in the address

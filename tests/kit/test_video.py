@@ -96,6 +96,13 @@ def test_frames_stand_as_the_display_matrix_says(tmp_path, matrix):
     assert np.abs(found - expected).mean() < 5
 
 
+def test_a_turn_that_is_no_quarter_is_refused(tmp_path):
+    path = ramp(tmp_path / "a.mp4", at_rate(16))
+    set_matrix(path, 1, 1, -1, 1)
+    with pytest.raises(ValueError, match=r"a\.mp4.*65536 65536 -65536 65536.*quarter"):
+        next(images_at(path, 16))
+
+
 def wide(path: Path, pixel: Fraction) -> Path:
     """64x48 with a white square of 24x24 file's pixels in the middle."""
     picture = np.zeros((48, 64, 3), np.uint8)
