@@ -15,6 +15,7 @@ import flow
 from dual_dit import DualDiT
 from flow import Role, Task
 from kit import files, jobs, output
+from kit.attention import attention_to_latents
 from kit.backbone import Backbone, free_memory, open_backbone
 from kit.data.batch import rng
 from kit.output import Job
@@ -57,8 +58,8 @@ def options() -> argparse.Namespace:
     add("--redraw", action=argparse.BooleanOptionalAction, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
-    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where the latents are from")
-    add("--mesh", choices=("npz", "obj"), help="also write the body's mesh: vertices, or a folder of frames")
+    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where its latents/ is")
+    add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
 
@@ -105,10 +106,11 @@ def denoise(
 
 def make(
     backbone: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
-    out: Path, device: str, looks: bool,
+    out: Path, device: str, attention: bool,
 ) -> list[Path]:  # fmt: skip
     """Encode text and condition, sample -> files of latents. Each part of the backbone is used and let go."""
-    text = jobs.texts(backbone, (job.prompt for job in todo))
+    prompts = sorted({"", *(job.prompt for job in todo)})
+    text = dict(zip(prompts, backbone.text_encoder()(prompts).split(1), strict=True))  # (1 l text_dim) each
     free_memory(device)
     latents = None if pixels is None else backbone.codec().encode(pixels.to(device))
     free_memory(device)
@@ -117,7 +119,7 @@ def make(
         y, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
         given = job.task, y, text[""], job.seed, backbone.grid, latents, motion
         x, m = denoise(model, *given, progress=progress, **sampling)
-        seen = output.looks(model, job, x, m, y) if looks else None
+        seen = attention_to_latents(model, x, m, y, job.task) if attention else None
         made.append(output.save_latents(out, job, x, m, seen))
     return made
 
@@ -130,13 +132,14 @@ def main() -> None:
     asked = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
     sampling |= {"solver": args.solver, "bf16": backbone.autocast}
-    out, pictures = args.out or output.folder_of(args.decode), not args.prompts
+    out = args.out or (args.decode.parent.parent if args.decode else Path("samples"))
+    pictures = not args.prompts
 
     # what is to be made, and from which conditions
     wanted = jobs.jobs(
         TASKS, args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video
     )
-    todo = [] if args.decode else jobs.missing(out, wanted, args.mesh, keep=not pictures)
+    todo = [] if args.decode else jobs.missing(out, wanted, keep=not pictures)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
         pixels = jobs.condition_video(args.video, backbone, args.start)
@@ -145,7 +148,7 @@ def main() -> None:
 
     made = [args.decode] if args.decode else []
     if todo:
-        made = make(backbone, todo, pixels, motion, sampling, out, args.device, looks=pictures)
+        made = make(backbone, todo, pixels, motion, sampling, out, args.device, attention=pictures)
         free_memory(args.device)
     output.write_all(out, made, pixels, backbone, args.device, pictures, args.mesh)
     if todo:

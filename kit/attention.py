@@ -23,7 +23,8 @@ from rope import TOKENS_PER_FRAME, latent_of
 
 NOISE = 0.5  # time of what is generated while its attention is recorded
 ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
-Read = Callable[[Tensor, Tensor], Tensor]  # queries, keys (b heads n k) -> what is kept of them
+# queries and keys (b heads n k), of which the first so many are the video's -> what is kept of them
+Read = Callable[[Tensor, Tensor, int], Tensor]
 
 # ---------------------------------------------------------------- the recorder
 
@@ -43,13 +44,16 @@ def record(
         noise = torch.randn(x.shape, generator=generator).to(x)
         inputs.append((1 - t) * x + t * noise)
         times.append(torch.full((len(x),), t, device=x.device))
-    tokens = video_tokens(model, video) + motion.shape[1] * TOKENS_PER_FRAME
+    _, ph, pw = model.config.patch
+    T, H, W = video.shape[2:]
+    video_tokens = T * (H // ph) * (W // pw)
+    tokens = video_tokens + motion.shape[1] * TOKENS_PER_FRAME
     layers, attention = [], dual_dit.attention
 
     def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # each block's joint attention: a cross-attention has the queries of one stream alone
         if q.shape[2] == k.shape[2] == tokens:
-            layers.append(read(q, k))
+            layers.append(read(q, k, video_tokens))
         return attention(q, k, v)
 
     dual_dit.attention = listen
@@ -59,11 +63,6 @@ def record(
     finally:
         dual_dit.attention = attention
     return torch.stack(layers)
-
-
-def video_tokens(model: DualDiT, video: Tensor) -> int:
-    _, ph, pw = model.config.patch
-    return video.shape[2] * (video.shape[3] // ph) * (video.shape[4] // pw)
 
 
 def weights(q: Tensor, k: Tensor) -> Tensor:
@@ -78,11 +77,10 @@ def motion_to_video(
 
     Arguments as in `record`. A token's sum over T is below 1: the rest falls on motion.
     """
-    n, T = video_tokens(model, video), video.shape[2]
 
-    def read(q: Tensor, k: Tensor) -> Tensor:
+    def read(q: Tensor, k: Tensor, n: int) -> Tensor:
         parts = [weights(rows, k)[:, :n] for rows in q[:, :, n:].split(ROWS, dim=2)]
-        parts = [reduce(part, "rows (T hw) -> rows T", "sum", T=T) for part in parts]
+        parts = [reduce(part, "rows (T hw) -> rows T", "sum", T=video.shape[2]) for part in parts]
         return rearrange(torch.cat(parts), "(f i) T -> f i T", i=TOKENS_PER_FRAME)
 
     return record(model, video, motion, text, task, seed, read)
@@ -92,12 +90,11 @@ def video_to_motion(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
     """Attention of a latent's tokens to each motion frame -> (layers T f), mean over tokens, as above."""
-    n, T = video_tokens(model, video), video.shape[2]
 
-    def read(q: Tensor, k: Tensor) -> Tensor:
+    def read(q: Tensor, k: Tensor, n: int) -> Tensor:
         parts = [weights(rows, k)[:, n:] for rows in q[:, :, :n].split(ROWS, dim=2)]
         parts = [reduce(part, "rows (f i) -> rows f", "sum", i=TOKENS_PER_FRAME) for part in parts]
-        return reduce(torch.cat(parts), "(T hw) f -> T f", "mean", T=T)
+        return reduce(torch.cat(parts), "(T hw) f -> T f", "mean", T=video.shape[2])
 
     return record(model, video, motion, text, task, seed, read)
 
@@ -140,11 +137,13 @@ def frame_share_by_group(mass: Tensor) -> dict[str, Tensor]:
 
 
 def attention_to_latents(
-    model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
-) -> Tensor:
-    """frame_map of one sample: (layers f T), rows sum to 1; on the CPU.
+    model: DualDiT, latents: Tensor | None, motion: Tensor | None, text: Tensor, task: Task
+) -> Tensor | None:
+    """frame_map of one sample: (layers f T) on the CPU; None where video or motion is absent.
 
-    video (b c T h w) latents and motion (b f 235), not normalised, as sample.denoise gives them.
+    latents (b c T h w) and motion (b f 235), not normalised, as sample.denoise gives them.
     """
+    if latents is None or motion is None:
+        return None
     motion = (motion.to(model.motion_mean) - model.motion_mean) / model.motion_std
-    return frame_map(motion_to_video(model, video, motion, text, task, seed)).cpu()
+    return frame_map(motion_to_video(model, latents, motion, text.to(motion.device), task)).cpu()

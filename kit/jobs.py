@@ -1,15 +1,11 @@
 """What a call of sample.py is asked to make: samples with their names, prompts, seeds and conditions."""
 
-import itertools
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from flow import Task
-from kit import output, puppet
+from kit import puppet
 from kit.backbone import Backbone
 from kit.conditions import read_motion, read_video
 from kit.data.datasets import puppet_motion
@@ -35,10 +31,8 @@ def jobs(
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
-        task, seeds, made = tasks[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
-        for file, text in read_prompts(prompts):  # a repeated prompt goes on with other seeds
-            made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
-        return made
+        task, named = tasks[name or "joint"], read_prompts(prompts)
+        return [Job(f"{file}-{i}", task, text, seed + i) for file, text in named for i in range(count)]
     made = []
     for shown in [name] if name else SHOWN:
         task, text = tasks[shown], prompt
@@ -48,55 +42,41 @@ def jobs(
             text = "" if motion else puppet.clips([CONDITION_CLIP]).caption[0]
         elif text is None:
             text = PROMPT
-        names = [f"{shown}-{i}" for i in range(count)] if count > 1 else [shown]
-        made += [Job(name, task, text, seed + i) for i, name in enumerate(names)]
+        for i in range(count):
+            made.append(Job(f"{shown}-{i}" if count > 1 else shown, task, text, seed + i))
     return made
 
 
 def read_prompts(file: Path) -> list[tuple[str, str]]:
-    """A prompt a line (UTF-8) -> what its files are called, each another name, and the prompt."""
+    """A prompt a line (UTF-8) -> the names of files, as VBench has them, and the prompts; each name once."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
-    content = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        lines = content.decode("utf-8-sig").split("\n")
+        lines = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8"
-        ) from error
-    named, taken = [], set()
+        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from error
+    named = {}
     for number, prompt in enumerate(map(str.strip, lines), start=1):
         if not prompt:
             continue
         name = prompt.replace("/", "_")
-        if len(name.encode()) > LONGEST or "\0" in name:
+        if len(name.encode()) > LONGEST:
             raise ValueError(
-                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, no zero, "
-                f"got {name!r}"
+                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, got {name!r}"
             )
-        others = (f"{name} {copy}" for copy in itertools.count(2))
-        name = next(other for other in itertools.chain([name], others) if _on_any_disk(other) not in taken)
-        taken.add(_on_any_disk(name))
-        named.append((name, prompt))
+        if name in named:  # VBench's own list repeats some
+            print(f"{file} line {number} is left out: a prompt above has the same file names")
+        named.setdefault(name, prompt)
     if not named:
         raise ValueError(f"{file} has no prompt: expected one a line")
-    return named
+    return list(named.items())
 
 
-def _on_any_disk(name: str) -> str:
-    """Equal for names that are one file on some disk: macOS and Windows ignore case, macOS accents' forms."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def missing(out: Path, jobs: list[Job], mesh: str | None, keep: bool) -> list[Job]:
+def missing(out: Path, jobs: list[Job], keep: bool) -> list[Job]:
     """The samples still to be made: with `keep`, those that are there already stay as they are."""
     todo = [job for job in jobs if not (keep and (out / f"{job.name}.mp4").exists())]
     if len(todo) < len(jobs):
         print(f"{out} has {len(jobs) - len(todo)} of {len(jobs)} samples already: they are kept")
-    for job in todo if mesh == "obj" else ():
-        if (there := output.mesh_path(out, job, "obj", pictures=not keep)).exists():
-            raise FileExistsError(f"{there} exists: choose another --out")
     return todo
 
 
@@ -121,9 +101,3 @@ def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: 
     if start or loop:
         raise ValueError("--start and --loop say how --motion is read: add that, or leave them out")
     return puppet_motion(puppet.clips([CONDITION_CLIP]))
-
-
-def texts(backbone: Backbone, prompts: Iterable[str]) -> dict[str, Tensor]:
-    """Each prompt's features (1 l text_dim), the empty one's too."""
-    prompts = sorted({*prompts, ""})
-    return dict(zip(prompts, backbone.text_encoder()(prompts).split(1), strict=True))

@@ -1,11 +1,9 @@
 """A sample on disk: its latents before they are decoded, then what people look at and work with.
 
-Motion for other programs is a skeleton as .bvh, a mesh as .npz or as one .obj a frame; metres, y up.
+Motion for other programs is a skeleton as .bvh and a mesh as .npz; metres, y up.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dual_dit import DualDiT
 from flow import Task
-from kit.attention import attention_to_latents
 from kit.backbone import Backbone
 from kit.body import JOINT_NAMES, Body
 from kit.data.motion_files import Motion, save_amass
@@ -28,8 +24,6 @@ from kit.pictures import contact_sheet, draw_skeleton, fitted, resized, side_by_
 from motion_tokens import axis_angle_to_matrix, decode_smpl
 
 PICTURE = 256  # height of the video in the GIF, pixels
-AT_ONCE = 256  # frames skinned at a time: SMPL's 6,890 vertices then take a few hundred megabytes
-MESH = {"npz": "-mesh.npz", "obj": "-mesh"}  # what is added to a sample's name
 WORDS = {
     Task.JOINT: "text to video and motion", Task.MOTION_TO_VIDEO: "motion to video",
     Task.VIDEO_TO_MOTION: "video to motion", Task.VIDEO_ONLY: "text to video",
@@ -46,14 +40,6 @@ class Job(NamedTuple):
 
 
 # ---------------------------------------------------------------- latents
-
-
-def folder_of(latents: Path | None) -> Path:
-    """Where samples go unless told otherwise: where their latents are from, or samples/."""
-    if latents is None:
-        return Path("samples")
-    there = latents.absolute().parent
-    return there.parent if there.name == "latents" else there
 
 
 def save_latents(
@@ -84,31 +70,12 @@ def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None, Tensor | None]
         raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
 
 
-def looks(
-    model: DualDiT, job: Job, latents: Tensor | None, motion: Tensor | None, text: Tensor
-) -> Tensor | None:
-    """Which latents each motion frame of a sample looks at (layers f T), for its page; None without both."""
-    if latents is None or motion is None:
-        return None
-    return attention_to_latents(model, latents, motion, text.to(motion.device), job.task)
-
-
 # ---------------------------------------------------------------- what people look at
-
-
-def mesh_path(out: Path, job: Job, mesh: str, pictures: bool) -> Path:
-    """Where write() puts a mesh "npz" or "obj"."""
-    return motion_folder(out, pictures) / f"{job.name}{MESH[mesh]}"
-
-
-def motion_folder(out: Path, pictures: bool) -> Path:
-    """Without pictures, motion goes to a folder of its own, so that `out` has MP4s only."""
-    return out if pictures else out / "motion"
 
 
 def write_all(
     out: Path, latents: list[Path], pixels: Tensor | None, backbone: Backbone, device: str, pictures: bool,
-    mesh: str | None,
+    mesh: bool,
 ) -> None:  # fmt: skip
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
     codec, samples = None, []
@@ -133,12 +100,13 @@ def write_all(
 
 def write(
     out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, backbone: Backbone, pictures: bool,
-    mesh: str | None,
+    mesh: bool,
 ) -> list[str]:  # fmt: skip
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
-    frames (f h w 3) uint8, smpl as decode_smpl gives it; `mesh` "npz" or "obj" adds NAME-mesh.npz or a folder
-    NAME-mesh. Returns what was added to the names, and where that is another folder's.
+    frames (f h w 3) uint8, smpl as decode_smpl gives it; `mesh` adds NAME-mesh.npz. Without pictures, motion
+    goes to a folder of its own, so that `out` has MP4s only. Returns what was added to the names, and where
+    that is another folder's.
     """
     fps, made = backbone.geometry.fps, [".mp4"]
     rows, titles = [frames], [f"{job.name}: {job.prompt or 'no text'}"]
@@ -147,15 +115,14 @@ def write(
     if smpl:
         fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
         motion = Motion(*fields, fps, "neutral")
-        folder = motion_folder(out, pictures)
+        folder = out if pictures else out / "motion"
         folder.mkdir(exist_ok=True)
         save_amass(folder / f"{job.name}.npz", motion, backbone.body)
         save_bvh(folder / f"{job.name}.bvh", motion, backbone.body)
         made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
         if mesh:
-            save = {"npz": save_mesh, "obj": save_objs}[mesh]
-            save(mesh_path(out, job, mesh, pictures), motion, backbone.body)
-            made += [MESH[mesh]]
+            save_mesh(folder / f"{job.name}-mesh.npz", motion, backbone.body)
+            made += ["-mesh.npz"]
     if pictures:
         if smpl:
             joints = smpl["joints"][0]
@@ -213,13 +180,10 @@ def _numbers(values: list[float]) -> str:
 
 
 def _euler_zxy(matrix: Tensor) -> Tensor:
-    """Rz(a)·Rx(b)·Ry(c) (... 3 3) -> (a, b, c) (... 3) radians; c is 0 where b is a right angle."""
+    """Rz(a)·Rx(b)·Ry(c) (... 3 3) -> (a, b, c) (... 3) radians."""
     m = rearrange(matrix, "... row column -> row column ...")
-    cosine = torch.hypot(m[0, 1], m[1, 1])
-    locked = cosine < 1e-9  # a and c then turn about the same axis
-    a = torch.where(locked, torch.atan2(m[1, 0], m[0, 0]), torch.atan2(-m[0, 1], m[1, 1]))
-    c = torch.where(locked, torch.zeros_like(a), torch.atan2(-m[2, 0], m[2, 2]))
-    return torch.stack((a, torch.atan2(m[2, 1], cosine), c), dim=-1)
+    b = torch.atan2(m[2, 1], torch.hypot(m[0, 1], m[1, 1]))
+    return torch.stack((torch.atan2(-m[0, 1], m[1, 1]), b, torch.atan2(-m[2, 0], m[2, 2])), dim=-1)
 
 
 # ---------------------------------------------------------------- motion for other programs: a mesh
@@ -230,37 +194,7 @@ def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
 
     The same motion gives the same bytes.
     """
-    vertices, faces = _mesh(motion, body).numpy(), body.faces.int().numpy()
+    vertices, _ = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
+    arrays = {"vertices": vertices.numpy(), "faces": body.faces.int().numpy()}
     with whole_file(path) as temporary:
-        np.savez(temporary, vertices=vertices, faces=faces, fps=np.array(float(motion.fps)))
-
-
-def save_objs(folder: str | Path, motion: Motion, body: Body) -> None:
-    """Write the skinned mesh as a new folder of frame_000000.obj, frame_000001.obj, ...
-
-    The folder appears when all are written; FileExistsError if it is there already.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; choose another folder")
-    triangles = "".join(f"f {a} {b} {c}\n" for a, b, c in (body.faces + 1).tolist())  # .obj counts from 1
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir()
-        for number, frame in enumerate(_mesh(motion, body).tolist()):
-            points = "".join(f"v {_numbers(point)}\n" for point in frame)
-            file = temporary / f"frame_{number:06d}.obj"
-            file.write_text(points + triangles, encoding="ascii", newline="\n")
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@torch.no_grad()
-def _mesh(motion: Motion, body: Body) -> Tensor:
-    """Vertices (f V 3)."""
-    pieces = (x.split(AT_ONCE) for x in (motion.global_orient, motion.body_pose, motion.transl))
-    vertices = [
-        body.mesh(orient, pose, motion.betas, transl)[0] for orient, pose, transl in zip(*pieces, strict=True)
-    ]
-    return torch.cat(vertices)
+        np.savez(temporary, **arrays, fps=np.array(float(motion.fps)))

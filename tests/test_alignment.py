@@ -109,14 +109,6 @@ def test_positions_collide_only_inside_the_grid(grid, synced, apart):
     assert len(motion.unique(dim=0)) == len(motion)
 
 
-def test_each_ablation_changes_one_thing():
-    shipped, unsynced, collided = (
-        motion_positions(FRAMES, 8, 8, **options) for options in ({}, {"synced": False}, {"apart": False})
-    )
-    assert torch.equal(unsynced, shipped * torch.tensor([4, 1, 1]))
-    assert torch.equal(collided, shipped - torch.tensor([0, 8, 8]))
-
-
 # ---------------------------------------------------------------- the shipped weights
 
 

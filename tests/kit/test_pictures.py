@@ -31,13 +31,11 @@ def test_frames_and_video_are_inverse():
         pictures.to_frames(torch.full((3, 1, 2, 2), torch.nan))
 
 
-@pytest.mark.parametrize("fps", [16.0, 30000 / 1001])
-def test_mp4_round_trip(tmp_path, fps):
+def test_mp4_round_trip(tmp_path):
     frames = pictures.to_frames(moving_picture())
-    pictures.write_video(tmp_path / "a.mp4", frames, fps)
+    pictures.write_video(tmp_path / "a.mp4", frames, 30000 / 1001)
     back, rate = all_frames(tmp_path / "a.mp4")
-    assert back.shape == frames.shape and back.dtype == torch.uint8
-    assert rate == pytest.approx(fps, abs=1e-6)
+    assert back.shape == frames.shape and rate == pytest.approx(30000 / 1001, abs=1e-6)
     error = (back.float() - frames.float()).square().mean()
     assert 10 * torch.log10(255**2 / error) > 30
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
@@ -65,17 +63,14 @@ def test_skeleton():
         colour = torch.tensor(pictures.SIDE_COLOURS[side])
         assert (frames[0, row, column] - colour).abs().max() < 60
 
+    both = pictures.side_by_side(pictures.to_frames(moving_picture(4, 16, 16)), frames)
+    assert both.shape == (4, 96, 96 + 4 + 96, 3) and torch.equal(both[:, :, 100:], frames)
+
     ground = torch.zeros(4, 96, 96, 3, dtype=torch.uint8)
     over = pictures.draw_skeleton(joints, torch.tensor(PARENTS), project, size=96, background=ground)
     assert over[0, 0, 0].tolist() == [0, 0, 0] and over.max() > 100
     behind = pictures.draw_skeleton(joints + torch.tensor([0.0, 0.0, 100.0]), PARENTS, project, size=96)
     assert (behind == torch.tensor(pictures.PAPER)).all()
-
-
-def test_side_by_side():
-    skeleton = pictures.draw_skeleton(standing(), PARENTS, project, size=64)
-    both = pictures.side_by_side(pictures.to_frames(moving_picture(4, 16, 16)), skeleton)
-    assert both.shape == (4, 64, 64 + 4 + 64, 3) and torch.equal(both[:, :, 68:], skeleton)
 
 
 def test_fitted_view_holds_the_motion_upright_and_unmirrored():
