@@ -26,7 +26,6 @@ from kit.puppet.skeleton import PARENTS
 
 PREVIEWED = 4  # clips in a preview
 HEIGHT = 320  # pixels of a frame while it is drawn on
-COLUMNS = 6
 
 
 def options() -> argparse.Namespace:
@@ -59,7 +58,6 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
         cached = cache.open_cache(where)
         damaged = cache.damaged_samples(cached)
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
-        print(*cache.compared(cached, body), sep="\n")
     else:
         data = open_dataset(spec, shape, body, force)
         names, rejected = read_all(data, lambda sample: sample.name, title=spec)
@@ -129,27 +127,22 @@ def preview(path: Path, samples: Sequence[Sample]) -> None:
         if sample.video is not None and sample.camera is None:
             title += " (no camera in the file: a usual one is assumed)"
         titles.append(title)
-    pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
+    pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles)
 
 
 def overlay(sample: Sample) -> Tensor:
-    """The sample's frames (f 320 w 3) uint8, drawn on; those that a contact sheet leaves out are empty."""
+    """The sample's frames (f 320 w 3) uint8, its skeleton drawn over them."""
     joints = rearrange(sample.motion[:, 3:75], "f (j c) -> f j c", c=3)
-    shown = torch.linspace(0, len(joints) - 1, COLUMNS).round().long().unique()
     if sample.video is None:
-        drawn = pictures.draw_skeleton(joints[shown], PARENTS, pictures.fitted(joints), HEIGHT)
-    else:
-        height, width = sample.video.shape[1:3]
-        project = (sample.camera or assumed_camera(height, width)).project
-        ground = pictures.resized(sample.video[shown], HEIGHT)
-        rows, columns = ground.shape[1:3]
-        side = max(rows, columns)  # skeletons are drawn on squares
-        ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
-        drawn = pictures.draw_skeleton(joints[shown], PARENTS, project, side, side * height / rows, ground)
-        drawn = drawn[:, :rows, :columns]
-    frames = drawn.new_zeros(len(joints), *drawn.shape[1:])
-    frames[shown] = drawn
-    return frames
+        return pictures.draw_skeleton(joints, PARENTS, pictures.fitted(joints), HEIGHT)
+    height, width = sample.video.shape[1:3]
+    project = (sample.camera or assumed_camera(height, width)).project
+    ground = pictures.resized(sample.video, HEIGHT)
+    rows, columns = ground.shape[1:3]
+    side = max(rows, columns)  # skeletons are drawn on squares
+    ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
+    drawn = pictures.draw_skeleton(joints, PARENTS, project, side, side * height / rows, ground)
+    return drawn[:, :rows, :columns]
 
 
 def main() -> None:
