@@ -30,7 +30,6 @@ from kit.data.clips import Camera, Sample, motion_vector, read_clip, read_metada
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import AXES, Motion, canonical, resample
 from kit.data.plausible import Reading, checked
-from kit.data.smpl_fields import tram_camera
 from kit.geometry import PUPPET, Geometry
 from kit.pictures import to_frames
 from motion_tokens import encode_smpl
@@ -212,10 +211,8 @@ def _clips(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
 
     def sources(item: int) -> dict[str, str | Path]:
         clip = clips[item]
-        video, motion = folder / clip.video, folder / clip.motion
-        found = {"row in metadata.csv": json.dumps(clip), "video": video, "motion": motion}
-        camera = tram_camera(motion)
-        return found | ({"camera": camera} if camera else {})
+        files = {"video": folder / clip.video, "motion": folder / clip.motion}
+        return {"row in metadata.csv": json.dumps(clip)} | files
 
     return DataSet([clip.video for clip in clips], read, True, problems, sources)
 

@@ -172,7 +172,7 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     pose, transl, betas = pose[kept], torch.from_numpy(transl[kept]), torch.from_numpy(betas[kept])
     fps = HY_MOTION_FPS if rate is None else float(rate.reshape(-1)[0])
     motion = Motion(pose[:, 0], pose[:, 1:], betas.mean(0), transl, fps, _gender(record))
-    check_motion(motion, "its motion")
+    check_motion(motion)
     motion = turn(motion, AXES[axes or axes_of(record)], body)
     motion = motion if rate is not None else motion._replace(fps=float("nan"))
     frames = None if own_clock else torch.from_numpy(rows[kept].astype(np.int64))

@@ -112,12 +112,12 @@ def _focal(record: dict, size: Size) -> float:
 
 def intrinsics_of(record: dict, path: Path, size: Size | None, notes: list[str]) -> Tensor | None:
     """(3 3), from the file, from TRAM's camera.npy beside it, or by the rule of the tool."""
-    given, beside = pick(record, "intrinsics"), tram_camera(path)
+    given, beside = pick(record, "intrinsics"), path.parent.parent / "camera.npy"
     if given is not None:
         if given.ndim == 3 and np.ptp(given, axis=0).max() > 0.01 * given.max():
             notes.append("its intrinsics change: those of its first frame are used")
         return pinhole(given[0] if given.ndim == 3 else given)
-    if "pred_rotmat" in record and beside:
+    if "pred_rotmat" in record and beside.is_file():
         camera = read_object(beside, "camera of TRAM")
         return _lens(camera["img_focal"], *np.ravel(camera["img_center"]))
     if size is None:
@@ -128,12 +128,6 @@ def intrinsics_of(record: dict, path: Path, size: Size | None, notes: list[str])
     if pick(record, "focal") is not None or "camera" in record or pick(record, "transl") is None:
         return _lens(_focal(record, size), size[1] / 2, size[0] / 2)
     return None
-
-
-def tram_camera(path: Path) -> Path | None:
-    """The file of TRAM's camera that belongs to one of its tracks."""
-    beside = path.parent.parent / "camera.npy"
-    return beside if path.parent.name == "hps" and beside.is_file() else None
 
 
 def _lens(focal: float, x: float, y: float) -> Tensor:

@@ -134,14 +134,12 @@ def fingers(pose: np.ndarray) -> np.ndarray:
 FORMS = {
     "72 numbers": lambda p: {"poses": p.full.reshape(-1, 72)},
     "66 numbers": lambda p: {"poses": p.full[:, :22].reshape(-1, 66)},
-    "24 by 3": lambda p: {"poses": p.full},
     "156 numbers": lambda p: {"poses": fingers(p.full[:, :22])},
     "matrices": lambda p: {"poses": p.matrices},
     "6D, column by column": lambda p: {"poses": p.matrices[..., :2].swapaxes(-1, -2).reshape(-1, 144)},
     "6D, 3 by 2": lambda p: {"poses": p.matrices[..., :2]},
     "parts": lambda p: {"root_orient": p.orient, "pose_body": p.pose[:, :21].reshape(-1, 63)},
     "parts with fingers": lambda p: {"root_orient": p.orient, "pose_body": fingers(p.pose[:, :21])},
-    "parts of matrices": lambda p: {"global_orient": p.matrices[:, 0], "body_pose": p.matrices[:, 1:]},
 }
 
 

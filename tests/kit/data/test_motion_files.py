@@ -65,7 +65,6 @@ def test_amass_round_trip_and_same_bytes(tmp_path, body):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:  # the archive must not record when it was written
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "b.npz"]
 
 
 @pytest.mark.parametrize("width, joints_kept", [(156, 21), (165, 21), (72, 23)])
@@ -92,13 +91,11 @@ BAD = [
     ({"mocap_framerate": None}, "axes are not known"),
     ({"poses": GOOD["poses"][:, :100]}, r"poses is \(7, 100\)"),
     ({"poses": GOOD["poses"] * 57.3 * 10}, "degrees"),
-    ({"poses": np.where(GOOD["poses"] > 1, np.inf, GOOD["poses"])}, "infinity"),
     ({"trans": None}, "no transl"),
     ({"trans": GOOD["trans"][:3]}, "3 transl, expected 7"),
     ({"trans": GOOD["trans"] * np.nan}, "NaN"),
     ({"trans": GOOD["trans"] * 1e4}, "millimetres"),
     ({"betas": None}, "betas are None"),
-    ({"betas": np.array(["x"] * 16)}, "could not convert"),
     ({"mocap_framerate": np.array(0.0)}, "frames a second"),
     ({"mocap_framerate": np.array(np.nan)}, "frames a second"),
     ({"mocap_framerate": np.array("fast")}, "could not convert"),
@@ -113,16 +110,6 @@ def test_bad_amass(tmp_path, body, change, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
         load(tmp_path / "bad.npz", body)
-
-
-def test_bad_files(tmp_path, body):
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load(tmp_path / "none.npz", body)
-    (tmp_path / "bad.npz").write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match=r"bad\.npz cannot be read"):
-        load(tmp_path / "bad.npz", body)
-    with pytest.raises(ValueError, match="body_pose"):
-        save_amass(tmp_path / "a.npz", random_motion()._replace(body_pose=torch.zeros(FRAMES, 21, 3)), body)
 
 
 UNEVEN = torch.tensor([0.0, 0.01, 0.1, 0.1001, 0.2, 0.25, 8 / 30], dtype=torch.float64)
