@@ -26,7 +26,7 @@ from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
-PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # of a person, beside smpl
+PHALP = ("camera", "camera_bbox", "center", "scale")  # of a person, beside smpl
 NOT_SMPL = (
     "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
     "skeleton; read the AMASS files that its index.csv names (kit/data/humanml3d.py)"
@@ -151,8 +151,6 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     # PHALP's camera is a translation, that beside AMASS's trans a lens
     if "camera" in record and ("trans" in record or np.shape(record["camera"])[-2:] == (3, 3)):
         record["intrinsics"] = record.pop("camera")
-    if size is None and "size" in record:
-        size = tuple(np.reshape(record["size"], (-1, 2))[0].tolist())
     pose, rate, frames = pose_of(record), pick(record, "rate"), pick(record, "frames")
     if rate is None and frames is None and "Rh" in record:
         rate = np.array(HY_MOTION_FPS)

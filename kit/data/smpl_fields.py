@@ -26,7 +26,7 @@ NAMES = {  # of the same thing in different tools; the first that is there count
     "box": ("box_size", "bbox_size", "scale"),
     "centre": ("box_center", "bbox_center", "center"),
 }
-MORE = ("Rh", "bbx_xys", "expression", "gender", "pose_world", "size", "surface_model_type")
+MORE = ("Rh", "bbx_xys", "expression", "gender", "pose_world", "surface_model_type")
 READ = sorted({*MORE, *(name for names in NAMES.values() for name in names)})  # of an .npz
 PARTS = {"root": (1,), "body": (21, 23, 51, 54), "pose": (22, 24, 52, 55)}  # joints of SMPL, SMPL+H, SMPL-X
 ONLY_RECOVERED = ("pose_world", "pred_rotmat", "smpl_params_incam", "camera")  # no file of mocap has these

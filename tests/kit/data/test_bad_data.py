@@ -80,7 +80,6 @@ CLIPS = {  # what is done to clip 1, and what is then said
     "half a motion": (lambda f: cut(f / M), "1.npz cannot be read"),
     "a camera of four": (lambda f: edit(f / M, camera=np.ones(4)), "1.npz: camera is float64 (4,)"),
     "no focal length": (lambda f: lens(f, 0, 0, 0), "expected [[fx"),
-    "a camera with skew": (lambda f: lens(f, 0, 1, 3), "expected [[fx"),
     "a camera elsewhere": (lambda f: lens(f, 0, 2, 4000), "1.npz: no joint is ever in the picture"),
     "behind the camera": (lambda f: change(f, "trans", lambda x: x - (0, 9, 0)), "m behind the camera"),
 }
