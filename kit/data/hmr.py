@@ -26,7 +26,6 @@ from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
-PHALP = ("camera", "camera_bbox", "center", "scale")  # of a person, beside smpl
 NOT_SMPL = (
     "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
     "skeleton; read the AMASS files that its index.csv names (kit/data/humanml3d.py)"
@@ -112,8 +111,7 @@ def _phalp(frames: dict[str, dict]) -> dict[str, dict]:
         ages = frame.get("tracked_time", [0] * len(frame["tid"]))
         for k, (name, age) in enumerate(zip(frame["tid"], ages, strict=True)):
             if age == 0:
-                person = {key: frame[key][k] for key in PHALP if key in frame}
-                person |= frame["smpl"][k] | {"frame": frame.get("time", order)}
+                person = frame["smpl"][k] | {"camera": frame["camera"][k], "frame": frame.get("time", order)}
                 tracks.setdefault(str(name), []).append(person)
     return {name: _stacked(persons) for name, persons in tracks.items()}
 

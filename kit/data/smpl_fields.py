@@ -22,11 +22,11 @@ NAMES = {  # of the same thing in different tools; the first that is there count
     "rate": ("mocap_frame_rate", "mocap_framerate", "fps"),  # AMASS's SMPL-X and SMPL+H releases differ
     "intrinsics": ("K_fullimg", "cam_int", "cam_intrinsics", "intrinsics", "K"),
     "focal": ("focal_length", "img_focal", "focal"),
-    "weak": ("pred_cam", "camera_bbox", "cam"),  # s, tx, ty in a box
+    "weak": ("pred_cam", "cam"),  # s, tx, ty in a box
     "box": ("box_size", "bbox_size", "scale"),
     "centre": ("box_center", "bbox_center", "center"),
 }
-MORE = ("Rh", "bbx_xys", "expression", "gender", "pose_world", "surface_model_type")
+MORE = ("Rh", "expression", "gender", "pose_world", "surface_model_type")
 READ = sorted({*MORE, *(name for names in NAMES.values() for name in names)})  # of an .npz
 PARTS = {"root": (1,), "body": (21, 23, 51, 54), "pose": (22, 24, 52, 55)}  # joints of SMPL, SMPL+H, SMPL-X
 ONLY_RECOVERED = ("pose_world", "pred_rotmat", "smpl_params_incam", "camera")  # no file of mocap has these
@@ -64,8 +64,6 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     value = pick(record, part)
     if value is None:
         return None
-    if part != "root" and value.shape in [(joints, 3) for joints in PARTS[part]]:
-        value = value[None]  # a file for each frame
     flat = torch.from_numpy(value.astype(np.float64).reshape(len(value), -1))
     numbers = next((n for n in (3, 6, 9) for joints in PARTS[part] if flat.shape[1] == n * joints), None)
     if numbers is None:
@@ -91,8 +89,6 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     if transl is not None:
         return transl.reshape(-1, 3)
     box, centre = pick(record, "box"), pick(record, "centre")
-    if "bbx_xys" in record:  # GVHMR's name
-        centre, box = np.split(np.asarray(record["bbx_xys"]), [2], axis=-1)
     if weak is None or box is None or centre is None:
         raise ValueError("it has no transl, and no camera (s, tx, ty) with its box and its box' centre")
     if size is None:

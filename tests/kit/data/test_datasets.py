@@ -76,7 +76,6 @@ def test_a_name_its_weight_and_its_options(spec, expected):
         ("clips:x@0", "weight must be above 0"),
         ("clips:.@axes=up", "axes 'up', expected one of"),
         ("clips:.@smooth=x", "expected seconds"),
-        ("clips:.@smooth=60", "expected seconds"),
         ("puppet:3@fps=0", "no option @fps=0, expected @axes=, @smooth= or @WEIGHT"),
         ("movies:x", r"expected one of puppet:\.\.\., amass"),
         ("puppet:many", "expected a number of clips"),

@@ -107,8 +107,6 @@ def test_axes_named_in_the_spec(tmp_path, capsys):
     assert count == 3 and "yup.npz: the person lies" in said and "0 rejected" in said
     count, said = check(f"{spec}@axes=yup", capsys)
     assert count == 3 and "lies" not in said
-    read = read_motion_file(tmp_path / "a" / "yup.npz", puppet.body(), axes="yup").motion
-    np.testing.assert_allclose(read.transl, puppet_motion().transl, atol=1e-5)
 
 
 def test_check_says_what_smoothing_did(tmp_path, capsys):
@@ -186,9 +184,6 @@ def test_clips_in_other_axes_and_other_units(tmp_path, capsys):
     assert count == 0 and "are the axes right?" in said
     (folder / "metadata.csv").write_text("video,prompt,motion,axes\n0.mp4,a,motions/0.npz,opencv\n")
     assert check(f"clips:{folder}", capsys)[0] == 1
-    write(who, 100)
-    count, said = check(f"clips:{folder}", capsys)
-    assert count == 0 and "110 m from the floor: is trans in centimetres" in said
     write(who.rows([0] * clip_folder.FRAMES), 100)  # far away, but at rest
     count, said = check(f"clips:{folder}", capsys)
     assert count == 0 and "of the picture tall: is trans in centimetres?" in said
