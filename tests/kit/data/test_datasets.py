@@ -18,19 +18,16 @@ from motion_tokens import decode_smpl, sixd_to_matrix
 CPU = torch.device("cpu")
 
 
-def save_walk(path, seed: int, frames: int) -> None:
-    """A puppet's motion somewhere in the room, as an AMASS file of 20 frames a second."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clip = puppet.clips([seed], frames=frames)
-    pose, transl = (clip.global_orient[0], clip.body_pose[0]), clip.transl[0] + torch.tensor((3.0, 0.1, -7.0))
-    save_amass(path, Motion(*pose, clip.betas[0], transl, 20.0, "neutral"), puppet.body())
-
-
 @pytest.fixture(scope="module")
 def amass(tmp_path_factory):
+    """Two puppets' motions somewhere in the room, at 20 frames a second, and what else lies in AMASS."""
     folder = tmp_path_factory.mktemp("amass")
-    save_walk(folder / "CMU" / "01" / "walk_poses.npz", 1, frames=44)
-    save_walk(folder / "BMLrub" / "turn_poses.npz", 2, frames=80)
+    for name, frames in (("CMU/01/walk_poses.npz", 44), ("BMLrub/turn_poses.npz", 80)):
+        clip = puppet.clips([frames], frames)
+        fields = clip.global_orient[0], clip.body_pose[0], clip.betas[0]
+        motion = Motion(*fields, clip.transl[0] + torch.tensor((3.0, 0.1, -7.0)), 20.0, "neutral")
+        (folder / name).parent.mkdir(parents=True)
+        save_amass(folder / name, motion, puppet.body())
     np.savez(folder / "CMU" / "01" / "shape.npz", betas=np.zeros(16))
     np.savez(folder / "BMLrub" / "neutral_stagei.npz", betas=np.zeros(16))
     return folder
