@@ -107,10 +107,11 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
         if file.exists():
             with _opened(file) as content:
                 known = json.loads(content.metadata()["record"])["sources"]
-            changes = changed([data.names[item] for item in shards[shard]], known, sources)
-            if not changes:
+            both = zip(shards[shard], known, sources, strict=True)
+            changed = [data.names[item] for item, before, now in both if before != now]
+            if not changed:
                 continue
-            print(*changes, f"{file} is made again", sep="\n")
+            print(f"{file} is made again: {', '.join(changed)} changed since it was cached")
             (out / INDEX).unlink(missing_ok=True)
         for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
             left.unlink()
@@ -129,15 +130,6 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
         index = {"version": VERSION, "shards": len(shards), "rejected": data.problems}
         temporary.write_text(json.dumps(index, indent=2) + "\n")
     return True
-
-
-def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:
-    """Which of the items of these names have sources with other hashes than they had."""
-    changes = []
-    for name, before, after in zip(names, known, now, strict=True):
-        if parts := [part for part in before | after if before.get(part) != after.get(part)]:
-            changes.append(f"{name}: its {' and '.join(parts)} changed since it was cached")
-    return changes
 
 
 def hashes(data: DataSet, item: int) -> dict[str, str]:
