@@ -73,10 +73,10 @@ def test_metadata_with_all_that_spreadsheets_do_to_it(tmp_path):
 
 
 def on_the_body(sample) -> float:
-    """The share of the drawn skeleton's pixels that lie on the person."""
-    shown = torch.linspace(0, len(sample.video) - 1, 6).round().long()
-    plain = pictures.resized(sample.video[shown], 320)
-    drawn = (overlay(sample)[shown].int() - plain.int()).abs().amax(-1) > 60
+    """The share of the drawn skeleton's pixels that lie on the person, in every fourth frame."""
+    some = sample._replace(motion=sample.motion[::4], video=sample.video[::4])
+    plain = pictures.resized(some.video, 320)
+    drawn = (overlay(some).int() - plain.int()).abs().amax(-1) > 60
     background = torch.tensor(puppet.BACKGROUND) * 255
     person = (plain - background).abs().amax(-1) > 12
     return (drawn & person).sum().item() / drawn.sum().item()
@@ -97,6 +97,6 @@ def test_the_skeleton_lies_on_the_limbs(tmp_path, shape):
     }
     for name, changed in wrong.items():
         assert on_the_body(changed) < 0.97, name
-    alone = overlay(sample._replace(video=None)).int()
+    alone = overlay(sample._replace(video=None, motion=sample.motion[::8])).int()
     for colour in (pictures.SIDE_COLOURS["left"], pictures.SIDE_COLOURS["right"]):
         assert ((alone - torch.tensor(colour)).abs().amax(-1) < 25).sum((1, 2)).min() > 50
