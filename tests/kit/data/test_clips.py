@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from kit import pictures, puppet
 from kit.data.__main__ import overlay
 from kit.data.clips import Clip, read_clip, read_metadata, resized, resized_camera
-from kit.data.motion_files import Motion
+from kit.data.motion_files import Motion, save_amass
 from kit.geometry import Geometry
 
 
@@ -25,7 +25,7 @@ def test_motion_is_taken_at_the_frames_moments(tmp_path, fps):
     transl = np.random.default_rng(0).normal(0, 0.2, (31, 3)) - (0, 0, 4)
     pose, transl = torch.tensor(rotations).float(), torch.tensor(transl).float()
     motion = Motion(pose[:, 0], pose[:, 1:], torch.zeros(10), transl, 30.0, "neutral")
-    clip_folder.write_motion(tmp_path / "a.npz", motion, None)
+    save_amass(tmp_path / "a.npz", motion, puppet.body())
     ramp(tmp_path / "a.mp4", at_rate(20, 21))
     shape, clip = Geometry(fps, 5, 32, 32, 8), Clip("a.mp4", "text", "a.npz")
     samples = list(read_clip(tmp_path, clip, shape, puppet.body()))

@@ -19,11 +19,18 @@ from kit.geometry import PUPPET
 from motion_tokens import decode_smpl
 
 FRAMES = 21
+
+
+def lens(focal: float) -> np.ndarray:
+    """Of the whole picture, 64x64."""
+    return np.array([[focal, 0, 32], [0, focal, 32], [0, 0, 1]])
+
+
 TOOLS = {
     "gvhmr": ("hmr4d_results.pt", clip_folder.CAMERA),
-    "wham": ("wham_output.pkl", np.array([[np.hypot(64, 64), 0, 32], [0, np.hypot(64, 64), 32], [0, 0, 1]])),
+    "wham": ("wham_output.pkl", lens(np.hypot(64, 64))),
     "tram": ("hps/hps_track_0.npy", clip_folder.CAMERA),
-    "phalp": ("demo_clip.pkl", hmr_files.phalp_camera(64, 64)),
+    "phalp": ("demo_clip.pkl", lens(5000 / 256 * 64)),  # 5000 for a square of 256, padded around its middle
     "camerahmr": ("camerahmr.npz", clip_folder.CAMERA),
 }
 
