@@ -92,7 +92,7 @@ def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
     if other.is_file() and not entry.source.is_file():
         raise ValueError(f"{other} is of AMASS's SMPL-X release; HumanML3D's frames are those of SMPL+H G")
     motion = read_motion_file(entry.source, body).motion
-    if motion.fps < FPS:
+    if not motion.fps >= FPS:  # NaN where the file has no rate
         raise ValueError(f"{entry.source} has {motion.fps:g} frames a second, expected at least {FPS}")
     second = FPS * int(motion.fps / FPS) / motion.fps  # one of HumanML3D's, in seconds
     start, last = entry.start * second, (entry.end - 1 / FPS) * second
