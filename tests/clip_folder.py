@@ -52,6 +52,13 @@ def at_rate(fps: Fraction | int, count: int = 20) -> list[Fraction]:
     return [Fraction(k) / fps for k in range(count)]
 
 
+def write_motion(path: Path, motion: Motion, camera: np.ndarray | None = CAMERA) -> None:
+    """An AMASS file, with a camera unless that is None."""
+    save_amass(path, motion, puppet.body())
+    if camera is not None:
+        edit(path, camera=camera)
+
+
 def edit(path: Path, **arrays: np.ndarray) -> None:
     """Replace arrays of an .npz, or add them."""
     with np.load(path) as file:
@@ -74,9 +81,7 @@ def write(folder: Path, seeds: Sequence[int], frames: int = FRAMES) -> Path:
         levels = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         write_video(folder / f"{k}.mp4", list(levels), [Fraction(i, FPS) for i in range(frames)])
         pose = (clips.global_orient[k], clips.body_pose[k], clips.betas[k], clips.transl[k] - PLACE)
-        file = folder / "motions" / f"{k}.npz"
-        save_amass(file, Motion(*pose, FPS, "neutral"), puppet.body())
-        edit(file, camera=CAMERA)
+        write_motion(folder / "motions" / f"{k}.npz", Motion(*pose, FPS, "neutral"))
         rows.append((f"{k}.mp4", clips.caption[k], f"motions/{k}.npz"))
     write_metadata(folder, rows)
     return folder

@@ -44,6 +44,11 @@ class Person(NamedTuple):
         """(f 24 3 3)"""
         return Rotation.from_rotvec(self.full.reshape(-1, 3)).as_matrix().reshape(-1, 24, 3, 3)
 
+    def joints(self) -> np.ndarray:
+        """(f 24 3), in OpenCV's axes: the body's own kinematics, which know nothing of cameras."""
+        fields = (torch.from_numpy(x).float() for x in self)
+        return puppet.body().joints(*fields).numpy()
+
 
 def person(seed: int, frames: int) -> Person:
     """The puppet of this seed as its camera sees it, in OpenCV's axes."""
@@ -58,9 +63,8 @@ def person(seed: int, frames: int) -> Person:
 
 
 def pixels(who: Person, camera: np.ndarray) -> np.ndarray:
-    """Of joints, (f 24 2) as (column, row): OpenCV's projectPoints without distortion."""
-    joints = puppet.body().joints(*(torch.from_numpy(x).float() for x in who))
-    seen = joints.numpy() @ camera.T
+    """(f 24 2) as (column, row): OpenCV's projectPoints without distortion."""
+    seen = who.joints() @ camera.T
     return seen[..., :2] / seen[..., 2:]
 
 
@@ -109,6 +113,12 @@ def tram(path: Path, who: Person) -> None:
     np.save(path, content, allow_pickle=True)
     camera = {"img_focal": np.float64(CAMERA[0, 0]), "img_center": CAMERA[:2, 2], "pred_cam_R": np.eye(3)}
     np.save(path.parent.parent / "camera.npy", camera, allow_pickle=True)
+
+
+def phalp_camera(height: int, width: int) -> np.ndarray:
+    """Of the whole picture: focal length 5000 for a square of 256 pixels, padded around its middle."""
+    focal = 5000 / 256 * max(height, width)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def phalp(path: Path, who: Person, ghosts: tuple[int, ...] = ()) -> None:

@@ -57,6 +57,7 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
         cached = cache.open_cache(where)
         damaged = cache.damaged_samples(cached)
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
+        print(*cache.compared(cached, body), sep="\n")
     else:
         data = open_dataset(spec, shape, body, force)
         names, rejected = read_all(data, lambda sample: sample.name, title=spec)
@@ -67,11 +68,17 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
 
 
 def say(data: DataSet) -> None:
-    """Print what was assumed, cut, or forced, and what could be forced."""
+    """Print what was assumed, cut, or forced, what could be forced, and what smoothing did."""
     for line in data.reading.said:
         print(line)
     if refused := len(data.reading.refused):
         print(f"--force takes as it is what no person does: {refused} of those rejected")
+    if data.reading.smoothed:
+        before, after, mean, most = torch.stack(data.reading.smoothed).unbind(1)
+        print(
+            f"smoothed over {data.reading.smooth:g} s: jerk {before.mean():.0f} to {after.mean():.0f} m/s³; "
+            f"joints moved {1000 * mean.mean():.1f} mm on average, {1000 * most.max():.0f} mm at most"
+        )
 
 
 def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = False) -> int:

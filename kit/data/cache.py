@@ -16,7 +16,7 @@ the empty prompt.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from kit.body import Body
 from kit.data.clips import Sample
-from kit.data.datasets import DataSet, read_item
+from kit.data.datasets import DataSet, open_dataset, read_item
 from kit.files import whole_file
 from kit.geometry import Geometry
 from kit.pictures import from_frames
 from kit.wan.load import fingerprint
+from motion_tokens import MOTION_DIM
 
 VERSION = 1
 SHARD_ITEMS = 16  # few, so that a killed run loses little
@@ -61,7 +62,7 @@ def settings_of(
     return {
         "version": VERSION,
         "data": spec,
-        "items": f"{len(data.names)} {_hash(json.dumps(data.names))}",
+        "items": items_of(data),
         "paired": data.paired,
         **shape._asdict(),
         "dtype": dtype,
@@ -71,6 +72,11 @@ def settings_of(
         **{f"{gender} body": body.of(gender).digest() for gender in sorted(body.genders())},
         **({"force": True} if force else {}),
     }
+
+
+def items_of(data: DataSet) -> str:
+    """How many items a data set lists, and a hash of their names."""
+    return f"{len(data.names)} {_hash(json.dumps(data.names))}"
 
 
 def prepare(out: Path, settings: dict) -> None:
@@ -83,7 +89,7 @@ def prepare(out: Path, settings: dict) -> None:
             raise ValueError(f"{out} is not empty and has no {SETTINGS}: choose an empty folder with --out")
         with whole_file(file) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    known = json.loads(file.read_text())
+    known = _read_json(file)
     changed = sorted(name for name in known.keys() | settings if known.get(name) != settings.get(name))
     if changed:
         changes = "; ".join(f"{name} was {known.get(name)}, now {settings.get(name)}" for name in changed)
@@ -107,11 +113,10 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
         if file.exists():
             with _opened(file) as content:
                 known = json.loads(content.metadata()["record"])["sources"]
-            both = zip(shards[shard], known, sources, strict=True)
-            changed = [data.names[item] for item, before, now in both if before != now]
-            if not changed:
+            changes = changed([data.names[item] for item in shards[shard]], known, sources)
+            if not changes:
                 continue
-            print(f"{file} is made again: {', '.join(changed)} changed since it was cached")
+            print(*changes, f"{file} is made again", sep="\n")
             (out / INDEX).unlink(missing_ok=True)
         for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
             left.unlink()
@@ -132,6 +137,15 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
     return True
 
 
+def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:
+    """Which of the items of these names have sources with other hashes than they had."""
+    changes = []
+    for name, before, after in zip(names, known, now, strict=True):
+        if parts := [part for part in before | after if before.get(part) != after.get(part)]:
+            changes.append(f"{name}: its {' and '.join(parts)} changed since it was cached")
+    return changes
+
+
 def hashes(data: DataSet, item: int) -> dict[str, str]:
     """A hash of each of an item's sources, a file's of its content."""
     return {part: _hash(source) for part, source in data.sources(item).items()}
@@ -139,12 +153,12 @@ def hashes(data: DataSet, item: int) -> dict[str, str]:
 
 def _hash(source: str | Path) -> str:
     if isinstance(source, str):
-        return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
-    try:
-        with open(source, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-    except OSError:
-        return "unreadable"
+        return hashlib.blake2b(source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    with suppress(OSError):
+        if source.is_file():  # a pipe would be waited for
+            with open(source, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return "unreadable"
 
 
 def encode(sample: Sample, encoders: Encoders, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -177,6 +191,7 @@ class Cache(NamedTuple):
     samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
     rejected: list[str]
     null_text: Tensor  # (tokens text_dim)
+    sources: list[dict[str, str]]  # hashes of each item's
 
 
 def open_cache(folder: str | Path) -> Cache:
@@ -189,18 +204,19 @@ def open_cache(folder: str | Path) -> Cache:
         raise FileNotFoundError(f"no {folder / SETTINGS}: expected what `python -m kit.data cache` wrote")
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
-    settings, index = (json.loads((folder / name).read_text()) for name in (SETTINGS, INDEX))
-    samples, rejected, null_text = [], list(index["rejected"]), torch.zeros(0, 1)
+    settings, index = _read_json(folder / SETTINGS), _read_json(folder / INDEX)
+    samples, rejected, null_text, sources = [], list(index["rejected"]), torch.zeros(0, 1), []
     for shard in range(index["shards"]):
         with _opened(shard_file(folder, shard)) as file:
             record = json.loads(file.metadata()["record"])
             for k, (name, captions) in enumerate(record["samples"]):
                 samples.append((shard, k, name, len(captions)))
             rejected += record["rejected"]
+            sources += record["sources"]
             if shard == 0:
                 null_text = file.get_tensor("null_text")
     shape = Geometry(*(settings[name] for name in Geometry._fields))
-    return Cache(folder, settings, shape, samples, rejected, null_text)
+    return Cache(folder, settings, shape, samples, rejected, null_text, sources)
 
 
 class Cached(NamedTuple):
@@ -221,22 +237,54 @@ def read_sample(cache: Cache, number: int, video: bool) -> Cached:
 
 
 def damaged_samples(cache: Cache) -> list[str]:
-    """Read every sample -> those that hold NaN, a line each."""
+    """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
     problems = []
+    frames, height, width, stride = cache.shape[1:]
+    t, h, w = (frames - 1) // 4 + 1, height // stride, width // stride
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
         motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
+        right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (t, h, w))
         tensors = [motion, *texts] if latents is None else [motion, latents, *texts]
-        if not all(x.isfinite().all() for x in tensors):
-            problems.append(f"{shard_file(cache.folder, shard)}: sample {k}, {name}, holds NaN or infinity")
+        if not right or not all(x.isfinite().all() for x in tensors):
+            expected = f"motion ({frames}, {MOTION_DIM}), latents (c, {t}, {h}, {w})"
+            where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
+            problems.append(f"{where} holds NaN or another shape, expected {expected}")
     return problems
+
+
+def compared(cached: Cache, body: Body) -> list[str]:
+    """What is no more as it was cached in the data set that a cache was made of, if that is still there."""
+    spec = cached.settings["data"]
+    try:
+        data = open_dataset(spec, cached.shape, body)
+    except (ValueError, OSError) as error:
+        return [f"not compared with what it was made of: {error}"]
+    if items_of(data) != cached.settings["items"]:
+        return [f"{spec} lists other items now: cache it again, into another --out"]
+    now = [hashes(data, item) for item in range(len(data.names))]
+    if changes := changed(data.names, cached.sources, now):
+        return [*changes, f"run the command that made {cached.folder} again: it makes these anew"]
+    return [f"{spec} is as it was when it was cached"]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """A shard; ValueError naming it if it is missing or cut short."""
+    """A shard; ValueError naming it if it is missing, cut short, or lacks what is asked of it."""
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         again = f"delete it and {INDEX}, and run the cache command again"
         raise ValueError(f"{path} is missing or damaged ({error}): {again}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, expected {VERSION}")
+        return content
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version ({error}): make the cache again"
+        ) from error

@@ -10,7 +10,10 @@ to its right; here, y up, along -z. Video and motion begin together, or the moti
 """
 
 import csv
+import io
 import math
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -69,31 +72,41 @@ class Clip(NamedTuple):
 # ---------------------------------------------------------------- the list
 
 
+def inside(folder: Path, name: str | Path) -> Path:
+    """The file `name` of a folder; ValueError if it is outside, also by way of links."""
+    path = Path(os.path.realpath(folder / name))
+    if not path.is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{name} leads out of {folder}: expected a file in it; move it there")
+    return path
+
+
 def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
     """The clips of metadata.csv (UTF-8), and what is wrong with the rows that are none.
 
     FileNotFoundError or ValueError for a file that is missing or no such table.
     """
-    file = folder / "metadata.csv"
+    file = inside(folder, "metadata.csv")
     if not file.is_file():
-        raise FileNotFoundError(f"no {file}: expected a table of {', '.join(COLUMNS)}")
-    clips, problems = [], []
+        raise FileNotFoundError(f"no {folder / 'metadata.csv'}: expected a table of {', '.join(COLUMNS)}")
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")  # bad bytes spoil their row only
+    rows, clips, problems = csv.DictReader(io.StringIO(text, newline="")), [], []
     try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
-                raise ValueError(f"{file} lacks the columns {', '.join(missing)} in its first line")
-            for row in rows:
-                values, line = [row[column] for column in COLUMNS], f"metadata.csv line {rows.line_num}"
-                if None in values or None in row:
-                    expected = f"{len(rows.fieldnames)} values; quote texts with commas"
-                    problems.append(f"{line}: expected {expected}")
-                elif not all(value.strip() for value in values):
-                    problems.append(f"{line}: one of {', '.join(COLUMNS)} is empty")
-                else:
-                    clips.append(Clip(*((row.get(column) or "").strip() for column in Clip._fields)))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: {error}; expected a table in UTF-8") from error
+        if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
+            raise ValueError(f"{file} lacks the columns {', '.join(missing)} in its first line")
+        for row in rows:
+            values, wrong = [row[column] for column in COLUMNS], None
+            if None in values or None in row:
+                wrong = f"expected {len(rows.fieldnames)} values; quote texts with commas"
+            elif not all(value.strip() for value in values):
+                wrong = f"one of {', '.join(COLUMNS)} is empty"
+            elif re.search("[\udc80-\udcff]", "".join(values)):
+                wrong = "not UTF-8; save the table as UTF-8"
+            if wrong:
+                problems.append(f"metadata.csv line {rows.line_num}: {wrong}")
+            else:
+                clips.append(Clip(*((row.get(column) or "").strip() for column in Clip._fields)))
+    except csv.Error as error:
+        raise ValueError(f"{file} line {rows.line_num}: {error}") from error
     return clips, problems
 
 
@@ -132,10 +145,10 @@ def read_clip(
     """
     fps, frames, height, width, _ = geometry
     reading = reading or Reading()
-    video_file = folder / clip.video
+    motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
     first = next(images_at(video_file, fps))
     size, camera = (first.height, first.width), None
-    found = read_motion_file(folder / clip.motion, body, clip.track, clip.axes or reading.axes, size)
+    found = read_motion_file(motion_file, body, clip.track, clip.axes or reading.axes, size)
     parts = _parts(found, clip, video_file, body, reading, size)
     if found.intrinsics is not None:
         camera = resized_camera(found.intrinsics, first, height, width)

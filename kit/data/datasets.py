@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,10 +27,11 @@ from tqdm import tqdm
 from kit import puppet
 from kit.body import Body
 from kit.data import humanml3d
-from kit.data.clips import Camera, Sample, motion_vector, read_clip, read_metadata
+from kit.data.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import AXES, Motion, canonical, resample
 from kit.data.plausible import Reading, checked
+from kit.data.smpl_fields import tram_camera
 from kit.geometry import PUPPET, Geometry
 from kit.pictures import to_frames
 from motion_tokens import encode_smpl
@@ -37,6 +39,7 @@ from motion_tokens import encode_smpl
 T = TypeVar("T")
 OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
 NUMBER = r"\d+\.?\d*|\.\d+"
+LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
 PUPPET_CAMERA = Camera(
     torch.tensor(((puppet.FOCAL, 0, puppet.SIZE / 2), (0, puppet.FOCAL, puppet.SIZE / 2), (0, 0, 1))),
@@ -76,8 +79,9 @@ def parse_reading(spec: str, force: bool = False) -> Reading:
     if (axes := options.get("axes", "")) and axes not in AXES:
         raise ValueError(f"data set {spec!r}: axes {axes!r}, expected one of {', '.join(AXES)}")
     smooth = options.get("smooth", "0")
-    if not re.fullmatch(NUMBER, smooth):
-        raise ValueError(f"data set {spec!r}: smooth is {smooth!r}, expected seconds, such as @smooth=0.1")
+    if not re.fullmatch(NUMBER, smooth) or float(smooth) > LONGEST_SMOOTH:
+        expected = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
+        raise ValueError(f"data set {spec!r}: smooth is {smooth!r}, {expected}")
     return Reading(axes, float(smooth), force)
 
 
@@ -101,7 +105,8 @@ def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: li
     try:
         return [use(sample) for sample in data.read(item)]
     except (ValueError, OSError) as error:
-        rejected.append(" ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
         return []
 
 
@@ -145,12 +150,11 @@ def _puppets(where: str, geometry: Geometry, body: Body, reading: Reading) -> Da
 
 def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder = _folder(where)
-    walk = os.walk(folder, followlinks=True)  # subsets may lie on other disks
-    files = sorted(Path(place, name).relative_to(folder) for place, _, names in walk for name in names)
+    files, problems = _npz_below(folder)
     # AMASS keeps a subject's shape and calibration beside the motions
-    beside = lambda file: file.name == "shape.npz" or file.stem.endswith("_stagei")
-    files = [file for file in files if file.suffix == ".npz" and not beside(file)]
-    problems = [] if files else [f"{folder} holds no .npz, at any depth: unpack AMASS there"]
+    files = [file for file in files if file.name != "shape.npz" and not file.stem.endswith("_stagei")]
+    if not files:
+        problems.append(f"{folder} holds no .npz, at any depth: unpack AMASS there")
 
     def read(item: int) -> Iterator[Sample]:
         name = str(files[item])
@@ -167,8 +171,8 @@ def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
 
 def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder, _, amass = where.partition("+")
-    texts = _folder(folder)
-    entries, problems = humanml3d.entries(texts, Path(amass or texts / "amass"))
+    texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
+    entries, problems = humanml3d.entries(texts, amass, "train")
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
@@ -208,9 +212,12 @@ def _clips(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
         yield from read_clip(folder, clips[item], geometry, body, reading)
 
     def sources(item: int) -> dict[str, str | Path]:
-        clip = clips[item]
-        files = {"video": folder / clip.video, "motion": folder / clip.motion}
-        return {"row in metadata.csv": json.dumps(clip)} | files
+        clip, found = clips[item], {"row in metadata.csv": json.dumps(clips[item])}
+        with suppress(ValueError):  # of what leads out of the folder nothing is opened
+            found |= {"video": inside(folder, clip.video), "motion": inside(folder, clip.motion)}
+            if camera := tram_camera(found["motion"]):
+                found["camera"] = camera
+        return found
 
     return DataSet([clip.video for clip in clips], read, True, problems, sources)
 
@@ -219,6 +226,27 @@ def _folder(where: str) -> Path:
     if not where or not Path(where).is_dir():
         raise FileNotFoundError(f"no folder {where or 'named'}: expected KIND:DIR with an existing folder")
     return Path(where)
+
+
+def _npz_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """The .npz below a folder, also behind links, relative to it; and what could not be looked into.
+
+    Each folder is visited once, whatever links lead to it: so a link to a folder above it is no endless loop.
+    """
+    files, problems, visited = [], [], set()
+    unreadable = lambda error: problems.append(f"{error.filename} cannot be read: {error.strerror}")
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(place)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        for path in (Path(place, name) for name in sorted(names)):
+            if not path.exists():
+                problems.append(f"{path} is a link to what is not there")
+            elif path.suffix == ".npz":
+                files.append(path.relative_to(folder))
+    return sorted(files), problems
 
 
 KINDS: dict[str, Callable[[str, Geometry, Body, Reading], DataSet]] = {

@@ -26,6 +26,7 @@ from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
+PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # of a person, beside smpl
 NOT_SMPL = (
     "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
     "skeleton; read the AMASS files that its index.csv names (kit/data/humanml3d.py)"
@@ -111,7 +112,8 @@ def _phalp(frames: dict[str, dict]) -> dict[str, dict]:
         ages = frame.get("tracked_time", [0] * len(frame["tid"]))
         for k, (name, age) in enumerate(zip(frame["tid"], ages, strict=True)):
             if age == 0:
-                person = frame["smpl"][k] | {"camera": frame["camera"][k], "frame": frame.get("time", order)}
+                person = {key: frame[key][k] for key in PHALP if key in frame}
+                person |= frame["smpl"][k] | {"frame": frame.get("time", order)}
                 tracks.setdefault(str(name), []).append(person)
     return {name: _stacked(persons) for name, persons in tracks.items()}
 
@@ -149,6 +151,8 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     # PHALP's camera is a translation, that beside AMASS's trans a lens
     if "camera" in record and ("trans" in record or np.shape(record["camera"])[-2:] == (3, 3)):
         record["intrinsics"] = record.pop("camera")
+    if size is None and "size" in record:
+        size = tuple(np.reshape(record["size"], (-1, 2))[0].tolist())
     pose, rate, frames = pose_of(record), pick(record, "rate"), pick(record, "frames")
     if rate is None and frames is None and "Rh" in record:
         rate = np.array(HY_MOTION_FPS)
@@ -168,7 +172,7 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     pose, transl, betas = pose[kept], torch.from_numpy(transl[kept]), torch.from_numpy(betas[kept])
     fps = HY_MOTION_FPS if rate is None else float(rate.reshape(-1)[0])
     motion = Motion(pose[:, 0], pose[:, 1:], betas.mean(0), transl, fps, _gender(record))
-    check_motion(motion)
+    check_motion(motion, "its motion")
     motion = turn(motion, AXES[axes or axes_of(record)], body)
     motion = motion if rate is not None else motion._replace(fps=float("nan"))
     frames = None if own_clock else torch.from_numpy(rows[kept].astype(np.int64))

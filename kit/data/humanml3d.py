@@ -2,7 +2,7 @@
 
     FOLDER/index.csv                   source_path,start_frame,end_frame,new_name: which frames of which file
     FOLDER/texts/NAME.txt              lines of caption#tokens#start#end, seconds within the clip, 0 0 for all
-    FOLDER/train.txt                   names, one a line; a name with M before it is the mirrored clip
+    FOLDER/train.txt, val.txt, ...     names, one a line; a name with M before it is the mirrored clip
 
 index.csv lies at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
 what its frames mean. AMASS is its SMPL+H G release, in folders named as in index.csv or as AMASS names them
@@ -12,7 +12,7 @@ today.
 import csv
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from kit.body import Body
@@ -46,12 +46,13 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
 
 
-def entries(folder: Path, amass: Path) -> tuple[list[Entry], list[str]]:
-    """List the training split -> its entries and, a line each, why others were left out.
+def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Entry], list[str]]:
+    """List a split ("train", "val", "test") -> its entries and, a line each, why others were left out.
 
     No motion is opened. A clip with captions for parts of it gives an entry for each part. FileNotFoundError
     or ValueError for an index or a split that cannot be trusted; a clip with a bad span or text is left out.
     """
+    folder, amass = Path(folder), Path(amass)
     index = folder / "index.csv"
     if any(folder.glob("*[0-9].npy")) and not index.is_file():
         raise ValueError(f"{folder}: {NOT_SMPL}")
@@ -59,10 +60,12 @@ def entries(folder: Path, amass: Path) -> tuple[list[Entry], list[str]]:
         where = f"humanml3d:{folder}+AMASS"
         raise FileNotFoundError(f"no folder {amass}: expected AMASS there, or where {where} says")
     clips = _read_index(index, amass)
-    names = _read_text(folder / "train.txt").split()
+    names = _read_text(folder / f"{split}.txt").split()
+    if not names:
+        raise ValueError(f"{folder / split}.txt is empty, expected names such as 000004")
     if unknown := [name for name in names if name.removeprefix("M") not in clips]:
         count = len(unknown)
-        raise ValueError(f"{folder}/train.txt has {count} names that index.csv lacks, as {unknown[0]}")
+        raise ValueError(f"{folder / split}.txt has {count} names that index.csv lacks, as {unknown[0]}")
     known = [name for name in names if clips[name.removeprefix("M")][0]]
     found, problems = [], []
     if len(known) < len(names):
@@ -91,8 +94,9 @@ def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
     other = entry.source.with_name(entry.source.name.replace("_poses.npz", "_stageii.npz"))
     if other.is_file() and not entry.source.is_file():
         raise ValueError(f"{other} is of AMASS's SMPL-X release; HumanML3D's frames are those of SMPL+H G")
-    motion = read_motion_file(entry.source, body).motion
-    if not motion.fps >= FPS:  # NaN where the file has no rate
+    found = read_motion_file(entry.source, body)
+    motion = found.motion
+    if found.frames is not None or motion.fps < FPS:
         raise ValueError(f"{entry.source} has {motion.fps:g} frames a second, expected at least {FPS}")
     second = FPS * int(motion.fps / FPS) / motion.fps  # one of HumanML3D's, in seconds
     start, last = entry.start * second, (entry.end - 1 / FPS) * second
@@ -105,14 +109,14 @@ def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
     return mirror(cut, body) if entry.mirrored else cut
 
 
-def read_captions(path: Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
+def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
     """Captions by the part they describe of a clip of `frames` at 20 a second: first frame, first after it.
 
     ValueError names the line that is malformed. A part that ends little beyond the clip ends with it.
     """
     duration = frames / FPS
     parts: dict[tuple[int, int], tuple[str, ...]] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(Path(path)).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -122,7 +126,7 @@ def read_captions(path: Path, frames: int) -> dict[tuple[int, int], tuple[str, .
             part = int(start * FPS), min(int(end * FPS), frames)  # rounded as HumanML3D's own loader does
             if not (caption.strip() and 0 <= start <= end <= duration + SLACK and part[0] < part[1]):
                 raise ValueError
-        except ValueError:
+        except (ValueError, OverflowError):
             expected = f"{LINE}, with frames in a clip of {duration:g} s"
             raise ValueError(f"{path} line {number} is {line!r}, expected {expected}") from None
         parts[part] = (*parts.get(part, ()), caption.strip())
@@ -134,7 +138,7 @@ def read_captions(path: Path, frames: int) -> dict[tuple[int, int], tuple[str, .
 def _read_index(path: Path, amass: Path) -> dict[str, tuple[Path | None, int, int]]:
     """index.csv -> by name: the file (None: not in AMASS), its first frame, at 20 a second, the one after.
 
-    ValueError for lines that are malformed.
+    ValueError for lines that are malformed or lead out of the AMASS folder.
     """
     reader = csv.DictReader(_read_text(path).splitlines())
     if not set(COLUMNS) <= set(reader.fieldnames or ()):
@@ -143,16 +147,22 @@ def _read_index(path: Path, amass: Path) -> dict[str, tuple[Path | None, int, in
     there = {place.name.casefold(): place.name for place in amass.iterdir()}  # MoSh is Mosh on some disks
     for row in reader:
         source, start, end, name = (row[column] or "" for column in COLUMNS)
-        match = re.fullmatch(r"(\./)?pose_data/([^/]+)/(.+)\.npy", source)
-        if not match or not re.fullmatch(r"-?\d+ -?\d+ \w+\.npy", f"{start} {end} {name}"):
-            expected = "./pose_data/DATASET/.../NAME.npy, two frame numbers, NAME.npy"
-            raise ValueError(f"{path} line {reader.line_num}: {list(row.values())}, expected {expected}")
-        dataset, place = match[2], match[3]
+        line = f"{path} line {reader.line_num}"
+        if not re.fullmatch(r"\w+\.npy", name) or name.removesuffix(".npy") in clips:
+            raise ValueError(f"{line}: new_name is {name!r}, expected a new one such as 000004.npy")
+        if not re.fullmatch(r"-?\d+ -?\d+", f"{start} {end}"):
+            raise ValueError(f"{line}: frames {start!r} to {end!r}, expected whole numbers")
+        top, *place = PurePosixPath(source).parts or [""]
+        if top != "pose_data" or not source.endswith(".npy") or ".." in place or "\\" in source:
+            raise ValueError(f"{line}: source_path is {source!r}, expected ./pose_data/DATASET/.../NAME.npy")
+        dataset = place[0]
         names = [there[n.casefold()] for n in (dataset, TODAY.get(dataset, "")) if n.casefold() in there]
         folder = amass / next(iter(names), dataset)
-        file = None if dataset == NO_AMASS else folder / f"{place}.npz"
+        file = None if dataset == NO_AMASS else folder.joinpath(*place[1:]).with_suffix(".npz")
         skipped = SKIPPED.get(dataset, 0)
         clips[name.removesuffix(".npy")] = file, skipped + int(start), skipped + int(end)
+    if not clips:
+        raise ValueError(f"{path} has no lines, expected one for each clip")
     return clips
 
 

@@ -18,6 +18,7 @@ from kit.body import GENDERS, JOINT_NAMES, Body
 from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
+MAX_FPS = 1000.0  # hertz; the fastest AMASS captures are 250
 LIMITS = {  # of a number; some captures count the turns of a spinning person
     "global_orient": (100.0, "radians: is it in degrees?"),
     "body_pose": (100.0, "radians: is it in degrees?"),
@@ -51,8 +52,9 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
 
     SMPL's two hand joints (22, 23) are not written, SMPL+H has fingers in their place: they read back as
     identity. The SMPL-X Blender add-on opens the file if its target frame rate is at most the motion's.
-    The same motion gives the same bytes.
+    The same motion gives the same bytes. ValueError for a malformed motion.
     """
+    check_motion(motion, f"motion for {path}")
     z_up = turn(motion, Y_UP_TO_Z_UP, body)
     poses = np.zeros((len(z_up.transl), 156), dtype=np.float32)
     poses[:, :66] = rearrange(_pose(z_up)[:, :22], "f j c -> f (j c)").numpy()
@@ -64,15 +66,22 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
         np.savez(temporary, **arrays)
 
 
-def check_motion(motion: Motion) -> None:
-    """Raise ValueError unless every number is one that a person can have."""
-    for name, (limit, unit) in LIMITS.items():
-        if (reach := getattr(motion, name).abs().max()) > limit:
-            raise ValueError(f"{name} up to {reach:.3g}, expected at most {limit:g} {unit}")
-    if not 0 < motion.fps < math.inf:
-        raise ValueError(f"{motion.fps} frames a second, expected a number above 0")
+def check_motion(motion: Motion, source: str) -> None:
+    """Raise ValueError unless shapes agree and every number is one that a person can have."""
+    f = len(motion.body_pose)
+    shapes = {"global_orient": (f, 3), "body_pose": (f, 23, 3), "betas": (10,), "transl": (f, 3)}
+    for name, shape in shapes.items():
+        value, (limit, unit) = getattr(motion, name), LIMITS[name]
+        if tuple(value.shape) != shape or f == 0:
+            raise ValueError(f"{source}: {name} is {tuple(value.shape)}, expected {shape}, a frame at least")
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: {name} holds NaN or infinity; cut or repair those frames")
+        if (reach := value.abs().max()) > limit:
+            raise ValueError(f"{source}: {name} up to {reach:.3g}, expected at most {limit:g} {unit}")
+    if not 0 < motion.fps <= MAX_FPS:
+        raise ValueError(f"{source}: {motion.fps} frames a second, expected above 0 and at most {MAX_FPS:g}")
     if motion.gender not in GENDERS:
-        raise ValueError(f"gender is {motion.gender!r}, expected one of {', '.join(GENDERS)}")
+        raise ValueError(f"{source}: gender is {motion.gender!r}, expected one of {', '.join(GENDERS)}")
 
 
 def _pose(motion: Motion) -> Tensor:

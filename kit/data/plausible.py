@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from kit.body import JOINT_NAMES, Body
@@ -27,6 +28,7 @@ class Reading:
     force: bool = False  # takes what no person does, too
     said: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # names of what would be taken with force
+    smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
 
     def say(self, name: str, notes: list[str]) -> None:
         self.said.extend(f"{name}: {note}" for note in notes)
@@ -44,7 +46,20 @@ def checked(
 ) -> Motion:
     """The motion, smoothed if that is asked for; ValueError if no person does this, unless that is forced."""
     reading.refuse(faults(motion, body, floor, depth), name)
-    return smooth(motion, reading.smooth) if reading.smooth else motion
+    if not reading.smooth:
+        return motion
+    smoothed = smooth(motion, reading.smooth)
+    reading.smoothed.append(smoothing_effect(motion, smoothed, body))
+    return smoothed
+
+
+def smoothing_effect(before: Motion, after: Motion, body: Body) -> Tensor:
+    """(4,): the joints' mean jerk before and after, m/s³; how far they moved, m, on average and at most."""
+    body = body.of(before.gender)
+    joints = [body.joints(m.global_orient, m.body_pose, m.betas, m.transl) for m in (before, after)]
+    jerk = [x.diff(n=3, dim=0).norm(dim=-1).mean() * before.fps**3 for x in joints]
+    moved = (joints[1] - joints[0]).norm(dim=-1)
+    return torch.stack([*jerk, moved.mean(), moved.max()])
 
 
 def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) -> list[str]:

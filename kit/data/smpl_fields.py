@@ -22,11 +22,11 @@ NAMES = {  # of the same thing in different tools; the first that is there count
     "rate": ("mocap_frame_rate", "mocap_framerate", "fps"),  # AMASS's SMPL-X and SMPL+H releases differ
     "intrinsics": ("K_fullimg", "cam_int", "cam_intrinsics", "intrinsics", "K"),
     "focal": ("focal_length", "img_focal", "focal"),
-    "weak": ("pred_cam", "cam"),  # s, tx, ty in a box
+    "weak": ("pred_cam", "camera_bbox", "cam"),  # s, tx, ty in a box
     "box": ("box_size", "bbox_size", "scale"),
     "centre": ("box_center", "bbox_center", "center"),
 }
-MORE = ("Rh", "expression", "gender", "pose_world", "surface_model_type")
+MORE = ("Rh", "bbx_xys", "expression", "gender", "pose_world", "size", "surface_model_type")
 READ = sorted({*MORE, *(name for names in NAMES.values() for name in names)})  # of an .npz
 PARTS = {"root": (1,), "body": (21, 23, 51, 54), "pose": (22, 24, 52, 55)}  # joints of SMPL, SMPL+H, SMPL-X
 ONLY_RECOVERED = ("pose_world", "pred_rotmat", "smpl_params_incam", "camera")  # no file of mocap has these
@@ -64,6 +64,8 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     value = pick(record, part)
     if value is None:
         return None
+    if part != "root" and value.shape in [(joints, 3) for joints in PARTS[part]]:
+        value = value[None]  # a file for each frame
     flat = torch.from_numpy(value.astype(np.float64).reshape(len(value), -1))
     numbers = next((n for n in (3, 6, 9) for joints in PARTS[part] if flat.shape[1] == n * joints), None)
     if numbers is None:
@@ -89,6 +91,8 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     if transl is not None:
         return transl.reshape(-1, 3)
     box, centre = pick(record, "box"), pick(record, "centre")
+    if "bbx_xys" in record:  # GVHMR's name
+        centre, box = np.split(np.asarray(record["bbx_xys"]), [2], axis=-1)
     if weak is None or box is None or centre is None:
         raise ValueError("it has no transl, and no camera (s, tx, ty) with its box and its box' centre")
     if size is None:
@@ -108,12 +112,12 @@ def _focal(record: dict, size: Size) -> float:
 
 def intrinsics_of(record: dict, path: Path, size: Size | None, notes: list[str]) -> Tensor | None:
     """(3 3), from the file, from TRAM's camera.npy beside it, or by the rule of the tool."""
-    given, beside = pick(record, "intrinsics"), path.parent.parent / "camera.npy"
+    given, beside = pick(record, "intrinsics"), tram_camera(path)
     if given is not None:
         if given.ndim == 3 and np.ptp(given, axis=0).max() > 0.01 * given.max():
             notes.append("its intrinsics change: those of its first frame are used")
         return pinhole(given[0] if given.ndim == 3 else given)
-    if "pred_rotmat" in record and beside.is_file():
+    if "pred_rotmat" in record and beside:
         camera = read_object(beside, "camera of TRAM")
         return _lens(camera["img_focal"], *np.ravel(camera["img_center"]))
     if size is None:
@@ -124,6 +128,12 @@ def intrinsics_of(record: dict, path: Path, size: Size | None, notes: list[str])
     if pick(record, "focal") is not None or "camera" in record or pick(record, "transl") is None:
         return _lens(_focal(record, size), size[1] / 2, size[0] / 2)
     return None
+
+
+def tram_camera(path: Path) -> Path | None:
+    """The file of TRAM's camera that belongs to one of its tracks."""
+    beside = path.parent.parent / "camera.npy"
+    return beside if path.parent.name == "hps" and beside.is_file() else None
 
 
 def _lens(focal: float, x: float, y: float) -> Tensor:

@@ -1,8 +1,10 @@
 """Malformed data: each file is rejected by its name and with a reason, or used rightly, and nothing else."""
 
 import contextlib
+import json
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -10,7 +12,7 @@ import clip_folder
 import numpy as np
 import pytest
 import torch
-from clip_folder import CAMERA, edit, write_metadata
+from clip_folder import CAMERA, FPS, FRAMES, edit, write_metadata
 from conftest import contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,11 +21,31 @@ from test_cache import made_up, write
 from kit import files
 from kit.data import __main__ as commands
 
+OPENED: list[str] = []  # files that python opens in a folder named outside
+
+
+def note(event: str, given: tuple) -> None:
+    if event == "open" and "/outside/" in str(given[0]):
+        OPENED.append(str(given[0]))
+
+
+sys.addaudithook(note)
+
+
 # ---------------------------------------------------------------- paired clips; clip 0 stays good
 
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def sound_only(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def smudge(path: Path) -> None:
@@ -46,6 +68,21 @@ def raw(folder: Path, second: bytes) -> None:
     (folder / "metadata.csv").write_bytes(b"video,prompt,motion\n0.mp4,good,motions/0.npz\n" + second)
 
 
+def link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def outside(folder: Path) -> Path:
+    return folder.parent / "outside"
+
+
+def playlist(folder: Path) -> None:
+    """FFmpeg takes it for a video where it may guess, and follows the link."""
+    link(folder / "linked", outside(folder))
+    (folder / "1.mp4").write_text("ffconcat version 1.0\nfile linked/1.mp4\n")
+
+
 def change(folder: Path, name: str, to) -> None:
     """Replace an array of clip 1's motion."""
     with np.load(folder / M) as file:
@@ -64,57 +101,95 @@ def lens(folder: Path, row: int, column: int, value: float) -> None:
     edit(folder / M, camera=camera)
 
 
+def video_of(folder: Path, frames: int, size: tuple[int, int] = (64, 64)) -> None:
+    images = [np.full((*size, 3), 9, np.uint8)] * frames
+    clip_folder.write_video(folder / V, images, [Fraction(k, FPS) for k in range(frames)])
+
+
 V, M, TABLE = "1.mp4", "motions/1.npz", "metadata.csv"
 CLIPS = {  # what is done to clip 1, and what is then said
     "half a video": (lambda f: cut(f / V), "1.mp4 is damaged"),
     "a smudge in a video": (lambda f: smudge(f / V), "1.mp4: frame"),
-    # FFmpeg takes it for a video where it may guess, and opens the other
-    "a playlist": (lambda f: (f / V).write_text("ffconcat version 1.0\nfile 0.mp4\n"), "no .mp4"),
+    "text as a video": (lambda f: (f / V).write_text("no\n" * 999), "1.mp4 is damaged or no .mp4"),
+    "only sound": (lambda f: sound_only(f / V), "1.mp4 has no video stream"),
     "no video": (lambda f: (f / V).unlink(), "1.mp4: no such file"),
     "no motion": (lambda f: (f / M).unlink(), "1.npz: no such file"),
     "another suffix": (lambda f: rows(f, M, "text", M), "expected a video ending"),
+    "a path upwards": (lambda f: rows(f, V, "text", "../outside/motions/1.npz"), "leads out of"),
+    "a link out": (lambda f: link(f / V, outside(f) / "1.mp4"), "1.mp4 leads out of"),
+    "a link to itself": (lambda f: link(f / V, f / V), "1.mp4: no such file"),
+    "a playlist": (playlist, "1.mp4 is damaged or no .mp4"),
+    "a name with a zero": (lambda f: raw(f, b"1\0.mp4,text,motions/1.npz\n"), "null byte"),
+    "not UTF-8": (lambda f: raw(f, b"1.mp4,caf\xe9,motions/1.npz\n"), "metadata.csv line 3: not UTF-8"),
     "no caption": (lambda f: rows(f, V, " ", M), "csv line 3: one of video, prompt, motion is empty"),
     "a value too few": (lambda f: rows(f, V, "text"), "line 3: expected 3 values"),
     "a value too many": (lambda f: rows(f, V, "a, b", "c", "d"), "line 3: expected 3 values"),
     "a motion too short": (lambda f: shorter(f, 14), "1.mp4 ends after 1.25 s, motions/1.npz after 0.81 s"),
+    "a video too short": (lambda f: (video_of(f, 9), shorter(f, 9)), "fewer than 17"),
+    "another rate": (lambda f: edit(f / M, mocap_frame_rate=np.array(30.0)), "1.npz after 0.67 s"),
     "half a motion": (lambda f: cut(f / M), "1.npz cannot be read"),
+    "a camera of words": (lambda f: edit(f / M, camera=np.full((3, 3), "f")), "1.npz: camera is <U1"),
     "a camera of four": (lambda f: edit(f / M, camera=np.ones(4)), "1.npz: camera is float64 (4,)"),
     "no focal length": (lambda f: lens(f, 0, 0, 0), "expected [[fx"),
+    "a camera that is NaN": (lambda f: lens(f, 0, 2, np.nan), "expected [[fx"),
+    "a camera with skew": (lambda f: lens(f, 0, 1, 3), "expected [[fx"),
     "a camera elsewhere": (lambda f: lens(f, 0, 2, 4000), "1.npz: no joint is ever in the picture"),
     "behind the camera": (lambda f: change(f, "trans", lambda x: x - (0, 9, 0)), "m behind the camera"),
 }
 TABLES = {
     "no table": (lambda f: (f / TABLE).unlink(), "metadata.csv: expected a table"),
+    "an empty table": (lambda f: (f / TABLE).write_bytes(b""), "metadata.csv lacks"),
     "no motions": (lambda f: (f / TABLE).write_text("video,prompt\n0.mp4,x\n"), "lacks the columns motion"),
-    "not UTF-8": (lambda f: raw(f, b"1.mp4,caf\xe9,motions/1.npz\n"), "expected a table in UTF-8"),
+    "elsewhere": (lambda f: link(f / TABLE, outside(f) / TABLE), "metadata.csv leads out of"),
     "a field too long": (lambda f: raw(f, b'1.mp4,"' + b"x" * 200_000), "larger than field limit"),
 }
-USED = {"a motion a little shorter": (lambda f: shorter(f, 18), "0 rejected")}
+USED = {
+    "no camera": lambda f: shutil.copy(outside(f) / "plain.npz", f / M),
+    "a motion a little shorter": lambda f: shorter(f, 18),
+    "a video of another size": lambda f: video_of(f, FRAMES, (90, 160)),
+    "both twice": lambda f: rows(f, "0.mp4", "again", "motions/0.npz"),
+    "a link within": lambda f: link(f / V, f / "0.mp4"),
+}
 
 # ---------------------------------------------------------------- caches, of 60 samples
 
 
-def spoil_shard(folder: Path) -> None:
+def spoil_shard(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace a tensor of shard 1, or drop it."""
     with safe_open(folder / ONE, "pt") as file:
         record = file.metadata()
-    motion = torch.full((9, 235), torch.nan)
-    save_file(load_file(folder / ONE) | {"2.motion": motion}, folder / ONE, record)
+    tensors = load_file(folder / ONE) | {name: tensor}
+    save_file({name: x for name, x in tensors.items() if x is not None}, folder / ONE, record)
 
 
 INDEX, SETTINGS, ONE = "index.json", "settings.json", "shard-00001.safetensors"
+VERSION_9 = json.dumps({"version": 9, "shards": 3, "rejected": []})
 CACHES = {
     "half a shard": (lambda f: cut(f / ONE), f"{ONE} is missing or damaged"),
     "no shard": (lambda f: (f / ONE).unlink(), f"{ONE} is missing or damaged"),
+    "no record": (lambda f: save_file({"x": torch.ones(1)}, f / ONE), f"{ONE} is missing or damaged"),
+    "no latents": (lambda f: spoil_shard(f, "2.latents", None), "delete it and index.json"),
     "no index": (lambda f: (f / INDEX).unlink(), "is not finished"),
+    "another version": (lambda f: (f / INDEX).write_text(VERSION_9), "version 9, expected 1"),
+    "half an index": (lambda f: cut(f / INDEX), "index.json is damaged"),
     "no settings": (lambda f: (f / SETTINGS).unlink(), "settings.json: expected what"),
 }
-SAMPLES = {"NaN": (spoil_shard, f"{ONE}: sample 2, clip")}
+NAN, WRONG = torch.full((9, 235), torch.nan), torch.ones(2, 3, 8, 4)
+SAMPLES = {
+    "NaN": (lambda f: spoil_shard(f, "2.motion", NAN), f"{ONE}: sample 2, clip"),
+    "another size": (lambda f: spoil_shard(f, "2.latents", WRONG), "latents (c, 3, 8, 8)"),
+}
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
+    """clips/ and cache/, which are in order, and outside/, which nobody may look at."""
     folder = tmp_path_factory.mktemp("good")
     clip_folder.write(folder / "clips", (3, 4))
+    shutil.copytree(folder / "clips", folder / "outside")
+    with np.load(folder / "clips" / M) as file:
+        plain = {name: file[name] for name in file.files if name != "camera"}
+    np.savez(folder / "outside/plain.npz", **plain)
     write(folder / "cache", made_up())
     return folder
 
@@ -128,7 +203,7 @@ def table(kind: str, cases: dict, code: int, accepted: int) -> list:
     [
         *table("clips", CLIPS, 0, 1),
         *table("clips", TABLES, 2, 0),
-        *table("clips", USED, 0, 2),
+        *table("clips", {name: (spoil, "0 rejected") for name, spoil in USED.items()}, 0, 2),
         *table("cache", CACHES, 2, 0),
         *table("cache", SAMPLES, 0, 59),
     ],
@@ -137,11 +212,12 @@ def test_malformed_data(kind, spoil, says, code, accepted, good, tmp_path, monke
     shutil.copytree(good, tmp_path / "a")
     folder = tmp_path / "a" / kind
     spoil(folder)
-    before = contents(tmp_path / "a")
+    before, start = contents(tmp_path / "a"), len(OPENED)
     monkeypatch.setattr(sys, "argv", ["kit.data", "check", f"{kind}:{folder}"])
     with pytest.raises(SystemExit) as ended:
         files.run(commands.main)
     printed = capsys.readouterr()
     assert ended.value.code == code and says in printed.out + printed.err
     assert code == 2 or f": {accepted} samples accepted" in printed.out
+    assert OPENED[start:] == []
     assert contents(tmp_path / "a") == before

@@ -1,5 +1,7 @@
 """kit/data/datasets.py and kit/data/sources.py: data sets by name, and what training makes of them."""
 
+import shutil
+
 import clip_folder
 import numpy as np
 import pytest
@@ -73,6 +75,7 @@ def test_a_name_its_weight_and_its_options(spec, expected):
         ("clips:x@0", "weight must be above 0"),
         ("clips:.@axes=up", "axes 'up', expected one of"),
         ("clips:.@smooth=x", "expected seconds"),
+        ("clips:.@smooth=60", "expected seconds"),
         ("puppet:3@fps=0", "no option @fps=0, expected @axes=, @smooth= or @WEIGHT"),
         ("movies:x", r"expected one of puppet:\.\.\., amass"),
         ("puppet:many", "expected a number of clips"),
@@ -119,15 +122,25 @@ def test_humanml3d_has_a_sample_for_each_part_with_its_captions(humanml3d, amass
     torch.testing.assert_close(turns[0][0, 2], -turns[1][0, 2], atol=1e-4, rtol=0)
 
 
-def test_links_in_the_folder_are_followed(amass, tmp_path):
-    # catches linked subsets left out in silence
-    folder = tmp_path / "amass"
-    folder.mkdir()
-    (folder / "CMU").symlink_to(amass / "CMU")
-    (folder / "one.npz").symlink_to(amass / "BMLrub" / "turn_poses.npz")
-    assert open_dataset(f"amass:{folder}", PUPPET, puppet.body()).names == [
-        "CMU/01/walk_poses.npz", "one.npz",
-    ]  # fmt: skip
+def test_links_in_the_folder_are_followed_once(amass, tmp_path, capsys):
+    # catches linked subsets left out in silence, a link to a folder above that has no end, and doubled files
+    disk, folder = tmp_path / "disk", tmp_path / "amass"
+    shutil.copytree(amass, disk)
+    shutil.copytree(amass / "BMLrub", folder / "KIT")
+    (folder / "KIT" / "turn_poses.npz").rename(folder / "KIT" / "a.npz")
+    (folder / "CMU").symlink_to(disk / "CMU")
+    (folder / "CMU again").symlink_to(disk / "CMU")
+    (folder / "KIT" / "one.npz").symlink_to(disk / "BMLrub" / "turn_poses.npz")
+    (folder / "KIT" / "up").symlink_to(folder)
+    (folder / "KIT" / "self").symlink_to(folder / "KIT" / "self")
+    (folder / "gone").symlink_to(tmp_path / "nothing")
+    data = open_dataset(f"amass:{folder}", PUPPET, puppet.body())
+    assert data.names == ["CMU/01/walk_poses.npz", "KIT/a.npz", "KIT/one.npz"]
+    assert len(read_all(data, lambda sample: sample)[0]) == 2 + 3 + 3
+    assert data.problems == [f"{folder / x} is a link to what is not there" for x in ("gone", "KIT/self")]
+    farm = tmp_path / "farm"
+    farm.symlink_to(disk)
+    assert len(open_dataset(f"amass:{farm}", PUPPET, puppet.body()).names) == 2
 
 
 def test_verbs_end_with_1_where_nothing_is_usable(verb, amass, tmp_path, capsys):

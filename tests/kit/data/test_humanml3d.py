@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 def test_entries_without_any_motion(folder):
-    found, problems = entries(folder, folder / "amass")
+    found, problems = entries(folder, folder / "amass", "train")
     kick, mirrored, first, last, whole = found
     assert kick.captions == ("a person waves the left hand.", "someone kicks # high, twice")
     assert kick.source == folder / "amass/KIT/3/kick high_left02_poses.npz"
@@ -87,7 +87,7 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
     step = int(fps / 20)
     kept = np.arange(1500)[::step][int(TRIMMED[dataset] * 20) :][7:50]
     original = read_motion_file(file, body).motion
-    (whole, part), _ = entries(tmp_path, tmp_path / "amass")
+    (whole, part), _ = entries(tmp_path, tmp_path / "amass", "train")
     for entry, frames in ((whole, kept), (part, kept[10:26])):
         # at the rate that HumanML3D's 20 frames a second really are, its frames come out untouched
         motion = read_entry(entry, body, fps / step)
@@ -97,18 +97,35 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
         assert motion.fps == fps / step and motion.gender == "male"
 
 
-@pytest.mark.parametrize("old, new", [("MPI_HDM05", "HDM05"), ("MPI_mosh", "Mosh"), ("KIT", "kit")])
+RENAMED = [
+    ("BioMotionLab_NTroje", "BMLrub"), ("BioMotionLab_NTroje", "BioMotionLab_NTroje"), ("MPI_HDM05", "HDM05"),
+    ("TCD_handMocap", "TCDHands"), ("MPI_Limits", "PosePrior"), ("MPI_mosh", "MoSh"), ("MPI_mosh", "Mosh"),
+    ("SSM_synced", "SSM"), ("DFaust_67", "DFaust"), ("Transitions_mocap", "Transitions"), ("KIT", "kit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("old, new", RENAMED)
 def test_amass_may_have_its_folders_of_today(tmp_path, body, old, new):
     # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
     file = write_clip(tmp_path, old, 100.0, place=new)
-    ((entry,), problems) = entries(tmp_path, tmp_path / "amass")
+    ((entry,), problems) = entries(tmp_path, tmp_path / "amass", "train")
     assert entry.source == file and not problems
     assert entry.start == TRIMMED.get(old, 0) + 7 / 20
+    assert len(read_entry(entry, body).transl) == 43
+
+
+def test_the_smplx_release_is_told_from_a_missing_file(tmp_path, body):
+    # catches files of other frames taken for HumanML3D's, and "no such file" told to who has them all
+    write_amass(tmp_path / "amass/KIT/3/kick high_left02_stageii.npz", frames=900, fps=100.0)
+    write_index(tmp_path, [GOOD], {"000000": CAPTION}, ["000000"])
+    ((entry,), _) = entries(tmp_path, tmp_path / "amass", "train")
+    with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
+        read_entry(entry, body)
 
 
 def test_other_rates_and_the_mirror(folder, body):
     write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
-    (kick, mirrored, *_), _ = entries(folder, folder / "amass")
+    (kick, mirrored, *_), _ = entries(folder, folder / "amass", "train")
     original, motion = read_motion_file(kick.source, body).motion, read_entry(kick, body, fps=16.0)
     times = 0.1 + np.arange(66) / 16  # to the 83rd frame, at 0.1 + 82/20 s
     assert len(motion.transl) == 66 and len(read_entry(kick, body).transl) == 83
@@ -123,12 +140,8 @@ def test_other_rates_and_the_mirror(folder, body):
 
 def test_a_motion_that_does_not_fit_its_entry(folder, body):
     file = folder / "amass/KIT/3/kick high_left02_poses.npz"
-    kick = entries(folder, folder / "amass")[0][0]
+    kick = entries(folder, folder / "amass", "train")[0][0]
     with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
-        read_entry(kick, body)
-    other = file.with_name("kick high_left02_stageii.npz")
-    write_amass(other, frames=900, fps=100.0)
-    with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
         read_entry(kick, body)
     # the 85th of HumanML3D's frames is missing, by one of AMASS's
     write_amass(file, frames=5 * 84, fps=100.0)
@@ -141,24 +154,40 @@ def test_a_motion_that_does_not_fit_its_entry(folder, body):
         read_entry(kick, body)
 
 
+def index(*rows):
+    return (HEADER + "".join(f"{row}\n" for row in rows)).encode()
+
+
 GOOD = f"{KICK},2,85,000000.npy"
 BAD_INDEX = [
-    ("index.csv", None, "HumanML3D has"),
-    ("index.csv", "", "expected the columns source_path"),
-    ("index.csv", f"{HEADER}{KICK},2,85\n", "line 2: "),
-    ("index.csv", f"{HEADER}{GOOD}\n{KICK},2.5,85,000001.npy\n", "line 3: .*expected ./pose_data/DATASET/"),
-    ("index.csv", f"{HEADER}/etc/a.npy,2,85,000000.npy\n", "line 2: "),
-    ("train.txt", "000000\n000077\nM000078\n", "has 2 names .* 000077"),
+    ({"index.csv": None}, "HumanML3D has"),
+    ({"index.csv": b""}, "expected the columns source_path"),
+    ({"index.csv": HEADER.encode()}, "no lines"),
+    ({"index.csv": index(f"{KICK},2,85")}, "line 2: new_name is ''"),
+    ({"index.csv": index(GOOD, f"{KICK},2.5,85,000001.npy")}, "line 3: frames '2.5'"),
+    ({"index.csv": index(f"{KICK},2,85,../../000000.npy")}, "new_name"),
+    ({"index.csv": index(GOOD, GOOD)}, "line 3: new_name"),
+    ({"index.csv": index("./pose_data/KIT/../../../secret.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index("/etc/a.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index(r"./pose_data/..\..\secret.npy,2,85,000000.npy")}, "source_path"),
+    ({"index.csv": index(",2,85,000000.npy")}, "source_path"),
+    ({"index.csv": b"\xff\xfe" + index(GOOD)}, "not UTF-8"),
+    ({"train.txt": None}, "HumanML3D has"),
+    ({"train.txt": b" \n"}, r"train\.txt is empty"),
+    ({"train.txt": b"000000\n000077\nM000078\n"}, r"train\.txt has 2 names .* 000077"),
 ]
 
 
-@pytest.mark.parametrize("name, content, message", BAD_INDEX)
-def test_an_index_that_cannot_be_trusted(folder, name, content, message):
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}.*{message}"):
-        entries(folder, folder / "amass")
+@pytest.mark.parametrize("files, message", BAD_INDEX)
+def test_an_index_that_cannot_be_trusted(folder, files, message):
+    (folder / "train.txt").write_text("000000")
+    for name, content in files.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        entries(folder, folder / "amass", "train")
+    assert next(iter(files)) in str(error.value)
 
 
 BAD_TEXTS = [
@@ -166,8 +195,10 @@ BAD_TEXTS = [
     (b"a person walks\n", "line 1 is 'a person walks', expected caption#tokens#start#end"),
     (b"walks#walk/VERB#0.0#0.0\nwalks#walk/VERB#zero#0.0\n", "line 2"),
     (b"walks#walk/VERB#3.0#1.0\n", "in a clip of 4.15 s"),
+    (b"walks#walk/VERB#-1.0#1.0\n", "line 1"),
     (b"walks#walk/VERB#1.0#99.0\n", "line 1"),
     (b"walks#walk/VERB#4.5#5.0\n", "line 1"),
+    (b"walks#walk/VERB#0#inf\n", "line 1"),
     (b"walks#walk/VERB#1.0#1.01\n", "line 1"),
     (b" #walk/VERB#0.0#0.0\n", "line 1"),
     (b"caf\xe9#x/NOUN#0.0#0.0\n", "not UTF-8"),
@@ -181,20 +212,20 @@ def test_a_bad_text_leaves_its_clip_out(folder, content, message):
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    found, (_, problem) = entries(folder, folder / "amass")
+    found, (_, problem) = entries(folder, folder / "amass", "train")
     assert "000000.txt" in problem and message in problem
     assert {entry.name for entry in found} == {"M000000", "000004"}
 
 
-@pytest.mark.parametrize("span", ["85,2", "-3,85"])
+@pytest.mark.parametrize("span", ["85,2", "2,2", "-3,85", "0,-1"])
 def test_a_span_that_is_none_leaves_its_clip_out(folder, span):
-    (folder / "index.csv").write_text(f"{HEADER}{KICK},{span},000000.npy\n")
+    (folder / "index.csv").write_bytes(index(f"{KICK},{span},000000.npy"))
     (folder / "train.txt").write_text("000000")
-    found, (problem,) = entries(folder, folder / "amass")
+    found, (problem,) = entries(folder, folder / "amass", "train")
     assert not found and problem.startswith("000000: frames") and "no span" in problem
 
 
 def test_vectors_are_refused_with_the_reason(tmp_path):
     np.save(tmp_path / "M000004.npy", np.zeros((60, 263)))
     with pytest.raises(ValueError, match="refitted to another skeleton"):
-        entries(tmp_path, tmp_path)
+        entries(tmp_path, tmp_path, "train")

@@ -1,4 +1,4 @@
-"""What no person does is told with file, frame and cause; smoothing is done where it is asked for."""
+"""What no person does is told with file, frame and cause; smoothing says what it changes."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,10 @@ from kit.data import __main__ as commands
 from kit.data.datasets import open_dataset
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import AXES, Motion, save_amass, smooth, turn
-from kit.data.plausible import faults
+from kit.data.plausible import faults, smoothing_effect
 from kit.data.sources import open_sources
 from kit.geometry import PUPPET
 from kit.puppet.skeleton import _body_data
-from motion_tokens import decode_smpl
 
 
 def puppet_motion(seed: int = 3, frames: int = 65, fps: float = 16) -> Motion:
@@ -59,9 +58,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("make, reason", FAULTS.values(), ids=FAULTS)
-def test_what_no_person_does(make, reason):
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_no_person_does(name):
     """Catches: each kind passed over, and what people do taken for it."""
+    make, reason = FAULTS[name]
     found = faults(make(), puppet.body())
     assert (not found) if reason is None else re.search(reason, found[0])
 
@@ -80,51 +80,77 @@ def test_distance_measured_through_a_long_lens_counts_less():
     assert faults(swaying, puppet.body()) and not faults(swaying, puppet.body(), depth=0.05)
 
 
-def amass_folder(folder: Path, motion: Motion, axes: str) -> str:
-    turned = turn(motion, AXES["zup"] @ AXES[axes].T, puppet.body())  # save_amass turns it to z up again
+def amass_folder(folder: Path, **files) -> str:
     folder.mkdir()
-    save_amass(folder / "a.npz", turned, puppet.body())
+    for name, (motion, axes) in files.items():
+        turned = turn(motion, AXES["zup"] @ AXES[axes].T, puppet.body())  # save_amass turns it to z up again
+        save_amass(folder / f"{name}.npz", turned, puppet.body())
     return f"amass:{folder}"
 
 
-def check(spec: str, capsys, force: bool = False) -> tuple[int, str]:
-    count = commands.check(spec, PUPPET, puppet.body(), force)
+def check(spec: str, capsys, *more: str) -> tuple[int, str]:
+    count = commands.check(spec, PUPPET, puppet.body(), "--force" in more)
     return count, capsys.readouterr().out
 
 
 def test_axes_named_in_the_spec(tmp_path, capsys):
     """Catches: a file with y up accepted as AMASS's, @axes that is not read, or read as the weight."""
-    spec = amass_folder(tmp_path / "a", puppet_motion(), "yup")
+    spec = amass_folder(tmp_path / "a", yup=(puppet_motion(), "yup"))
     count, said = check(spec, capsys)
-    assert count == 0 and "a.npz: the person lies in 100% of frames" in said and "1 rejected" in said
+    assert count == 0 and "yup.npz: the person lies in 100% of frames" in said and "1 rejected" in said
     assert "--force takes as it is what no person does: 1 of those rejected" in said
     with pytest.raises(ValueError, match="the person lies") as training:  # which has no --force
         open_sources([spec], PUPPET, puppet.body())
     assert "--force" not in str(training.value)
     capsys.readouterr()
-    count, said = check(spec, capsys, force=True)
-    assert count == 3 and "a.npz: the person lies" in said and "0 rejected" in said
+    count, said = check(spec, capsys, "--force")
+    assert count == 3 and "yup.npz: the person lies" in said and "0 rejected" in said
     count, said = check(f"{spec}@axes=yup", capsys)
     assert count == 3 and "lies" not in said
+    read = read_motion_file(tmp_path / "a" / "yup.npz", puppet.body(), axes="yup").motion
+    np.testing.assert_allclose(read.transl, puppet_motion().transl, atol=1e-5)
 
 
-def test_smoothing_is_done_if_asked_for(tmp_path):
-    """Catches: smoothing that is not done, or done unasked."""
-    shaky, generator = puppet_motion(frames=17), torch.Generator().manual_seed(0)
-    shaky = shaky._replace(transl=shaky.transl + 0.01 * torch.randn(17, 3, generator=generator))
-    spec = amass_folder(tmp_path / "a", shaky, "zup")
-    for option, expected in (("", shaky), ("@smooth=0.1", smooth(shaky, 0.1))):
-        (sample,) = open_dataset(f"{spec}{option}", PUPPET, puppet.body()).read(0)
-        steps = decode_smpl(sample.motion[None])["transl"][0].diff(dim=0).norm(dim=1)
-        torch.testing.assert_close(steps, expected.transl.diff(dim=0).norm(dim=1), atol=1e-4, rtol=0)
+def test_check_says_what_smoothing_did(tmp_path, capsys):
+    """Catches: smoothing that is not done, done unasked, or whose effect is not said."""
+    shaky, generator = puppet_motion(), torch.Generator().manual_seed(0)
+    shaky = shaky._replace(transl=shaky.transl + 0.01 * torch.randn(65, 3, generator=generator))
+    spec = amass_folder(tmp_path / "a", shaky=(shaky, "zup"))
+    assert "smoothed" not in check(spec, capsys)[1]
+    said = check(f"{spec}@smooth=0.1", capsys)[1]
+    after = smooth(read_motion_file(tmp_path / "a" / "shaky.npz", puppet.body()).motion, 0.1)
+    before, then, mean, _ = smoothing_effect(shaky, after, puppet.body()).tolist()
+    assert then < before / 2
+    assert f"over 0.1 s: jerk {before:.0f} to {then:.0f} m/s³; joints moved {1000 * mean:.1f} mm" in said
+    (sample, *_) = open_dataset(f"{spec}@smooth=0.1", PUPPET, puppet.body()).read(0)
+    (as_it_is, *_) = open_dataset(spec, PUPPET, puppet.body()).read(0)
+    assert not torch.allclose(sample.motion, as_it_is.motion, atol=1e-3)
+
+
+def test_the_effect_of_a_known_smoothing():
+    """A shake of 1 cm from frame to frame along x: jerk of 8 times that, 16 times a second, cubed."""
+    one = puppet_motion(frames=17)
+    orient, pose, transl = (x[:1].expand_as(x) for x in (one.global_orient, one.body_pose, one.transl))
+    still = one._replace(global_orient=orient, body_pose=pose, transl=transl)
+    shake = 0.005 * torch.tensor([1.0, 0, 0]) * (-1) ** torch.arange(17)[:, None]
+    shaken = still._replace(transl=still.transl + shake)
+    before, after, mean, most = smoothing_effect(shaken, still, puppet.body()).tolist()
+    assert before == pytest.approx(0.04 * 16**3, rel=1e-3) and after == pytest.approx(0, abs=0.5)
+    assert mean == pytest.approx(0.005, rel=1e-3) and most == pytest.approx(0.005, rel=1e-3)
+
+
+def gendered_bodies(folder: Path, **sizes: float) -> Path:
+    """SMPL models that differ in size."""
+    folder.mkdir()
+    for gender, size in sizes.items():
+        data = _body_data()
+        np.savez(folder / f"SMPL_{gender}.npz", **data | {"v_template": size * data["v_template"]})
+    return folder
 
 
 def test_a_gendered_file_has_that_genders_body(tmp_path, capsys):
     """Catches: the neutral body for everyone, or for the turn about the pelvis, or a missing one unsaid."""
-    folder, data = tmp_path / "bodies", _body_data()
-    folder.mkdir()
-    for name, scale in (("SMPL_NEUTRAL", 1.0), ("SMPL_MALE", 1.1)):
-        np.savez(folder / f"{name}.npz", **data | {"v_template": scale * data["v_template"]})
+    folder = gendered_bodies(tmp_path / "bodies", NEUTRAL=1.0, MALE=1.1)
     body = Body.load(folder)
     (tmp_path / "a").mkdir()
     for gender in ("male", "female"):
@@ -160,6 +186,9 @@ def test_clips_in_other_axes_and_other_units(tmp_path, capsys):
     assert count == 0 and "are the axes right?" in said
     (folder / "metadata.csv").write_text("video,prompt,motion,axes\n0.mp4,a,motions/0.npz,opencv\n")
     assert check(f"clips:{folder}", capsys)[0] == 1
+    write(who, 100)
+    count, said = check(f"clips:{folder}", capsys)
+    assert count == 0 and "110 m from the floor: is trans in centimetres" in said
     write(who.rows([0] * clip_folder.FRAMES), 100)  # far away, but at rest
     count, said = check(f"clips:{folder}", capsys)
     assert count == 0 and "of the picture tall: is trans in centimetres?" in said
