@@ -8,7 +8,6 @@ python -m kit.data cache SPEC --wan FOLDER --out DIR      latents, text features
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from kit.puppet.skeleton import PARENTS
 
 PREVIEWED = 4  # clips in a preview
 HEIGHT = 320  # pixels of a frame while it is drawn on
-COLUMNS = 6
 
 
 def options() -> argparse.Namespace:
@@ -84,16 +82,36 @@ def say(data: DataSet) -> None:
 
 
 def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = False) -> int:
-    """Draw the first sample of a few items, spread over the data set -> how many."""
-    data, samples = open_dataset(spec, shape, body, force), []
+    """Draw a contact sheet (.png): the first sample of a few items, spread over the data set -> how many."""
+    data, samples, titles = open_dataset(spec, shape, body, force), [], []
     rejected = list(data.problems)
     for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():
         samples += read_item(data, item, lambda sample: sample, rejected)[:1]
     say(data)
+    for sample in samples:
+        title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
+        if sample.video is not None and sample.camera is None:
+            title += " (no camera in the file: a usual one is assumed)"
+        titles.append(title)
     if samples:
-        preview(out, samples)
+        pictures.contact_sheet(out, [overlay(sample) for sample in samples], titles)
     print(*rejected, f"{out}: {len(samples)} of {len(data.names)} items", sep="\n")
     return len(samples)
+
+
+def overlay(sample: Sample) -> Tensor:
+    """The sample's frames (f 320 w 3) uint8, its skeleton drawn over them."""
+    joints = rearrange(sample.motion[:, 3:75], "f (j c) -> f j c", c=3)
+    if sample.video is None:
+        return pictures.draw_skeleton(joints, PARENTS, pictures.fitted(joints), HEIGHT)
+    height, width = sample.video.shape[1:3]
+    project = (sample.camera or assumed_camera(height, width)).project
+    ground = pictures.resized(sample.video, HEIGHT)
+    rows, columns = ground.shape[1:3]
+    side = max(rows, columns)  # skeletons are drawn on squares
+    ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
+    drawn = pictures.draw_skeleton(joints, PARENTS, project, side, side * height / rows, ground)
+    return drawn[:, :rows, :columns]
 
 
 def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
@@ -116,40 +134,6 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
     counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
     print(*made.rejected, counts, sep="\n")
     return len(made.samples)
-
-
-# ---------------------------------------------------------------- the preview
-
-
-def preview(path: Path, samples: Sequence[Sample]) -> None:
-    """Write a contact sheet (.png): a row of frames for each sample, its skeleton drawn over them."""
-    titles = []
-    for sample in samples:
-        title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
-        if sample.video is not None and sample.camera is None:
-            title += " (no camera in the file: a usual one is assumed)"
-        titles.append(title)
-    pictures.contact_sheet(path, [overlay(sample) for sample in samples], titles, COLUMNS)
-
-
-def overlay(sample: Sample) -> Tensor:
-    """The sample's frames (f 320 w 3) uint8, drawn on; those that a contact sheet leaves out are empty."""
-    joints = rearrange(sample.motion[:, 3:75], "f (j c) -> f j c", c=3)
-    shown = torch.linspace(0, len(joints) - 1, COLUMNS).round().long().unique()
-    if sample.video is None:
-        drawn = pictures.draw_skeleton(joints[shown], PARENTS, pictures.fitted(joints), HEIGHT)
-    else:
-        height, width = sample.video.shape[1:3]
-        project = (sample.camera or assumed_camera(height, width)).project
-        ground = pictures.resized(sample.video[shown], HEIGHT)
-        rows, columns = ground.shape[1:3]
-        side = max(rows, columns)  # skeletons are drawn on squares
-        ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
-        drawn = pictures.draw_skeleton(joints[shown], PARENTS, project, side, side * height / rows, ground)
-        drawn = drawn[:, :rows, :columns]
-    frames = drawn.new_zeros(len(joints), *drawn.shape[1:])
-    frames[shown] = drawn
-    return frames
 
 
 def main() -> None:

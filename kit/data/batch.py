@@ -6,10 +6,10 @@ draws from its own (seed, step, sample), and a rank takes its slice of the numbe
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from kit.data.sources import Read, Source
 from kit.devices import upload
 from motion_tokens import motion_statistics
 
+T = TypeVar("T")
 BLOCK = 1024  # positions in which every source has exactly its share
 STATISTICS_CLIPS = 2048
 CLIPS_AT_ONCE = 1024  # of the puppet, made together by a GPU
@@ -39,12 +40,9 @@ def _integer(*key: int | str) -> int:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of BLOCK positions each source gets: its weight's, to the nearest, but at least one."""
-    exact = [weight / sum(weights) * BLOCK for weight in weights]
-    given = [max(1, int(share)) for share in exact]
-    for j in sorted(range(len(exact)), key=lambda j: given[j] - exact[j])[: max(0, BLOCK - sum(given))]:
-        given[j] += 1
-    given[given.index(max(given))] -= sum(given) - BLOCK  # the excess that the smallest sources got
+    """How many of BLOCK positions each source gets: at least one, and the largest what rounding leaves."""
+    given = [max(1, round(weight / sum(weights) * BLOCK)) for weight in weights]
+    given[given.index(max(given))] += BLOCK - sum(given)
     return tuple(given)
 
 
@@ -183,10 +181,6 @@ def padded(features: Sequence[Tensor | None], null_text: Tensor) -> Tensor:
     return text
 
 
-Groups = Iterable[list[Wanted]]
-Reader = Callable[[list[Wanted]], list[Batch]]
-
-
 def stream(
     sources: Sequence[Source],
     model: DualDiT,
@@ -212,26 +206,16 @@ def stream(
     # groups begin at the same steps after a resume: a GPU rounds otherwise for other numbers of clips
     groups = (list(x) for _, x in groupby(wanted, lambda w: (w.stage, w.frames, w.step // at_once)))
     groups = (group for group in groups if group[-1].step >= first)
-    one_group = functools.partial(
-        read, sources, model.motion_mean, model.motion_std, seed=seed, batch=batch, device=device, codec=codec
-    )
-    reader = _read_ahead if on_gpu and not puppets else _read_in_turn
-    for group, found in reader(one_group, groups):
+    where = {"seed": seed, "batch": batch, "device": device, "codec": codec}
+    made = ((group, read(sources, model.motion_mean, model.motion_std, group, **where)) for group in groups)
+    for group, found in _one_ahead(made) if on_gpu and not puppets else made:
         yield from (clips for part, clips in zip(group, found, strict=True) if part.step >= first)
 
 
-def _read_in_turn(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
-    yield from ((group, read(group)) for group in groups)
-
-
-def _read_ahead(read: Reader, groups: Groups) -> Iterator[tuple[list[Wanted], list[Batch]]]:
-    """A thread reads the next group while this one is in use."""
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """A thread makes the next item while this one is in use."""
     with ThreadPoolExecutor(1) as thread:
-        pending = None
-        for group in groups:
-            submitted = group, thread.submit(read, group)
-            if pending:
-                yield pending[0], pending[1].result()
-            pending = submitted
-        if pending:
-            yield pending[0], pending[1].result()
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
+            yield item

@@ -50,13 +50,13 @@ def open_sources(
     cache. Without weights every sample counts the same. Raises ValueError or FileNotFoundError if a data set
     holds nothing usable or does not fit the geometry.
     """
-    weights = [parse(spec)[2] for spec in specs]
-    endless = any(parse(spec)[:2] == ("puppet", "") for spec in specs)
+    parsed = [parse(spec) for spec in specs]
+    weights = [weight for *_, weight in parsed]
+    endless = ("puppet", "") in [(kind, where) for kind, where, _ in parsed]
     if len(specs) > 1 and None in weights and (endless or any(weights)):
         raise ValueError(f"{', '.join(specs)}: state the weight of every data set, such as {specs[0]}@1")
     sources = []
-    for spec in specs:
-        kind, where, weight = parse(spec)
+    for spec, (kind, where, weight) in zip(specs, parsed, strict=True):
         if wan and kind != "cache":
             command = f"python -m kit.data cache {spec} --wan FOLDER --out DIR"
             raise ValueError(f"{spec}: Wan trains on latents, made by `{command}`, then --data cache:DIR")
