@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from kit.wan.names import wan_name
+
 STEM = "diffusion_pytorch_model"
 TEXT_DIM = 32
 TRANSFORMERS = {
     "2.1": {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 320, "in_channels": 16},
-    # no power of two, and rotary axes of 16, 12 and 12
-    "2.2": {"num_attention_heads": 3, "attention_head_dim": 40, "ffn_dim": 192, "in_channels": 48},
+    "2.2": {"num_attention_heads": 3, "attention_head_dim": 128, "ffn_dim": 192, "in_channels": 48},
 }
 VAES = {
     "2.1": {},  # the class's defaults are the published file's
@@ -98,39 +99,12 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-# The names in Wan's own code beside those in Diffusers, replaced in this order wherever they occur
-ORIGINAL = [
-    ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
-    ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
-    ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
-    ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
-    ("condition_embedder.time_proj.", "time_projection.1."),
-    ("proj_out.", "head.head."),
-    (".scale_shift_table", ".modulation"),  # of a block
-    ("scale_shift_table", "head.modulation"),  # of the head
-    (".attn1.", ".self_attn."),
-    (".attn2.", ".cross_attn."),
-    (".to_out.0.", ".o."),
-    (".to_", "."),
-    (".norm2.", ".norm3."),
-    (".net.0.proj.", ".0."),
-    (".net.2.", ".2."),
-]
-
-
-def original_name(name: str) -> str:
-    for theirs, wans in ORIGINAL:
-        name = name.replace(theirs, wans)
-    return name
-
-
 def original(folder: Path, shards: int = 1) -> Path:
     """Rewrite the transformer into Wan's own layout: one file as Wan2.1's, or shards as Wan2.2's."""
     folder = folder / "transformer"
     theirs = json.loads((folder / "config.json").read_text())
-    tensors = {
-        original_name(k): v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()
-    }
+    (file,) = folder.glob("*.safetensors")
+    tensors = {wan_name(name): tensor for name, tensor in load_file(file).items()}
     for file in folder.iterdir():
         file.unlink()
     width = theirs["num_attention_heads"] * theirs["attention_head_dim"]
