@@ -36,12 +36,11 @@ VAES = {
 }  # fmt: skip
 
 
-def randomised(module: nn.Module, seed: int) -> nn.Module:
+def randomised(module: nn.Module) -> nn.Module:
     """Its own initialisation and some noise on all of it, so that no parameter is zero."""
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.05 * torch.randn(parameter.shape))
     return module.eval()
 
 
@@ -62,9 +61,9 @@ def edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
 
 
-def write(folder: Path, version: str, seed: int = 0) -> Path:
-    """Write a whole folder, version "2.1" or "2.2"; another seed is another model of the same shapes."""
-    torch.manual_seed(seed)
+def write(folder: Path, version: str) -> Path:
+    """Write a whole folder, version "2.1" or "2.2"."""
+    torch.manual_seed(0)
     sizes = TRANSFORMERS[version]
     transformer = WanTransformer3DModel(
         **sizes, out_channels=sizes["in_channels"], text_dim=TEXT_DIM, freq_dim=32, num_layers=2
@@ -75,9 +74,9 @@ def write(folder: Path, version: str, seed: int = 0) -> Path:
     )  # fmt: skip
     pipeline = WanPipeline(
         tokenizer=tokenizer(),
-        text_encoder=randomised(UMT5EncoderModel(umt5), seed),
-        vae=randomised(AutoencoderKLWan(base_dim=4, **VAES[version]), seed),
-        transformer=randomised(transformer, seed),
+        text_encoder=randomised(UMT5EncoderModel(umt5)),
+        vae=randomised(AutoencoderKLWan(base_dim=4, **VAES[version])),
+        transformer=randomised(transformer),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -99,8 +98,8 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-def original(folder: Path, shards: int = 1) -> Path:
-    """Rewrite the transformer into Wan's own layout: one file as Wan2.1's, or shards as Wan2.2's."""
+def original(folder: Path) -> Path:
+    """Rewrite the transformer into Wan's own layout."""
     folder = folder / "transformer"
     theirs = json.loads((folder / "config.json").read_text())
     (file,) = folder.glob("*.safetensors")
@@ -116,15 +115,5 @@ def original(folder: Path, shards: int = 1) -> Path:
         "out_dim": theirs["out_channels"],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    if shards == 1:
-        save_file(tensors, folder / f"{STEM}.safetensors")
-        return folder.parent
-    weight_map = {}
-    for i in range(shards):
-        file = f"{STEM}-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
-    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, folder / f"{STEM}.safetensors")
     return folder.parent
