@@ -62,12 +62,12 @@ def _read(data: bytes, what: str) -> object:
 
 
 def _read_npy(stream: io.BytesIO, what: str) -> object:
-    read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(stream)[0]]
-    *_, dtype = read_header(stream)
+    npy.read_magic(stream)
+    *_, dtype = npy.read_array_header_1_0(stream)
     if dtype.hasobject:
         return _AllowList(stream, what).load()
     stream.seek(0)
-    return npy.read_array(stream, allow_pickle=False)
+    return np.load(stream, allow_pickle=False)
 
 
 def _read_torch(stream: io.BytesIO) -> object:
