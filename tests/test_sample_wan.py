@@ -241,17 +241,8 @@ def test_video_tuning_of_a_wan_is_stage_0(folder, trained, tmp_path, verb):
     assert moved and all("video" in name.split(".") for name in moved)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--task", "m2v"), "--motion FILE is needed"),
-        (("--task", "v2m"), "--video FILE is needed"),
-        (("--size", "64x100"), "64x100 is no multiple of .*; the nearest is 64x"),
-        (("--wan", "nowhere"), "nowhere"),
-        (("--weights", "nowhere.safetensors"), "nowhere.safetensors"),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_written(folder, tmp_path, arguments, words):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        run(folder, tmp_path / "out", *arguments)
+def test_a_missing_condition_is_said_before_anything_is_written(folder, tmp_path):
+    for task, option in (("m2v", "--motion"), ("v2m", "--video")):
+        with pytest.raises(ValueError, match=f"{option} FILE is needed"):
+            run(folder, tmp_path / "out", "--task", task)
     assert not contents(tmp_path / "out")

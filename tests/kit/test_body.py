@@ -12,26 +12,19 @@ from kit.body import Body
 from kit.puppet.skeleton import _body_data, body
 
 
-def parameters(*lead: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
+def parameters(*lead: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
     shapes = ((3,), (23, 3), (10,), (3,))
     return tuple(torch.randn(*lead, *shape, generator=generator) for shape in shapes)
 
 
-def test_joints_equal_smplx():
-    pose = parameters(2, 5)
-    vertices, joints = body().mesh(*pose)
-    assert vertices.shape == (2, 5, len(body().smpl.v_template), 3)
-    torch.testing.assert_close(body().joints(*pose), joints, atol=2e-6, rtol=1e-5)
-
-
-def test_leading_axes_broadcast_and_gradients_flow():
+def test_joints_equal_smplx_and_leading_axes_broadcast():
     orient, pose, betas, transl = parameters(2, 5)
-    betas = betas[:, :1].requires_grad_()
+    betas = betas[:, :1]
     joints = body().joints(orient, pose, betas, transl)
-    torch.testing.assert_close(joints, body().joints(orient, pose, betas.expand(2, 5, 10), transl))
-    joints.square().sum().backward()
-    assert betas.grad.abs().sum() > 0
+    vertices, expected = body().mesh(orient, pose, betas.expand(2, 5, 10), transl)
+    assert vertices.shape == (2, 5, len(body().smpl.v_template), 3)
+    torch.testing.assert_close(joints, expected, atol=2e-6, rtol=1e-5)
     single = body().joints(orient[0, 0], pose[0, 0], betas[0, 0], transl[0, 0])
     torch.testing.assert_close(single, joints[0, 0])
 
