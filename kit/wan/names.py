@@ -97,8 +97,6 @@ def transformer_folder(folder: Path) -> Path:
     """Where the transformer's files are: in transformer/, or in the folder itself."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected a downloaded Wan; {SUPPORTED}")
-    if (folder / "transformer_2").is_dir() or (folder / "low_noise_model").is_dir():
-        raise ValueError(f"{folder} has two transformers, as Wan2.2-A14B has; {SUPPORTED}")
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 

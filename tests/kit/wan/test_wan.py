@@ -308,10 +308,7 @@ REFUSED = {
         lambda f: (net(f) / f"{STEM}.safetensors").rename(net(f) / "wan.gguf"),
         "has no .*.safetensors .it has config.json, wan.gguf",
     ),
-    # its width is enough to tell
     "14B": (put("patch_embedding.weight", 5120, 16, 1, 2, 2), "width 5120; supported are"),
-    "two, Diffusers": (lambda f: shutil.copytree(net(f), f / "transformer_2"), "as Wan2.2-A14B has"),
-    "two, Wan": (lambda f: net(f).rename(f / "low_noise_model"), "as Wan2.2-A14B has"),
     "two files": (
         lambda f: shutil.copy(net(f) / f"{STEM}.safetensors", net(f) / f"{STEM}.fp16.safetensors"),
         "as another file beside it: more than one model",
