@@ -7,6 +7,7 @@ writes a pickle, too, in which an array's bytes follow a wrapper that says its s
 import io
 import pickle
 import re
+import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -17,15 +18,21 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+ZLIB = tuple(b"x" + level for level in (b"\x01", b"\x5e", b"\x9c", b"\xda"))
+
 
 def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz that have these names; ValueError if it is damaged or holds pickled objects."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
-    except Exception as error:  # zip, zlib and numpy have no common error for damaged bytes
-        hint = "expected an .npz of plain arrays; download or export it again"
-        raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
+    with open(file, "rb") as stream:
+        try:
+            if not zipfile.is_zipfile(stream):
+                raise ValueError("it is no archive, or cut short")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                return {name: archive[name] for name in names if name in archive}
+        except Exception as error:  # zip, zlib and numpy have no common error for damaged bytes
+            hint = "expected an .npz of plain arrays; download or export it again"
+            raise ValueError(f"{file} cannot be read: {error}; {hint}") from error
 
 
 def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> object:
@@ -39,7 +46,7 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
         content = _read(file.read_bytes(), what)
         if names is not None and isinstance(content, dict):
             content = {name: content[name] for name in names if name in content}
-        return _plain(content)
+        return _plain(content, {})
     except Exception as error:  # none of these formats promises a list of what damaged bytes raise
         unknown = re.search(r"GLOBAL (\S+)", str(error))  # torch's way to say it, over many lines
         reason = f"it names {unknown[1]}, which no {what} needs" if unknown else str(error).split("\n")[0]
@@ -51,7 +58,7 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
 def _read(data: bytes, what: str) -> object:
     if not data:
         raise ValueError("it is empty")
-    if data.startswith(b"x"):  # zlib, joblib's way to compress
+    if data.startswith(ZLIB):  # joblib's way to compress
         data = zlib.decompress(data)
     stream = io.BytesIO(data)
     if data.startswith(b"PK"):
@@ -62,12 +69,12 @@ def _read(data: bytes, what: str) -> object:
 
 
 def _read_npy(stream: io.BytesIO, what: str) -> object:
-    npy.read_magic(stream)
-    *_, dtype = npy.read_array_header_1_0(stream)
+    read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(stream)[0]]
+    *_, dtype = read_header(stream)
     if dtype.hasobject:
         return _AllowList(stream, what).load()
     stream.seek(0)
-    return np.load(stream, allow_pickle=False)
+    return npy.read_array(stream, allow_pickle=False)
 
 
 def _read_torch(stream: io.BytesIO) -> object:
@@ -177,31 +184,36 @@ class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into
         return wrapper.dtype.read(data, wrapper.shape, wrapper.order)
 
 
-def _plain(value: object) -> object:
-    """Without stand-ins and tensors."""
+def _plain(value: object, seen: dict) -> object:
+    """Without stand-ins and tensors; `seen` keeps what was read by its identity."""
+    if id(value) in seen:
+        return seen[id(value)][0]
     if isinstance(value, torch.Tensor):
-        return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-    if isinstance(value, _Array):
-        return _plain(value.x)
-    if isinstance(value, _Record):
-        return _array_of(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+        plain = (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
+    elif isinstance(value, _Array):
+        plain = _plain(value.x, seen)
+    elif isinstance(value, _Record):
+        plain = _array_of(value, seen)
+    elif isinstance(value, dict):
+        plain = {key: _plain(item, seen) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        plain = [_plain(item, seen) for item in value]
+    else:
+        plain = value
+    seen[id(value)] = plain, value  # held, so that nothing else gets its identity
+    return plain
 
 
-def _array_of(record: _Record) -> np.ndarray:
+def _array_of(record: _Record, seen: dict) -> np.ndarray:
     """The array of a chumpy or scipy.sparse object; Ch holds `x`, Select a flat selection of `a`."""
     kind = type(record).__name__
     if kind == "Ch":
-        return _plain(record.x)
+        return _plain(record.x, seen)
     if kind == "Select":
-        selected = np.asarray(_plain(record.a)).ravel()[_plain(record.idxs)]
+        selected = np.asarray(_plain(record.a, seen)).ravel()[_plain(record.idxs, seen)]
         return selected.reshape(getattr(record, "preferred_shape", selected.shape))
     if kind == "csc_matrix":
-        indptr, indices, data = (_plain(x) for x in (record.indptr, record.indices, record.data))
+        indptr, indices, data = (_plain(x, seen) for x in (record.indptr, record.indices, record.data))
         dense = np.zeros(record._shape)
         np.add.at(dense, (indices, np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))), data)
         return dense

@@ -110,3 +110,16 @@ def test_what_is_cut_short_is_told_in_one_line(tmp_path, kind, share):
     with pytest.raises(ValueError, match=r"file cannot be read: it is (empty|damaged or cut short)") as error:
         read_object(file, "motion")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_names_itself_ends(tmp_path):
+    """Catches: a list in itself, or lists of lists that grow without end, followed for ever."""
+    loop, wide = [], []
+    loop.append(loop)
+    for _ in range(100):
+        wide = [wide, wide]
+    WRITERS["pickle"](tmp_path / "loop", loop)
+    with pytest.raises(ValueError, match="damaged"):
+        read_object(tmp_path / "loop", "motion")
+    WRITERS["pickle"](tmp_path / "wide", wide)
+    read_object(tmp_path / "wide", "motion")
