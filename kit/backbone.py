@@ -83,8 +83,23 @@ def open_backbone(
         size = trained["height"], trained["width"]
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    shape = geometry(folder, frames, size, fps)
-    return wan_backbone(folder, file, device, dtype, own, shape)
+
+    def transformer() -> DualDiT:
+        if file:
+            return weights.load_weights(file, device, dtype)[0]
+        torch.manual_seed(0)  # the untrained motion expert is the same in every call
+        return wan.load_transformer(folder, dtype, device)
+
+    return Backbone(
+        geometry(folder, frames, size, fps),
+        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False),
+        False,
+        own,
+        lambda: wan.TextEncoder(folder, dtype, device),
+        lambda: wan.VideoVAE(folder, device=device),
+        transformer,
+        None,
+    )
 
 
 def puppet_backbone(file: Path, device: str) -> Backbone:
@@ -100,29 +115,6 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
         lambda: codec,
         lambda: model,
         puppet.project,
-    )
-
-
-def wan_backbone(
-    folder: Path, file: Path | None, device: str, dtype: torch.dtype, body: Body, geometry: Geometry
-) -> Backbone:
-    """Wan in `folder`; `file` has trained weights, without it the motion expert is untrained."""
-
-    def transformer() -> DualDiT:
-        if file:
-            return weights.load_weights(file, device, dtype)[0]
-        torch.manual_seed(0)  # the untrained motion expert is the same in every call
-        return wan.load_transformer(folder, dtype, device)
-
-    return Backbone(
-        geometry,
-        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False),
-        False,
-        body,
-        lambda: wan.TextEncoder(folder, dtype, device),
-        lambda: wan.VideoVAE(folder, device=device),
-        transformer,
-        None,
     )
 
 

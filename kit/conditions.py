@@ -11,6 +11,7 @@ from torch import Tensor
 from kit.backbone import Backbone
 from kit.body import Body
 from kit.data.clips import motion_vector, resized
+from kit.data.datasets import NUMBER
 from kit.data.hmr import read_motion_file, stretches
 from kit.data.motion_files import Motion, at_times, smooth
 from kit.data.plausible import faults
@@ -56,11 +57,14 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
     """The file without its options, and its motion on a clock of its own; what is assumed is said."""
     options = dict(OPTION.findall(path.name))
+    for name in options.keys() & {"fps", "smooth"}:
+        if not (re.fullmatch(NUMBER, options[name]) and float(options[name])):
+            raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number above 0")
     file = path.with_name(OPTION.sub("", path.name))
     found = read_motion_file(file, body, options.get("track", ""), options.get("axes", ""))
     said, times = list(found.notes), None
     if found.frames is not None:
-        fps = _number(path, options, "fps", found.motion.fps)
+        fps = float(options.get("fps", found.motion.fps))
         if math.isnan(fps):
             fps = USUAL_FPS
             said.append(f"it has no rate: {fps:g} frames a second are assumed, or name another, @fps=25")
@@ -71,22 +75,11 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
     motion = max(parts, key=lambda part: len(part.times)).motion
     if len(parts) > 1:
         said += [*cut, "the longest part is used"]
-    if seconds := _number(path, options, "smooth", 0.0):
+    if seconds := float(options.get("smooth", 0)):
         motion = smooth(motion, seconds)
     for note in said + faults(motion, body):
         print(f"{file}: {note}")
     return file, motion
-
-
-def _number(path: Path, options: dict[str, str], name: str, usual: float) -> float:
-    try:
-        value = float(options.get(name, usual))
-    except ValueError:
-        value = -1.0
-    if name in options and not (0 < value < math.inf or (value == 0 and name == "smooth")):
-        least = "from 0 on" if name == "smooth" else "above 0"
-        raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number {least}")
-    return value
 
 
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:

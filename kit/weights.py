@@ -6,7 +6,6 @@ prefix. Metadata: the network's configuration as JSON, and in it the settings th
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 
 EXTRA = "extra."  # prefix of tensors that are not the network's
-NUMBERS = ("fps", "frames", "height", "width", "text_tokens")  # of the settings; a file may have fewer
 # parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
 
@@ -56,8 +54,7 @@ def load_weights(
 
     FileNotFoundError or ValueError if the file is missing, damaged, or of another configuration.
     """
-    with _opened(Path(path)) as file:
-        config, _ = _header(file, path)
+    with _opened(Path(path)) as (file, config, _):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     with torch.device("meta"):
         model = DualDiT(config)
@@ -72,34 +69,24 @@ def load_weights(
 
 def read_header(path: Path) -> tuple[DualDiTConfig, dict]:
     """Configuration and settings of a file, without its tensors; raises as load_weights does."""
-    with _opened(Path(path)) as file:
-        return _header(file, path)
-
-
-def _header(file: safe_open, path: Path) -> tuple[DualDiTConfig, dict]:
-    text = (file.metadata() or {}).get("config")
-    if text is None:
-        raise ValueError(f"{path} carries no configuration: expected a file written by train.py")
-    try:
-        record = json.loads(text)
-        settings = record.pop("settings", {})
-        if not all(0 < settings.get(name, 1) < math.inf for name in NUMBERS):
-            raise ValueError(f"settings: {', '.join(NUMBERS)} must be numbers above 0")
-        return DualDiTConfig(**record), settings
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a configuration of another version, or none ({error})") from error
+    with _opened(Path(path)) as (_, config, settings):
+        return config, settings
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def _opened(path: Path) -> Iterator[tuple[safe_open, DualDiTConfig, dict]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights at {path}: train some with `python train.py`, or name a file with --weights"
         )
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            record = json.loads((file.metadata() or {})["config"])
+            settings = record.pop("settings", {})
+            yield file, DualDiTConfig(**record), settings
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file or is truncated ({error}): copy it again"
         ) from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by this version of train.py ({error})") from error

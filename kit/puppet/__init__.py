@@ -5,14 +5,12 @@ smplx, so that a real SMPL file is a drop-in. 16 frames a second, 64x64 pixels, 
 stands in front of the body and looks along -z.
 """
 
-from kit.body import JOINT_NAMES
 from kit.puppet.codec import FIT_SEEDS, LATENT_CHANNELS, Codec
 from kit.puppet.drawing import (
     BACKGROUND,
     CAMERA_DISTANCE,
     CAMERA_HEIGHT,
     FOCAL,
-    SHIRTS,
     SIZE,
     project,
     render,
@@ -24,6 +22,6 @@ from kit.puppet.world import ACTIONS, COLOURS, FPS, FRAMES, JOINT, Clips, clips
 
 __all__ = [
     "ACTIONS", "BACKGROUND", "CAMERA_DISTANCE", "CAMERA_HEIGHT", "COLOURS", "FIT_SEEDS", "FOCAL", "FPS",
-    "FRAMES", "JOINT", "JOINT_NAMES", "LATENT_CHANNELS", "SHIRTS", "SIZE", "TEXT_DIM", "TEXT_LEN", "Clips",
-    "Codec", "body", "clips", "encode_text", "project", "render", "silhouette",
+    "FRAMES", "JOINT", "LATENT_CHANNELS", "SIZE", "TEXT_DIM", "TEXT_LEN", "Clips", "Codec", "body", "clips",
+    "encode_text", "project", "render", "silhouette",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ class Codec:
         self.scale = scale  # (): the root of the components' mean variance
 
     @classmethod
-    def fit(cls, seeds: Sequence[int] = FIT_SEEDS, channels: int = LATENT_CHANNELS) -> "Codec":
+    def fit(cls, seeds: Sequence[int] = FIT_SEEDS) -> "Codec":
         """Closed form, from the clips of these seeds: PCA, then ridge regression from latents to blocks."""
         shown = map(clips, torch.tensor(seeds).split(64))
         videos = [render(clip.joints, clip.betas, clip.shirt)[0] for clip in shown]
@@ -41,10 +41,10 @@ class Codec:
             block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")
             covariance = covariance + block.T @ block / total
         variances, components = torch.linalg.eigh(covariance.double())  # ascending
-        encode = rearrange(components[:, -channels:].flip(1), "p c -> c p").float().contiguous()
-        scale = variances[-channels:].mean().sqrt().float()
+        encode = rearrange(components[:, -LATENT_CHANNELS:].flip(1), "p c -> c p").float().contiguous()
+        scale = variances[-LATENT_CHANNELS:].mean().sqrt().float()
 
-        codec = cls(encode, torch.zeros(len(mean), channels, 3, 3), mean, scale)
+        codec = cls(encode, torch.zeros(len(mean), LATENT_CHANNELS, 3, 3), mean, scale)
         gram, cross = 0.0, 0.0
         for video in videos:
             block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")

@@ -64,10 +64,9 @@ def test_axes_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
 @pytest.mark.parametrize(
     "named, reason",
     [
-        ("w.pkl@fps=x", "expected a number above 0"),
-        ("w.pkl@fps=-1", "expected a number above 0"),
+        ("w.pkl@fps=-1", "fps is '-1', expected a number above 0"),
         ("w.pkl@fps=0", "fps is '0', expected a number above 0"),
-        ("w.pkl@smooth=inf", "expected a number from 0 on"),
+        ("w.pkl@smooth=inf", "smooth is 'inf', expected a number above 0"),
         ("own.npz@fps=25", r"own\.npz has a rate of its own, 16: leave @fps= out"),
     ],
 )

@@ -29,13 +29,9 @@ def saved(tmp_path, model):
     return path
 
 
-def with_config(**changed: object) -> str:
-    return json.dumps(vars(TINY) | changed)
-
-
-def edit(path: Path, config: str | None = with_config(), **tensors: torch.Tensor) -> None:
+def edit(path: Path, config: str | None = None, **tensors: torch.Tensor) -> None:
     """Rewrite a weights file with another configuration, and with these tensors changed."""
-    save_file(load_file(path) | tensors, path, {} if config is None else {"config": config})
+    save_file(load_file(path) | tensors, path, {"config": config or json.dumps(vars(TINY))})
 
 
 def test_network_configuration_and_extras_come_back(saved, model):
@@ -46,10 +42,10 @@ def test_network_configuration_and_extras_come_back(saved, model):
     torch.testing.assert_close(extra, EXTRA, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("config", ({"synced": False}, {"eps": 1e-5}, {"patch": (1, 2, 2)}, {"dual": (0,)}))
-def test_every_field_of_the_configuration_comes_back(tmp_path, config):
+def test_every_field_of_the_configuration_comes_back(tmp_path):
     # catches fields that leave no trace in the tensors: the ablation would be sampled as the real thing
-    config = DualDiTConfig(layers=1, width=12, heads=1, ffn=8, channels=2, text_dim=4, freq_dim=4, **config)
+    sizes = {"layers": 1, "width": 12, "heads": 1, "ffn": 8, "channels": 2, "text_dim": 4, "freq_dim": 4}
+    config = DualDiTConfig(**sizes, synced=False, apart=False, eps=1e-5, patch=(1, 2, 2), dual=(0,))
     save_weights(tmp_path / "w", config, weights.DualDiT(config).state_dict(), {})
     assert load_weights(tmp_path / "w")[0].config == config
 
@@ -63,22 +59,16 @@ def test_the_same_weights_give_the_same_bytes(tmp_path, model):
 
 DAMAGE = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1000]), "truncated"),
-    "text": (lambda path: path.write_text("not weights\n" * 100), "not a safetensors file"),
-    "no configuration": (lambda path: edit(path, config=None), "carries no configuration"),
-    "unknown field": (lambda path: edit(path, config='{"depth": 3}'), "another version.*depth"),
-    "configuration is not JSON": (lambda path: edit(path, config="{"), "configuration"),
-    "settings that are none": (lambda path: edit(path, with_config(settings=[])), "configuration.*get"),
-    "a rate of text": (lambda path: edit(path, with_config(settings={"fps": "30"})), "configuration"),
-    "a rate of 0": (lambda path: edit(path, with_config(settings={"fps": 0})), "settings: fps"),
+    "no configuration": (
+        lambda path: save_file(load_file(path), path),
+        "not written by this version.*config",
+    ),
+    "unknown field": (lambda path: edit(path, '{"depth": 3}'), "not written by this version.*depth"),
     "missing tensor": (
-        lambda path: edit(path, with_config(layers=3)),
+        lambda path: edit(path, json.dumps(vars(TINY) | {"layers": 3})),
         r"Missing key.*blocks\.2\.motion\.ffn",
     ),
     "unknown tensor": (lambda path: edit(path, stranger=torch.ones(1)), "Unexpected key.*stranger"),
-    "wrong shape": (
-        lambda path: edit(path, motion_mean=torch.ones(234)),
-        "mismatch for motion_mean.*234.*235",
-    ),
 }
 
 

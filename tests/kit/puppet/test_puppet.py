@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kit import puppet
-from kit.puppet.actions import SIDED, TABLE, mirror
+from kit.body import JOINT_NAMES
+from kit.puppet.actions import SIDED
 from kit.puppet.world import _move, _own_time
-from motion_tokens import axis_angle_to_matrix
 
 HELD_OUT = range(7_000_000, 7_000_012)
 
@@ -20,15 +20,6 @@ def codec():
 def held_out():
     clips = puppet.clips(HELD_OUT)
     return puppet.render(clips.joints, clips.betas, clips.shirt)
-
-
-def aligned(clips: puppet.Clips) -> torch.Tensor:
-    """Joint paths about the pelvis, turned to face +z in the first frame: (b, f·24·3)."""
-    forward = axis_angle_to_matrix(clips.global_orient[:, 0])[..., 2]
-    turn = torch.zeros(len(forward), 3)
-    turn[:, 1] = -torch.atan2(forward[:, 0], forward[:, 2])
-    joints = clips.joints - clips.joints[:, :, :1]
-    return torch.einsum("bik,bfjk->bfji", axis_angle_to_matrix(turn), joints).flatten(1)
 
 
 def test_a_clip_depends_on_its_own_seed_alone():
@@ -47,7 +38,6 @@ def test_joints_follow_from_the_parameters():
 
 
 def test_left_is_the_mirror_of_right():
-    assert len(SIDED) >= 12
     other = {"l": lambda name: name.replace("left", "right"), "r": lambda name: name.replace("right", "left")}
     for name in SIDED:
         right, left = (puppet.ACTIONS.index(name.format(side)) for side in ("right", "left"))
@@ -55,21 +45,23 @@ def test_left_is_the_mirror_of_right():
         (right_pose, right_path), (left_pose, left_path) = (
             _move(torch.tensor([a]), cycles, torch.ones(1)) for a in (right, left)
         )
-        swap = [puppet.JOINT[other.get(joint[0], str)(joint)] for joint in puppet.JOINT_NAMES]
+        swap = [puppet.JOINT[other.get(joint[0], str)(joint)] for joint in JOINT_NAMES]
         reflect = torch.tensor((-1.0, 1.0, 1.0))
         torch.testing.assert_close(left_path, right_path * reflect)
         expected = right_pose[:, :, swap] * reflect[:, None] * reflect
         torch.testing.assert_close(left_pose, expected, atol=1e-6, rtol=0)
-        assert mirror(mirror(SIDED[name])) == SIDED[name]
 
 
-def test_captions_say_what_is_shown():
+def test_every_action_is_shown_named_and_stands_on_the_floor():
     clips = puppet.clips(range(300))
     for caption, action, shirt in zip(clips.caption, clips.action, clips.shirt, strict=True):
         assert caption == f"a person in a {puppet.COLOURS[shirt]} shirt {puppet.ACTIONS[action]}"
-        assert len(caption.split()) <= 14
-    assert set(clips.action.tolist()) == set(range(len(TABLE)))
+    assert set(clips.action.tolist()) == set(range(len(puppet.ACTIONS)))
     assert set(clips.shirt.tolist()) == set(range(len(puppet.COLOURS)))
+    # a joint that never turns has nothing to be looked for; the spine turns in some actions only
+    assert clips.body_pose.std(dim=1).mean(dim=(0, 2)).min() > 0.01
+    height = clips.joints[:, :, [puppet.JOINT["left_foot"], puppet.JOINT["right_foot"]], 1]
+    assert height.min() > -0.1 and height.amin(-1).max() < 0.4
 
 
 def test_a_window_is_a_part_of_the_clip():
@@ -91,25 +83,6 @@ def test_the_pace_changes_within_a_clip_and_never_runs_backwards():
     assert pace.min() > 0 and (pace.amax(1) / pace.amin(1)).median() > 2
     still = torch.zeros(64)
     torch.testing.assert_close(_own_time(time, still, still, still), time)
-
-
-def test_every_joint_turns():
-    # a joint that never turns has nothing to be looked for; the spine turns in some actions only
-    turned = puppet.clips(range(200)).body_pose.std(dim=1).mean(dim=(0, 2))
-    assert turned.min() > 0.01
-
-
-def test_feet_stay_on_the_floor():
-    feet = [puppet.JOINT["left_foot"], puppet.JOINT["right_foot"]]
-    height = puppet.clips(range(200)).joints[:, :, feet, 1]
-    assert height.min() > -0.1 and height.amin(-1).max() < 0.4
-
-
-def test_actions_are_told_apart_by_their_joints():
-    """A nearest neighbour among 720 clips names action and side; with 2,000 it is 99.9%."""
-    bank, fresh = puppet.clips(range(100_000, 100_720)), puppet.clips(range(200))
-    nearest = torch.cdist(aligned(fresh), aligned(bank)).argmin(dim=1)
-    assert (bank.action[nearest] == fresh.action).float().mean() >= 0.95
 
 
 def test_render():
@@ -146,6 +119,8 @@ def test_codec_reconstructs_held_out_clips(codec, held_out):
     assert (shown & drawn).sum() / (shown | drawn).sum() > 0.88
     variance = latents.var(dim=(0, 2, 3, 4))
     assert 0.9 < variance.mean() < 1.1 and variance[0] > 10 * variance[-1]  # one scale, no whitening
+    with pytest.raises(ValueError, match="latents have 48 channels, got 5"):
+        codec.decode(latents[:, :5])
 
 
 def test_codec_is_causal(codec, held_out):
@@ -164,23 +139,9 @@ def test_codec_is_causal(codec, held_out):
         assert moved.nonzero().flatten().tolist() == [f for f in range(17) if (f + 3) // 4 == t]
 
 
-def test_codec_travels_as_tensors(codec, held_out):
-    again = puppet.Codec.from_state({name: value.clone() for name, value in codec.state().items()})
-    latents = codec.encode(held_out[0][:2])
-    assert torch.equal(again.encode(held_out[0][:2]), latents)
-    assert torch.equal(again.decode(latents), codec.decode(latents))
-
-
 def test_text():
     text = puppet.encode_text(["a red shirt", "A shirt red.", "", "red"])
     assert text.shape == (4, puppet.TEXT_LEN, puppet.TEXT_DIM)
     assert not text[2].any() and not text[0, 3:].any() and text[0, :3].abs().sum(-1).min() > 0
     torch.testing.assert_close(text[0, 0], text[1, 0])
     assert not torch.allclose(text[0], text[1])  # the order of words shows
-
-
-def test_bad_input(codec):
-    with pytest.raises(ValueError, match="channels"):
-        codec.decode(torch.zeros(1, 5, 1, 8, 8))
-    with pytest.raises(ValueError, match="16 words"):
-        puppet.encode_text(["word " * 17])
