@@ -118,12 +118,6 @@ def noise_like(x: Tensor, seeds: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of every sample; t (b,)."""
-    t = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
-    return (1 - t) * x0 + t * noise
-
-
 class Loss(NamedTuple):
     """Squared velocity error per sample (b,), None for a modality that is not noise."""
 
@@ -163,7 +157,8 @@ def by_role(
     if role is Role.CLEAN:
         return x0, torch.zeros_like(t), None
     noise = noise_like(x0, seeds)
-    return noised(x0, noise, t), t, noise - x0
+    each = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
+    return (1 - each) * x0 + each * noise, t, noise - x0
 
 
 def squared_error(u: Tensor | None, target: Tensor | None) -> Tensor | None:
