@@ -242,9 +242,9 @@ class DualDiT(nn.Module):
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
+        d = config.width
         self.config = config
         self.video = VideoExpert(config)
-        d = config.width
         self.motion = nn.ModuleDict({"encoder": MotionEncoder(d), "head": Head(config, MotionDecoder(d))})
         # nn.Embedding(TASK_COUNT, d) would draw random numbers, which init_weights draws anew
         embedding = nn.Embedding.from_pretrained(torch.empty(TASK_COUNT, d), freeze=False)
