@@ -20,7 +20,6 @@ Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words,
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ class DualDiTConfig:
     ffn: int  # hidden width of the feed-forward networks
     channels: int  # c, of the video latents
     text_dim: int  # width of the text encoder's features
-    patch: tuple[int, int, int] = (1, 2, 2)  # (time, height, width) of the latents in one video token
+    patch: tuple[int, int, int] = (1, 2, 2)  # (1, height, width) of the latents in one video token
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     eps: float = 1e-6
     dual: tuple[int, ...] | None = None  # the blocks that have a motion expert; None: all of them
@@ -57,10 +56,6 @@ class DualDiTConfig:
         for name in ("patch", "dual"):  # JSON has lists only
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} must divide into {self.heads} heads of an even size")
-        if self.patch[0] != 1:
-            raise ValueError(f"patches span one latent frame, as in Wan; got patch {self.patch}")
 
 
 PRESETS = {
@@ -78,10 +73,9 @@ PRESETS = {
 # ---------------------------------------------------------------- pieces that both experts use
 
 
-def layer_norm(x: Tensor, eps: float, affine: nn.LayerNorm | None = None) -> Tensor:
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Over the width, in fp32 whatever the dtype of x."""
-    weight, bias = (affine.weight.float(), affine.bias.float()) if affine else (None, None)
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).type_as(x)
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).type_as(x)
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -91,12 +85,7 @@ def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Normalise, scale and shift in fp32; the result has the dtype of x."""
-    return (layer_norm(x.float(), eps) * (1 + scale) + shift).type_as(x)
-
-
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch in fp32, as the gate is; the result has the dtype of x."""
-    return (x + gate * branch).type_as(x)
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).type_as(x)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -106,7 +95,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-def concatenated(streams: Sequence[Tensor]) -> Tensor:
+def concatenated(streams: tuple[Tensor, ...]) -> Tensor:
     """Along n: (b heads n k) each -> the same. In memory n stays before heads: attention needs no copy."""
     return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
 
@@ -158,18 +147,18 @@ class ExpertBlock(nn.Module):
 
     def before_attention(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n k)."""
-        shift, scale, *_ = (self.modulation.float() + context.time).chunk(6, dim=1)  # each (b 1 d)
+        shift, scale, *_ = (self.modulation + context.time).chunk(6, dim=1)  # each (b 1 d)
         y = modulate(x, shift, scale, self.eps)
         q, k, v = self.self_attn.qkv(y, y)
         return apply_rope(q, *context.rope), apply_rope(k, *context.rope), v
 
     def after_attention(self, x: Tensor, attended: Tensor, context: Context) -> Tensor:
         """Tokens, and their rows of the joint attention (b n d) -> the tokens after the block."""
-        _, _, gate, shift2, scale2, gate2 = (self.modulation.float() + context.time).chunk(6, dim=1)
-        x = gated(x, gate, self.self_attn.o(attended))
-        q, k, v = self.cross_attn.qkv(layer_norm(x, self.eps, self.norm3), context.text)
-        x = x + self.cross_attn.o(attention(q, k, v)).type_as(x)
-        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
+        _, _, gate, shift2, scale2, gate2 = (self.modulation + context.time).chunk(6, dim=1)
+        x = (x + gate * self.self_attn.o(attended)).type_as(x)  # the gate is fp32
+        q, k, v = self.cross_attn.qkv(layer_norm(x, self.norm3), context.text)
+        x = x + self.cross_attn.o(attention(q, k, v))
+        return (x + gate2 * self.ffn(modulate(x, shift2, scale2, self.eps))).type_as(x)
 
 
 class DualBlock(nn.Module):
@@ -181,20 +170,17 @@ class DualBlock(nn.Module):
         self.video = ExpertBlock(config)
         self.motion = ExpertBlock(config) if dual and not config.shared else None
 
-    def expert(self, modality: str) -> ExpertBlock | None:
-        return self.video if modality == "video" or self.shared else self.motion
-
     def forward(self, xs: dict[str, Tensor], contexts: dict[str, Context]) -> dict[str, Tensor]:
         """Tokens (b n d) of "video", "motion" or both -> the same after the block."""
-        experts = {m: self.expert(m) for m in xs if self.expert(m) is not None}
-        if not experts:  # motion alone in a video-only block
+        experts = {"video": self.video, "motion": self.video if self.shared else self.motion}
+        meet = [m for m in xs if experts[m] is not None]  # motion passes a video-only block unchanged
+        if not meet:
             return xs
-        parts = [expert.before_attention(xs[m], contexts[m]) for m, expert in experts.items()]
+        parts = [experts[m].before_attention(xs[m], contexts[m]) for m in meet]
         q, k, v = (concatenated(part) for part in zip(*parts, strict=True))  # (b heads n k), n of both
-        attended = attention(q, k, v).split([xs[m].shape[1] for m in experts], dim=1)  # each (b n d)
-        after = zip(experts.items(), attended, strict=True)
-        # what is not among the experts passes unchanged
-        return xs | {m: expert.after_attention(xs[m], y, contexts[m]) for (m, expert), y in after}
+        attended = attention(q, k, v).split([xs[m].shape[1] for m in meet], dim=1)  # each (b n d)
+        after = zip(meet, attended, strict=True)
+        return xs | {m: experts[m].after_attention(xs[m], y, contexts[m]) for m, y in after}
 
 
 # ---------------------------------------------------------------- into the blocks and out of them
@@ -211,7 +197,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (b n d), time (b d) float32."""
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)  # each (b 1 d)
+        shift, scale = (self.modulation + time[:, None]).chunk(2, dim=1)  # each (b 1 d)
         return self.head(modulate(x, shift, scale, self.eps))
 
 
@@ -222,7 +208,7 @@ class VideoExpert(nn.Module):
     def __init__(self, config: DualDiTConfig):
         super().__init__()
         d = config.width
-        self.freq_dim, self.patch = config.freq_dim, config.patch
+        self.freq_dim, self.patch = config.freq_dim, config.patch[1:]
         self.text_embedding = mlp(config.text_dim, d, d)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
@@ -231,37 +217,21 @@ class VideoExpert(nn.Module):
 
     def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
         """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
-        dtype = self.time_embedding[0].weight.dtype
         with torch.autocast(t.device.type, enabled=False):  # it would round the time
-            time = self.time_embedding(timestep_embedding(t, self.freq_dim).to(dtype)).float()  # (b d)
-            time6 = rearrange(self.time_projection(time.to(dtype)), "b (six d) -> b six d", six=6).float()
-        return time, Context(time6, self.text_embedding(text.to(self.text_embedding[0].weight.dtype)), rope)
+            time = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
+            time6 = rearrange(self.time_projection(time), "b (six d) -> b six d", six=6)
+        return time, Context(time6, self.text_embedding(text), rope)
 
     def embed(self, video: Tensor) -> Tensor:
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        (pt, ph, pw), pattern = self.patch, "b c (T pt) (H ph) (W pw) -> b (T H W) (c pt ph pw)"
-        patches = rearrange(video.to(weight.dtype), pattern, pt=pt, ph=ph, pw=pw)
-        return F.linear(patches, weight.flatten(1), bias)  # the convolution: its patches do not overlap
+        ph, pw = self.patch
+        patches = rearrange(video, "b c T (H ph) (W pw) -> b (T H W) (c ph pw)", ph=ph, pw=pw)
+        # the convolution: its patches do not overlap
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (T, H, W), (pt, ph, pw) = grid, self.patch
-        pattern = "b (T H W) (pt ph pw c) -> b c (T pt) (H ph) (W pw)"
-        return rearrange(self.head(x, time), pattern, T=T, H=H, W=W, pt=pt, ph=ph, pw=pw)
-
-
-class MotionExpert(nn.Module):
-    """Normalised motion (b f 235) -> motion tokens (b, f·51, d) -> their velocity."""
-
-    def __init__(self, config: DualDiTConfig):
-        super().__init__()
-        self.encoder = MotionEncoder(config.width)
-        self.head = Head(config, MotionDecoder(config.width))
-
-    def embed(self, motion: Tensor) -> Tensor:
-        return self.encoder(motion.to(self.encoder.token.dtype))
-
-    def predict(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.head(x, time)
+        (T, H, W), (ph, pw) = grid, self.patch
+        pattern = "b (T H W) (ph pw c) -> b c T (H ph) (W pw)"
+        return rearrange(self.head(x, time), pattern, T=T, H=H, W=W, ph=ph, pw=pw)
 
 
 # ---------------------------------------------------------------- the network
@@ -272,10 +242,10 @@ class DualDiT(nn.Module):
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
+        d = config.width
         self.config = config
         self.video = VideoExpert(config)
-        self.motion = MotionExpert(config)
-        d = config.width
+        self.motion = nn.ModuleDict({"encoder": MotionEncoder(d), "head": Head(config, MotionDecoder(d))})
         # nn.Embedding(TASK_COUNT, d) would draw random numbers, which init_weights draws anew
         embedding = nn.Embedding.from_pretrained(torch.empty(TASK_COUNT, d), freeze=False)
         self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
@@ -295,11 +265,17 @@ class DualDiT(nn.Module):
 
         video (b c T h w) latents, motion (b f 235) normalised, f = 4(T-1)+1; t_video and t_motion (b,) or
         (1,) in [0, 1]; text (b l text_dim); task a flow.Task. An absent input is None and gives None back.
-        A clean condition has t = 0, and its velocity means nothing. ValueError where shapes do not fit.
+        A clean condition has t = 0, and its velocity means nothing. ValueError where f does not fit T.
         """
-        self.check(video, motion, text)
-        T, H, W = self.grid(video)
+        # without video any grid will do: only differences of positions matter
+        size = (0, 0, 0) if video is None else video.shape[2:]
+        T, H, W = (n // patch for n, patch in zip(size, self.config.patch, strict=True))
         f = 0 if motion is None else motion.shape[1]
+        frames = FRAMES_PER_LATENT * (T - 1) + 1
+        if video is not None and motion is not None and f != frames:
+            raise ValueError(f"{T} video latents span {frames} frames, but motion has {f}")
+        dtype = self.video.patch_embedding.weight.dtype
+        video, motion, text = (None if x is None else x.to(dtype) for x in (video, motion, text))
         rope_video, rope_motion = rope_tables(self.config, (T, H, W), f, text.device)
         with torch.autocast(text.device.type, enabled=False):
             hint = self.task_hint[1:](self.task_hint[0].weight[task])  # (d,)
@@ -312,36 +288,15 @@ class DualDiT(nn.Module):
         if motion is not None:
             # paper is silent: Wan's embeddings of time and text serve both experts
             time_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
-            x = self.motion.embed(motion)  # (b f·51 d)
+            x = self.motion["encoder"](motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
         for block in self.blocks:
             xs = block(xs, contexts)
 
         u_video = None if video is None else self.video.predict(xs["video"], time_video, (T, H, W))
-        u_motion = None if motion is None else self.motion.predict(xs["motion"], time_motion)
+        u_motion = None if motion is None else self.motion["head"](xs["motion"], time_motion)
         return u_video, u_motion
-
-    def grid(self, video: Tensor | None) -> tuple[int, int, int]:
-        """(T H W) of the video's tokens. Without video all are 0: only differences of positions matter."""
-        if video is None:
-            return 0, 0, 0
-        return tuple(size // patch for size, patch in zip(video.shape[-3:], self.config.patch, strict=True))
-
-    def check(self, video: Tensor | None, motion: Tensor | None, text: Tensor) -> None:
-        """Raise ValueError where shapes do not fit the configuration or each other."""
-        config, b, (T, H, W) = self.config, len(text), self.grid(video)
-        _, ph, pw = config.patch
-        if video is None and motion is None:
-            raise ValueError("nothing to denoise: give video, motion or both")
-        if video is not None and tuple(video.shape) != (b, config.channels, T, H * ph, W * pw):
-            expected = f"({b}, {config.channels}, T, h, w), h a multiple of {ph} and w of {pw}"
-            raise ValueError(f"video: expected {expected}; got {tuple(video.shape)}")
-        if motion is not None and (motion.ndim != 3 or len(motion) != b or motion.shape[2] != MOTION_DIM):
-            raise ValueError(f"motion: expected ({b}, f, {MOTION_DIM}), got {tuple(motion.shape)}")
-        frames = FRAMES_PER_LATENT * (T - 1) + 1
-        if video is not None and motion is not None and motion.shape[1] != frames:
-            raise ValueError(f"{T} video latents span {frames} frames, but motion has {motion.shape[1]}")
 
     def video_parameters(self) -> list[nn.Parameter]:
         """The parameters that are Wan's: trained in stage 0, frozen in stage 1."""
@@ -361,9 +316,9 @@ class DualDiT(nn.Module):
         for layer in (*self.video.text_embedding[::2], *self.video.time_embedding[::2]):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(self.task_hint[0].weight)
-        nn.init.normal_(self.motion.encoder.token, std=0.5)
-        nn.init.normal_(self.motion.encoder.phase, std=0.5)
-        ends = [layers[-1] for layers in self.motion.head.head.mlps.values()]
+        nn.init.normal_(self.motion["encoder"].token, std=0.5)
+        nn.init.normal_(self.motion["encoder"].phase, std=0.5)
+        ends = [layers[-1] for layers in self.motion["head"].head.mlps.values()]
         for layer in (self.video.head.head, self.task_hint[-1], *ends):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -382,19 +337,15 @@ def rope_tables(
 
 
 if __name__ == "__main__":
-    config = PRESETS["puppet"]
-    model, t = DualDiT(config), torch.tensor([0.5])
+    model, t = DualDiT(PRESETS["puppet"]), torch.tensor([0.5])
+    video, motion, text = torch.randn(1, 48, 5, 8, 8), torch.randn(1, 17, MOTION_DIM), torch.randn(1, 16, 64)
 
-    def shapes(tensors: dict[str, Tensor]) -> str:
-        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    def show(what: str, **tensors: Tensor) -> None:
+        print(f"{what:18}", ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items()))
 
-    inputs = {"video": torch.randn(1, 48, 5, 8, 8), "motion": torch.randn(1, 17, MOTION_DIM)}
-    text = torch.randn(1, 16, config.text_dim)
-    block = model.blocks[0]
-    block.register_forward_pre_hook(lambda _, inputs: print("into a block      ", shapes(inputs[0])))
-    block.register_forward_hook(lambda _, inputs, output: print("out of a block    ", shapes(output)))
-    print("latents and motion", shapes(inputs))
-    u_video, u_motion = model(*inputs.values(), t, t, text, 0)  # Task.JOINT
-    print("velocities        ", shapes({"video": u_video, "motion": u_motion}))
+    model.blocks[0].register_forward_hook(lambda _, inputs, xs: show("out of a block", **xs))
+    show("latents and motion", video=video, motion=motion)
+    u_video, u_motion = model(video, motion, t, t, text, task=0)  # Task.JOINT
+    show("velocities", video=u_video, motion=u_motion)
     print("video alone:")
-    model(inputs["video"], None, t, None, text, 4)  # Task.VIDEO_ONLY
+    model(video, None, t, None, text, task=4)  # Task.VIDEO_ONLY

@@ -9,7 +9,6 @@ trained on all of them is a model of p(video, motion | text) and of each given t
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import Enum, IntEnum
 from itertools import pairwise
 from typing import NamedTuple
@@ -119,12 +118,6 @@ def noise_like(x: Tensor, seeds: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of every sample; t (b,)."""
-    t = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
-    return (1 - t) * x0 + t * noise
-
-
 class Loss(NamedTuple):
     """Squared velocity error per sample (b,), None for a modality that is not noise."""
 
@@ -164,7 +157,8 @@ def by_role(
     if role is Role.CLEAN:
         return x0, torch.zeros_like(t), None
     noise = noise_like(x0, seeds)
-    return noised(x0, noise, t), t, noise - x0
+    each = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
+    return (1 - each) * x0 + each * noise, t, noise - x0
 
 
 def squared_error(u: Tensor | None, target: Tensor | None) -> Tensor | None:
@@ -175,45 +169,24 @@ def squared_error(u: Tensor | None, target: Tensor | None) -> Tensor | None:
 # ---------------------------------------------------------------- in-context guidance (equations 4 to 6)
 
 
-@dataclass
-class Velocity:
-    """d x / d t of both modalities; None for what is not generated. Sums and multiples act on both."""
-
-    video: Tensor | None
-    motion: Tensor | None
-
-    def __add__(self, other: "Velocity") -> "Velocity":
-        video = None if self.video is None else self.video + other.video
-        motion = None if self.motion is None else self.motion + other.motion
-        return Velocity(video, motion)
-
-    def __rmul__(self, weight: float) -> "Velocity":
-        video = None if self.video is None else weight * self.video
-        motion = None if self.motion is None else weight * self.motion
-        return Velocity(video, motion)
-
-    def __sub__(self, other: "Velocity") -> "Velocity":
-        return self + -1.0 * other
-
-
 def guided(
     model: Network, video: Tensor | None, motion: Tensor | None, t: Tensor, text: Tensor, null_text: Tensor,
     task: Task, w1: float, w2: float,
-) -> Velocity:  # fmt: skip
-    """The velocity to follow at t (1,); w1 is ω1, the weight of the text, w2 is ω2, that of the condition."""
+) -> Tensor:  # fmt: skip
+    """The velocity to follow at t (1,); w1 is ω1, the weight of the text, w2 is ω2, that of the condition.
+
+    Of what is noise: (b n), video's numbers, then motion's.
+    """
     x, m, y, null = video, motion, text, null_text
     t_video, t_motion = (0 * t if role is Role.CLEAN else t for role in (task.video, task.motion))
 
-    def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Velocity:
+    def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Tensor:
         """One call of the network; without its condition, as the task that has none."""
         # paper is silent: the task hint of a call without its condition
         called = task if x is video and m is motion else task.unconditional
         times = (None if x is None else t_video), (None if m is None else t_motion)
-        u_video, u_motion = model(x, m, *times, y, called)
-        return Velocity(
-            u_video.float() if task.video is Role.NOISY else None,
-            u_motion.float() if task.motion is Role.NOISY else None,
-        )
+        velocities = zip(model(x, m, *times, y, called), (task.video, task.motion), strict=True)
+        return torch.cat([v.float().flatten(1) for v, role in velocities if role is Role.NOISY], dim=1)
 
     if task is Task.MOTION_TO_VIDEO:
         u_xmy, u_x = u(x, m, y), u(x, None, null)
@@ -228,20 +201,7 @@ def guided(
 
 # ---------------------------------------------------------------- sampling
 
-
-def euler(u: Velocity, previous: Velocity | None, step: float, previous_step: float) -> Velocity:
-    """First order: the displacement of one step with the velocity at its beginning."""
-    return step * u
-
-
-def adams_bashforth(u: Velocity, previous: Velocity | None, step: float, previous_step: float) -> Velocity:
-    """Second order, multistep: extrapolate the velocity to the middle of the step, at no extra call."""
-    if previous_step == 0:
-        return step * u
-    return step * (u + step / (2 * previous_step) * (u - previous))
-
-
-SOLVERS = {"euler": euler, "ab2": adams_bashforth}
+SOLVERS = {"euler": 1, "ab2": 2}  # Euler and Adams-Bashforth: their orders
 
 
 @torch.no_grad()
@@ -263,27 +223,27 @@ def sample(
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
     condition comes back as it went in. `progress` is what the steps go through, such as tqdm. The defaults
-    are the paper's, but for ab2. ValueError where options or inputs do not fit.
+    are the paper's, but for ab2. ValueError where inputs do not fit the task.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
             raise ValueError(
                 f"{task.name}: {name} is {role.value}; got {'none' if x is None else 'a tensor'}"
             )
+    order = SOLVERS[solver]
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     previous, previous_step = None, 0.0
     for now, then in progress(list(pairwise(times))):
         t, step = text.new_tensor([now], dtype=torch.float32), then - now
         u = guided(model, video, motion, t, text, null_text, task, guidance_text, guidance_condition)
-        displacement = SOLVERS[solver](u, previous, step, previous_step)
+        velocity = u
+        if order == 2 and previous_step:  # extrapolated to the middle of the step, at no extra call
+            velocity = u + step / (2 * previous_step) * (u - previous)
+        displacement = step * velocity
         if task.video is Role.NOISY:
-            video = video + displacement.video
+            video = video + displacement[:, : video[0].numel()].view_as(video)
         if task.motion is Role.NOISY:
-            motion = motion + displacement.motion
+            motion = motion + displacement[:, -motion[0].numel() :].view_as(motion)
         previous, previous_step = u, step
     return video, motion
 
@@ -293,52 +253,41 @@ if __name__ == "__main__":
     # says which half of the circle. A small MLP stands for the network; all else is as in the real thing.
     from torch import nn
 
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.hint = nn.Embedding(len(Task), 32)
-            self.mlp = nn.Sequential(
-                nn.Linear(38, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 3)
-            )
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # it is too small to share
+    hint = nn.Embedding(len(Task), 32)
+    mlp = nn.Sequential(nn.Linear(38, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 3))
 
-        def forward(self, video, motion, t_video, t_motion, text, task):
-            columns = [(video, 2), (motion, 1), (t_video, 1), (t_motion, 1), (text[:, 0], 1)]
-            rows = [
-                text.new_zeros(len(text), n) if x is None else x.view(-1, n).expand(len(text), n)
-                for x, n in columns
-            ]
-            u = self.mlp(torch.cat([*rows, self.hint.weight[task].expand(len(text), 32)], dim=1))
-            return (None if video is None else u[:, :2]), (None if motion is None else u[:, 2:])
+    def toy(video, motion, t_video, t_motion, text, task):
+        inputs = (video, 2), (motion, 1), (t_video, 1), (t_motion, 1), (text, 1), (hint.weight[task], 32)
+        rows = [torch.zeros(1, n) if x is None else x.view(-1, n) for x, n in inputs]
+        u = mlp(torch.cat([row.expand(len(text), -1) for row in rows], dim=1))
+        return u[:, :2], u[:, 2:]
+
+    def circle(angle: Tensor) -> Tensor:
+        return torch.cat((angle.cos(), angle.sin()), dim=1)
 
     def clips(n: int) -> tuple[Tensor, Tensor, Tensor]:
         half = torch.randint(2, (n, 1)) * 2.0 - 1  # +1: upper, -1: lower
         angle = half * (0.2 + 2.7 * torch.rand(n, 1))
         return circle(angle), angle, half[..., None]
 
-    def circle(angle: Tensor) -> Tensor:
-        return torch.cat((angle.cos(), angle.sin()), dim=1)
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # it is too small to share
-    model = Toy()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam([*hint.parameters(), *mlp.parameters()])
     generator = torch.Generator().manual_seed(0)
     for step in range(steps := 2500):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         video, motion, text = clips(128)
-        error = loss(model, video, motion, text, 0 * text, draw(generator, stage=2, b=128)).total
-        error.backward()
+        loss(toy, video, motion, text, 0 * text, draw(generator, stage=2, b=128)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     video, motion, text = clips(512)
-    noise_video, noise_motion = torch.randn_like(video), torch.randn_like(motion)
-    how = {"steps": 20, "shift": 1.0, "guidance_text": 1.5, "guidance_condition": 1.5}
-    print("the circle's radius is 1; the mean distance from where it should be:")
-    x, m = sample(model, noise_video, noise_motion, text, 0 * text, Task.JOINT, **how)
-    right = (x[:, 1].sign() == text[:, 0, 0]).float().mean()
-    print(f"joint            {(x - circle(m)).norm(dim=1).mean():.3f}, {right:.0%} in the half the text says")
-    x, _ = sample(model, noise_video, motion, text, 0 * text, Task.MOTION_TO_VIDEO, **how)
-    print(f"motion to video  {(x - circle(motion)).norm(dim=1).mean():.3f}")
-    _, m = sample(model, video, noise_motion, text, 0 * text, Task.VIDEO_TO_MOTION, **how)
-    print(f"video to motion  {(circle(m) - video).norm(dim=1).mean():.3f}")
+    print("the circle's radius is 1; the mean distance of the video from the point of its motion:")
+    for task in STAGES[2]:
+        x = torch.randn_like(video) if task.video is Role.NOISY else video
+        m = torch.randn_like(motion) if task.motion is Role.NOISY else motion
+        x, m = sample(toy, x, m, text, 0 * text, task, 20, guidance_text=1.5, guidance_condition=1.5, shift=1)
+        distance = (x - circle(m)).norm(dim=1).mean()
+        right = (x[:, 1].sign() == text[:, 0, 0]).float().mean()
+        name = task.name.lower().replace("_", " ")
+        print(f"{name:16} {distance:.3f}, {right:.0%} in the half the text says")

@@ -81,12 +81,6 @@ def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl:
     metres. `body.joints(...)` gives the joint positions η (kit/body.py): absolute, in the frame of
     `transl`, so that with a paired clip they project straight onto its pixels.
     """
-    b, f = transl.shape[:2]
-    expected = {"global_orient": (b, f, 3), "body_pose": (b, f, 23, 3), "betas": (b, 10), "transl": (b, f, 3)}
-    given = {"global_orient": global_orient, "body_pose": body_pose, "betas": betas, "transl": transl}
-    for name, shape in expected.items():
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(given[name].shape)}")
     # paper is silent: η is absolute, so that it projects onto pixels
     joints = body.joints(global_orient, body_pose, betas[:, None], transl)  # (b f j 3)
     pose = torch.cat((global_orient[:, :, None], body_pose), dim=2)  # (b f j 3)
@@ -96,7 +90,7 @@ def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl:
         rearrange(joints, "b f j c -> b f (j c)"),  # η
         rearrange(rotations, "b f j c -> b f (j c)"),  # θ
         rotations[:, :, 0],  # γ: the root once more, as a token of its own
-        repeat(betas, "b c -> b f c", f=f),  # β
+        repeat(betas, "b c -> b f c", f=transl.shape[1]),  # β
     )
     return torch.cat(parts, dim=-1)  # (b f 235)
 
@@ -108,8 +102,6 @@ def decode_smpl(x: Tensor) -> dict[str, Tensor]:
     (b f 24 3). The root comes from γ, the body from θ[1:], β is averaged over frames; `joints` are the
     positions η as they stand, which need not agree exactly with the rotations' forward kinematics.
     """
-    if x.ndim != 3 or x.shape[-1] != MOTION_DIM:
-        raise ValueError(f"expected motion of shape (b, f, {MOTION_DIM}), got {tuple(x.shape)}")
     transl, joints, rotations, orient, betas = x.split(list(SIZES.values()), dim=-1)
     rotations = rearrange(rotations, "b f (j c) -> b f j c", c=6)
     return {
@@ -187,13 +179,10 @@ def sixd_to_matrix(sixd: Tensor) -> Tensor:
 if __name__ == "__main__":
     print("the 51 tokens of a frame, in their order:")
     token = number = 0
-    for name, tokens in {"transl": 1, "joints": JOINTS, "rotations": JOINTS, "orient": 1, "betas": 1}.items():
-        size = SIZES[name] // tokens
-        group = next(g for g, (_, numbers) in GROUPS.items() if numbers == size)
-        numbers = f"numbers {number}..{number + SIZES[name] - 1}"
-        print(
-            f"  {token:2}..{token + tokens - 1:2}  {name:10} {tokens:2} x {size:2}   {numbers:18} {group} MLP"
-        )
-        token, number = token + tokens, number + SIZES[name]
+    for name, size in SIZES.items():
+        tokens = JOINTS if name in ("joints", "rotations") else 1
+        places, numbers = f"{token:2}..{token + tokens - 1:2}", f"{number}..{number + size - 1}"
+        print(f"  {places}  {name:10} {tokens:2} x {size // tokens:2}   numbers {numbers}")
+        token, number = token + tokens, number + size
     encoder, motion = MotionEncoder(128), torch.randn(1, 17, MOTION_DIM)
     print(f"motion {tuple(motion.shape)} -> tokens {tuple(encoder(motion).shape)}: 17 frames of {token}")

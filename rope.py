@@ -45,12 +45,6 @@ def motion_positions(f: int, H: int, W: int, synced: bool = True, apart: bool = 
     return rearrange([time, row, column], "axes f i -> (f i) axes")
 
 
-def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's channels rotate by time, by height and by width (Wan's split)."""
-    side = 2 * (head_dim // 6)
-    return head_dim - 2 * side, side, side
-
-
 def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's rotation angles: (n, 3) -> two tensors (n, head_dim/2), float32.
 
@@ -59,8 +53,9 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tup
     """
     if head_dim % 2 or head_dim < 6:
         raise ValueError(f"head_dim must be even and at least 6 (three axes of pairs), got {head_dim}")
+    side = 2 * (head_dim // 6)  # channels that rotate by height, and as many by width: Wan's split
     angles = []
-    for axis, dim in enumerate(axis_dims(head_dim)):
+    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
         exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
         angles.append(torch.outer(positions[:, axis].double(), theta**-exponent))  # (n dim/2)
     angles = torch.cat(angles, dim=1)  # (n head_dim/2)

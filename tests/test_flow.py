@@ -1,4 +1,4 @@
-"""flow.py: the path, the training recipe, guidance by the calls it makes, the solvers."""
+"""flow.py: guidance by the calls it makes, the training recipe, a step, the solvers."""
 
 import math
 from collections import Counter
@@ -27,41 +27,6 @@ def randn(*roles: Role) -> list[Tensor | None]:
     return [
         None if role is Role.ABSENT else torch.randn(shape) for shape, role in zip(shapes, roles, strict=True)
     ]
-
-
-def a_draw(task: Task, **given) -> Draw:
-    seeds = torch.randint(2**62, (B,))
-    return Draw(task, torch.zeros(B, dtype=torch.bool), torch.rand(B), seeds)._replace(**given)
-
-
-# ---------------------------------------------------------------- the path
-
-
-def test_the_path_runs_from_data_to_noise_at_its_velocity():
-    x0, noise = torch.randn(2, B, 4, dtype=torch.float64)
-    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)  # one for each sample
-    x, velocity = torch.func.jvp(lambda t: flow.noised(x0, noise, t), (t,), (torch.ones(B).double(),))
-    assert torch.equal(x[0], x0[0]) and torch.equal(x[2], noise[2])
-    torch.testing.assert_close(x[1], 0.7 * x0[1] + 0.3 * noise[1])
-    torch.testing.assert_close(velocity, noise - x0)
-
-
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 8.0])
-def test_shift_multiplies_the_odds_of_noise(shift):
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    shifted = flow.shift_time(t, shift)
-    assert shifted[0] == 0 and shifted[-1] == 1 and (shifted.diff() > 0).all()
-    odds = t[1:-1] / (1 - t[1:-1])
-    torch.testing.assert_close(shifted[1:-1] / (1 - shifted[1:-1]), shift * odds)
-
-
-def test_noise_of_a_sample_depends_on_its_seed_alone():
-    # catches noise that depends on the batch: ranks and microbatches would train on another one
-    seeds = torch.tensor([5, 6, 2**61])
-    noise = flow.noise_like(torch.empty(3, 4, 500), seeds)
-    assert torch.equal(noise[1:2], flow.noise_like(torch.empty(1, 4, 500), seeds[1:2]))
-    assert noise.std() == pytest.approx(1, abs=0.03) and noise.mean() == pytest.approx(0, abs=0.03)
-    assert (noise[0] * noise[1]).mean().abs() < 0.1
 
 
 # ---------------------------------------------------------------- what the network is asked
@@ -179,6 +144,15 @@ def test_a_draw_is_a_function_of_the_generator():
     assert part.task is one.task and torch.equal(part.t, one.t[2:5])
 
 
+def test_noise_of_a_sample_depends_on_its_seed_alone():
+    # catches noise that depends on the batch: ranks and microbatches would train on another one
+    seeds = torch.tensor([5, 6, 2**61])
+    noise = flow.noise_like(torch.empty(3, 4, 500), seeds)
+    assert torch.equal(noise[1:2], flow.noise_like(torch.empty(1, 4, 500), seeds[1:2]))
+    assert noise.std() == pytest.approx(1, abs=0.03) and noise.mean() == pytest.approx(0, abs=0.03)
+    assert (noise[0] * noise[1]).mean().abs() < 0.1
+
+
 def test_noise_levels_are_shifted():
     t = flow.draw(torch.Generator().manual_seed(0), 2, 20_000, shift=8.0).t
     # 8t / (1 + 7t) has its median at 8/9
@@ -193,7 +167,7 @@ def test_a_step_asks_for_the_velocity_at_a_point_of_the_path_and_its_loss_is_the
     roles, asked, total = (task.video, task.motion), [], 0.0
     outputs = randn(Role.NOISY, Role.NOISY)
     outputs = [u if role is Role.NOISY else u * math.nan for u, role in zip(outputs, roles, strict=True)]
-    draw = a_draw(task, drop_text=torch.tensor([True, False, True]))
+    draw = Draw(task, torch.tensor([True, False, True]), torch.rand(B), torch.randint(2**62, (B,)))
     got = flow.loss(lambda *given: asked.append(given) or outputs, video, motion, TEXT, NULL, draw)
     ((x_video, x_motion, t_video, t_motion, text, asked_task),) = asked
     assert asked_task is task and text.mean(dim=(1, 2)).tolist() == [0, 1, 0]
@@ -219,18 +193,6 @@ def test_a_step_asks_for_the_velocity_at_a_point_of_the_path_and_its_loss_is_the
 # ---------------------------------------------------------------- the solvers
 
 
-def ode(velocity_video, velocity_motion):
-    """A network that knows two ordinary differential equations."""
-
-    def answer(x: Tensor | None, t: Tensor | None, velocity) -> Tensor | None:
-        return None if x is None else velocity(x, t.view(-1, *[1] * (x.ndim - 1)))
-
-    return lambda video, motion, t_video, t_motion, text, task: (
-        answer(video, t_video, velocity_video),
-        answer(motion, t_motion, velocity_motion),
-    )
-
-
 def solve(network, state: list[Tensor | None], task=Task.JOINT, **options) -> tuple:
     options = {"guidance_text": 1.0, "guidance_condition": 1.0, "shift": 1.0} | options
     return flow.sample(network, *state, TEXT, NULL, task, **options)
@@ -240,7 +202,7 @@ def solve(network, state: list[Tensor | None], task=Task.JOINT, **options) -> tu
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2)])
 def test_order_of_convergence(solver, order, shift):
     # u = x² cos t has 1/x(0) = 1/x(1) + sin 1, and u = -2tx has x(0) = e·x(1)
-    network = ode(lambda x, t: x.square() * t.cos(), lambda x, t: -2 * t * x)
+    network = lambda video, motion, t, *_: (video.square() * t.cos(), -2 * t * motion)
     start = [x.double().sigmoid() + 0.5 for x in randn(Role.NOISY, Role.NOISY)]
     exact = 1 / (1 / start[0] + math.sin(1)), math.e * start[1]
     errors = []
@@ -258,7 +220,7 @@ def test_ab2_is_exact_for_linear_velocities_after_its_first_step(shift):
     # catches coefficients that hold for equal steps only: those keep the order, but lose this
     steps, slope = 6, 1.5
     video, _ = randn(Role.NOISY, Role.ABSENT)
-    network = ode(lambda x, t: 0.5 + slope * t + 0 * x, None)
+    network = lambda video, motion, t, *_: (0.5 + slope * t + 0 * video, None)
     got, _ = solve(network, [video.double(), None], Task.VIDEO_ONLY, steps=steps, shift=shift)
     t = (steps - 1) / steps
     first_step = 1 - shift * t / (1 + (shift - 1) * t)
@@ -266,46 +228,29 @@ def test_ab2_is_exact_for_linear_velocities_after_its_first_step(shift):
     torch.testing.assert_close(got, exact - slope * first_step**2 / 2, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("task", "shift", "t_video", "t_motion"),
-    [
-        (Task.JOINT, 3.0, (1, 0.9, 0.75, 0.5), (1, 0.9, 0.75, 0.5)),  # 3t / (1 + 2t)
-        (Task.MOTION_TO_VIDEO, 1.0, (1, 0.75, 0.5, 0.25), (0, 0, 0, 0)),
-        (Task.VIDEO_TO_MOTION, 1.0, (0, 0, 0, 0), (1, 0.75, 0.5, 0.25)),
-    ],
-)
-def test_sampling_asks_at_these_times(task, shift, t_video, t_motion):
-    asked = []
+def test_sampling_asks_at_these_times_shows_every_step_and_needs_no_gradients():
+    asked, shown = [], []
 
     def network(video, motion, t_video, t_motion, text, task):
-        if video is not None and motion is not None:
-            asked.append((t_video.item(), t_motion.item()))
+        asked.append((t_video.item(), t_motion.item()))
         return video, motion
 
-    solve(network, randn(Role.NOISY, Role.NOISY), task, steps=4, shift=shift)
-    for i, times in enumerate((t_video, t_motion)):
-        assert [t[i] for t in dict.fromkeys(asked)] == pytest.approx(times)
-
-
-def test_progress_sees_every_step_and_gradients_are_off():
-    seen, x = [], torch.randn(B, 1, 4, requires_grad=True)
-    progress = lambda steps: seen.append(len(steps)) or steps
-    _, made = solve(lambda *given: given[:2], [None, x], Task.MOTION_ONLY, steps=5, progress=progress)
-    assert seen == [5] and not made.requires_grad
+    start = [x.requires_grad_() for x in randn(Role.NOISY, Role.NOISY)]
+    made = solve(network, start, steps=4, shift=3.0, progress=lambda steps: shown.append(len(steps)) or steps)
+    for t in zip(*dict.fromkeys(asked), strict=True):
+        assert t == pytest.approx((1, 0.9, 0.75, 0.5))  # 3t / (1 + 2t)
+    assert shown == [4] and not any(x.requires_grad for x in made)
 
 
 @pytest.mark.parametrize(
-    ("task", "absent", "options", "message"),
+    ("task", "absent", "message"),
     [
-        (Task.JOINT, (), {"solver": "heun"}, "unknown solver 'heun': choose one of euler, ab2"),
-        (Task.JOINT, (), {"steps": 0}, "steps must be at least 1"),
-        (Task.MOTION_TO_VIDEO, ("motion",), {}, "motion is a condition.*got none"),
-        (Task.JOINT, ("video",), {}, "video is noise, to be denoised; got none"),
-        (Task.MOTION_ONLY, (), {}, "video .*no tokens.*got a tensor"),
+        (Task.MOTION_TO_VIDEO, "motion", "motion is a condition.*got none"),
+        (Task.JOINT, "video", "video is noise, to be denoised; got none"),
+        (Task.MOTION_ONLY, None, "video .*no tokens.*got a tensor"),
     ],
 )
-def test_impossible_requests_are_refused(task, absent, options, message):
-    both = randn(Role.NOISY, Role.NOISY)
-    state = [None if name in absent else x for name, x in zip(("video", "motion"), both, strict=True)]
+def test_inputs_that_do_not_fit_the_task_are_refused(task, absent, message):
+    roles = (Role.ABSENT if name == absent else Role.NOISY for name in ("video", "motion"))
     with pytest.raises(ValueError, match=message):
-        solve(lambda *given: given[:2], state, task, **options)
+        solve(None, randn(*roles), task)
