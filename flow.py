@@ -157,8 +157,9 @@ def by_role(
     if role is Role.CLEAN:
         return x0, torch.zeros_like(t), None
     noise = noise_like(x0, seeds)
-    each = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
-    return (1 - each) * x0 + each * noise, t, noise - x0
+    level = t.view(-1, *[1] * (x0.ndim - 1))  # (b 1 ... 1)
+    x_t = (1 - level) * x0 + level * noise
+    return x_t, t, noise - x0
 
 
 def squared_error(u: Tensor | None, target: Tensor | None) -> Tensor | None:
@@ -236,10 +237,9 @@ def sample(
     for now, then in progress(list(pairwise(times))):
         t, step = text.new_tensor([now], dtype=torch.float32), then - now
         u = guided(model, video, motion, t, text, null_text, task, guidance_text, guidance_condition)
-        velocity = u
-        if order == 2 and previous_step:  # extrapolated to the middle of the step, at no extra call
-            velocity = u + step / (2 * previous_step) * (u - previous)
-        displacement = step * velocity
+        displacement = step * u
+        if order == 2 and previous_step:  # the velocity extrapolated to the middle of the step
+            displacement = step * (u + step / (2 * previous_step) * (u - previous))
         if task.video is Role.NOISY:
             video = video + displacement[:, : video[0].numel()].view_as(video)
         if task.motion is Role.NOISY:
