@@ -29,6 +29,9 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
 from kit.distributed import World, gathered
 
+# torch takes a single process for a mistake
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 DONE = "done.json"
 PATTERN = "step-*"
 
@@ -50,9 +53,11 @@ def training_state(
     ema: dict[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
     codec: dict[str, Tensor],
-    rank: int,
 ) -> dict[str, Tensor]:
-    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors."""
+    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors.
+
+    No random state: whatever a step draws is a function of its number (kit/data/batch.py).
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {f"model/{name}": value for name, value in model.state_dict().items()}
     state |= {f"ema/{name}": value for name, value in ema.items()}
@@ -63,9 +68,6 @@ def training_state(
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }
-    state[f"random/{rank}/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -74,7 +76,7 @@ def load(
     model: DualDiT,
     ema: dict[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
-    world: World,
+    ranks: int,
 ) -> None:
     """Fill all of these from a checkpoint; optimizers, where they are given, get the states they had."""
     stored = _stored(folder)
@@ -91,13 +93,7 @@ def load(
             # Muon's is like its gradient
             empty = gathered(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()
-    state = training_state(model, ema, optimizers, {}, world.rank)
-    state = {k: v for k, v in state.items() if k in stored or not k.startswith("random/")}  # of more ranks
-    _read(folder, state, no_dist=world.ranks == 1)
-    if f"random/{world.rank}/cpu" in state:
-        torch.set_rng_state(state[f"random/{world.rank}/cpu"])
-    if f"random/{world.rank}/cuda" in state:
-        torch.cuda.set_rng_state(state[f"random/{world.rank}/cuda"])
+    _read(folder, training_state(model, ema, optimizers, {}), no_dist=ranks == 1)
 
 
 def load_whole(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -116,7 +112,6 @@ def _stored(folder: Path) -> dict:
 
 def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
     """Fill tensors from a checkpoint, in place; ValueError if that is damaged."""
-    _accept_one_process()
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:
@@ -126,21 +121,15 @@ def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
         ) from error
 
 
-def _accept_one_process() -> None:
-    """torch takes a single process for a mistake, and warns of it."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
-
-
 # ---------------------------------------------------------------- writing
 
 
 class Writer:
     """Writes one checkpoint at a time, behind the training loop's back."""
 
-    def __init__(self, run: Path, keep: int, world: World, weights_too: bool):
-        """Keeps the last `keep`; `weights_too`: each comes with weights.safetensors (a small model)."""
+    def __init__(self, run: Path, keep: int, world: World):
+        """Keeps the last `keep`."""
         self.run, self.keep, self.world = run, keep, world
-        self.weights = run / "weights.safetensors" if weights_too else None
         # a group of their own: collectives of two threads must not mix
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
         # With a second team of threads libgomp counts more threads than cores, and lets them sleep at every
@@ -148,7 +137,6 @@ class Writer:
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.thread.submit(int).result()  # threads that torch starts from now on have one, too
         self.pending: Future | None = None
-        _accept_one_process()
         if world.rank == 0:
             for left in (run / "checkpoints").glob("." + PATTERN):
                 shutil.rmtree(left)
@@ -161,10 +149,6 @@ class Writer:
         alone = self.group is None
         written = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group, no_dist=alone)
         self.pending = self.thread.submit(self.finish, written, temporary, record)
-
-    def failed(self) -> bool:
-        """Whether a checkpoint could not be written; wait() says why."""
-        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk; OSError on every rank if any could not write it."""
@@ -211,8 +195,6 @@ class Writer:
         _sync(final.parent)
         for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
             shutil.rmtree(old)
-        if self.weights:
-            export(final, self.weights)
         if record["stage_ended"] is not None:
             export(final, self.run / f"stage-{record['stage_ended']}.safetensors")
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import flow
 from dual_dit import DualDiT
-from kit import devices, graphs
+from kit import graphs
 
 # gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
 SHARD_FROM = 1_000_000_000  # parameters
@@ -78,7 +78,7 @@ def terminated() -> threading.Event:
 
 
 def small(model: nn.Module) -> bool:
-    """Whether every rank can have the whole of it, and a checkpoint is quickly written twice."""
+    """Whether every rank can have the whole of it."""
     return sum(p.numel() for p in model.parameters()) < SHARD_FROM
 
 
@@ -251,11 +251,3 @@ def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The slice that this rank has of a sharded tensor; others are whole everywhere."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def use_bf16(precision: str, world: World) -> bool:
-    """Of "bf16", "fp32" or "auto": what most ranks' processors are made for, so that all compute alike."""
-    if precision != "auto":
-        return precision == "bf16"
-    vote = torch.tensor(float(devices.has_bf16_units(world.device)), device=world.device)
-    return mean_over_ranks(vote, world.ranks).item() > 0.5
