@@ -9,12 +9,11 @@ The slices are of whole tensors, so a run can go on with another number of ranks
 is on a disk that all of them share.
 """
 
-import functools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -115,9 +114,8 @@ def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:
-        reason = _root_cause(next(iter(error.failures.values()))[0])
         raise ValueError(
-            f"{folder} is damaged ({reason}): delete it, and --resume goes on from the one before"
+            f"{folder} is damaged ({_root_cause(error)}): delete it, and --resume goes on from the one before"
         ) from error
 
 
@@ -151,37 +149,25 @@ class Writer:
         self.pending = self.thread.submit(self.finish, written, temporary, record)
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk; OSError on every rank if any could not write it."""
+        """Until the last checkpoint is on the disk; OSError if it could not be written."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
 
     def finish(self, written: Future, temporary: Path, record: dict) -> None:
         """What remains once the slices are being written, in the writing thread."""
-        self._together(written.result, temporary)
-        publish = functools.partial(self._publish, temporary, record)
-        self._together(publish if self.world.rank == 0 else lambda: None, temporary)
-
-    def _together(self, task: Callable[[], object], temporary: Path) -> None:
-        """Do a task on every rank; OSError on all of them if one of them fails."""
-        error = None
         try:
-            task()
-        except CheckpointException as caught:
-            error = str(_root_cause(next(iter(caught.failures.values()))[0]))
-        except OSError as caught:
-            error = str(caught)
-        errors = [error] * self.world.ranks
-        if self.group is not None:
-            dist.all_gather_object(errors, error, group=self.group)
-        if any(errors):
+            written.result()  # what fails on one rank, torch raises on all
+            if self.world.rank == 0:
+                self._publish(temporary, record)
+        except (CheckpointException, OSError) as error:
             free = shutil.disk_usage(temporary.parent).free / 2**20
             if self.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
-                f"cannot save {temporary.with_name(temporary.name[1:])}: {next(filter(None, errors))} "
+                f"cannot save {temporary.with_name(temporary.name[1:])}: {_root_cause(error)} "
                 f"({free:.0f} MB were free); earlier checkpoints are intact: go on with --resume"
-            )
+            ) from error
 
     def _publish(self, temporary: Path, record: dict) -> None:
         """Marker, name, and only then may an older one go."""
@@ -201,6 +187,8 @@ class Writer:
 
 def _root_cause(error: BaseException) -> BaseException:
     """torch's writer fails once more while it closes a file that could not be written."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error

@@ -22,12 +22,11 @@ import flow
 import train
 from dual_dit import PRESETS, DualDiT
 from flow import Draw, Role, Task
-from kit import checkpoints, data, devices, distributed, puppet, validation
+from kit import data, devices, distributed, puppet, validation
 from kit.data import batch as batches
 from kit.data.batch import Batch
 from kit.data.sources import open_sources
 from kit.geometry import PUPPET
-from kit.muon import Muon
 from kit.puppet import world as puppet_world
 from sample import denoise
 
@@ -40,11 +39,9 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits, self.uploads, self.waited_uploads = (collections.Counter() for _ in range(3))
-        self.launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.launches += 1
         if func is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
             self.uploads[place()] += 1
             if not kwargs.get("non_blocking"):
@@ -178,37 +175,6 @@ def test_validation(model, codec):
     held = validation.read_held_out(held[:4], model, 2, 17, codec, DEVICE)
     assert there(held.video, held.motion, held.text, held.null_text)
     validation.validate(model, held, flow.STAGES[2], 4, False)
-
-
-def test_optimizers_go_on_where_their_parameters_are(model, monkeypatch):
-    # fused AdamW on a GPU takes no counter that lies on the CPU
-    slots = ("exp_avg", "exp_avg_sq", "step")
-    shapes = {f"optimizer/{name}/{slot}": p.shape for name, p in model.named_parameters() for slot in slots}
-    shapes = {key: torch.Size() if key.endswith("step") else shape for key, shape in shapes.items()}
-    stored = {key: collections.namedtuple("Stored", "size")(shape) for key, shape in shapes.items()}
-    monkeypatch.setattr(checkpoints, "_stored", lambda folder: stored)
-    monkeypatch.setattr(checkpoints, "_read", lambda *args, **options: None)
-    opts = train.optimizers(model, "puppet")
-    checkpoints.load(Path(), model, {}, opts, ranks=1)
-    assert there(*(value for o in opts for slots in o.state.values() for value in slots.values()))
-
-
-def test_muon_and_the_average_launch_as_much_for_many_tensors_as_for_few():
-    # catches a loop over matrices: the puppet has 120 of them, and a GPU waits for each kernel's launch
-    launches = []
-    for count in (3, 30):
-        matrices = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(count)]
-        for p in matrices:
-            p.grad = torch.randn(8, 4)
-        muon, watch = Muon(matrices, weight_decay=0.01), Watch()
-        muon.step()
-        state = {str(i): p.detach() for i, p in enumerate(matrices)}
-        average = {name: x.clone() for name, x in state.items()}
-        with watch:
-            muon.step()
-            train.follow(average, state, 0.5)
-        launches.append(watch.launches)
-    assert launches[0] == launches[1] < 80
 
 
 def test_weights_in_bf16_are_not_kept_until_the_step_ends():

@@ -26,7 +26,6 @@ from flow import Draw, Task
 from kit import checkpoints, distributed, monitor, plots, puppet, validation, weights
 from kit.data import batch as batches
 from kit.data.datasets import puppet_motion
-from kit.data.motion_files import Motion, save_amass
 from kit.data.sources import open_sources
 from kit.distributed import World
 from kit.geometry import PUPPET
@@ -451,16 +450,10 @@ def test_weights_of_one_ablation_do_not_become_another(verb, ablations, tmp_path
         assert verb(train, *call, "--out", tmp_path / name).code == 0
 
 
-def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, tmp_path):
-    clip, folder = puppet.clips([0]), tmp_path / "motions"
-    folder.mkdir()
-    moving = clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0]
-    save_amass(folder / "a.npz", Motion(*moving, puppet.FPS, "neutral"), puppet.body())
-    call = ("--init", tiny_weights, "--data", f"amass:{folder}")
-    ended = verb(train, *call, "--steps", 1, "--batch", 1, *PLAIN, "--out", tmp_path / "run")
-    assert ended.code == 2 and not (tmp_path / "run").exists()
-    # after the bar of what was read
-    assert re.search("stages 0 and 2 need video.*or --stage 1$", ended.err.splitlines()[-1])
+def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, tmp_path, monkeypatch):
+    (source,) = open_sources(["puppet"], PUPPET, puppet.body())
+    monkeypatch.setattr(train.run, "open_sources", lambda *_, **__: [source._replace(paired=False)])
+    refused(verb, tmp_path / "run", "stages 0 and 2 need video.*or --stage 1$", "--init", tiny_weights)
 
 
 PLANS = {
