@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,10 @@ from kit import checkpoints, devices, distributed, files, monitor, run, validati
 from kit.data import batch as batches
 from kit.distributed import local
 from kit.muon import optimizers
+from kit.run import Step, schedule, stage_steps
 from kit.wan import copy_video_to_motion
 
 RUN = Path("runs/puppet")
-STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
-# Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
-# Only long ones teach the 4:1 alignment.
-CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
@@ -88,48 +84,13 @@ def options() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- the schedule
-
-
-class Step(NamedTuple):
-    """Where in the run a step is."""
-
-    stage: int
-    index: int  # within the stage
-    steps: int  # of the stage
-    frames: int  # of the clips
-
-
-def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
-    """The whole run, step by step; `stages` says how many steps each has."""
-
-    def length(share: float) -> int:
-        return frames or [f for start, f in CLIP_LENGTHS if share >= start][-1]
-
-    return [Step(stage, i, n, length(i / n)) for stage, n in stages.items() for i in range(n)]
-
-
-def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
-    """Steps of each stage: the defaults, in these proportions if `steps` is given."""
-    usual = STEPS[kind]
-    if stage is not None:
-        if stage not in usual and not steps:
-            raise ValueError("--stage 0 tunes a Wan on video: say for how many --steps")
-        return {stage: steps or usual[stage]}
-    if one_stage:
-        usual = {s: n for s, n in usual.items() if s != 1}
-    total = steps or sum(usual.values())
-    counts = {s: round(total * n / sum(usual.values())) for s, n in usual.items() if s != 2}
-    return counts | {2: total - sum(counts.values())}
+# ---------------------------------------------------------------- the parts of a run
 
 
 def learning_rate(peak: float, now: Step) -> float:
     """Linear warm-up, then half a cosine down to a twentieth of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * now.index / now.steps))
     return peak * min(1.0, (now.index + 1) / WARMUP) * (0.05 + 0.95 * cosine)
-
-
-# ---------------------------------------------------------------- the parts of a run
 
 
 def freeze(model: DualDiT, stage: int) -> None:

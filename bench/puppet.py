@@ -109,7 +109,7 @@ def lengths() -> dict[str, dict[str, float]]:
     bf16, found = devices.has_bf16_units(CPU), {}
     print(f"{device_name(CPU)}, torch {torch.__version__}; joint steps of {BATCH} clips")
     print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
-    for _, frames in train.CLIP_LENGTHS:
+    for _, frames in train.run.CLIP_LENGTHS:
         plain, compiled = (training_step(BATCH, CPU, bf16, each, frames) for each in (False, True))
         calls = {"plain": functools.partial(done, plain)} | compiled._asdict()
         times = interleaved(calls, budget=BUDGET)

@@ -58,7 +58,7 @@ def run_train(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*map(str, ("train.py", *PLAIN, "--out", out, *arguments))])
-        patch.setitem(train.STEPS, "puppet", stages)
+        patch.setitem(train.run.STEPS, "puppet", stages)
         patch.setattr(flow, "loss", noted)
         if not draws:
             patch.setattr(plots, "loss_picture", lambda *_: None)
