@@ -194,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
             if step == first:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:
-                    checkpoints.load(found.folder, model, ema, opts if now.index else [], ranks)
+                    checkpoints.load(found.folder, model, ema, opts if now.index else [])
             if now.index == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
             state = model.state_dict()

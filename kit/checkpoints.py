@@ -71,11 +71,7 @@ def training_state(
 
 
 def load(
-    folder: Path,
-    model: DualDiT,
-    ema: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-    ranks: int,
+    folder: Path, model: DualDiT, ema: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
     """Fill all of these from a checkpoint; optimizers, where they are given, get the states they had."""
     stored = _stored(folder)
@@ -92,7 +88,7 @@ def load(
             # Muon's is like its gradient
             empty = gathered(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()
-    _read(folder, training_state(model, ema, optimizers, {}), no_dist=ranks == 1)
+    _read(folder, training_state(model, ema, optimizers, {}), no_dist=not dist.is_initialized())
 
 
 def load_whole(folder: Path, kind: str) -> dict[str, Tensor]:
