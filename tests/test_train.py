@@ -336,13 +336,13 @@ def test_held_out_samples_of_a_data_set_are_not_trained_on():
 
 
 def test_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
-    # catches NaN in JSON, tokens of what is absent, FLOPs of one rank against the peak of all
+    # catches NaN in JSON, losses under other names, tokens and FLOPs of what is absent
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.MagicMock())
     monkeypatch.setattr(monitor, "peak_flops", lambda *_: 1e12)
     log = monitor.Log(tmp_path, 3, 5, TINY, PUPPET, 16, ALONE, False)
     tokens = {Task.MOTION_ONLY: 5 * 51, Task.JOINT: 5 * 51 + 2 * 64, Task.VIDEO_ONLY: 2 * 64}
     for task in tokens:
-        losses = (0.5,) * (3 if task is Task.JOINT else 2)
+        losses = (0.5, 0.25, 0.125) if task is Task.JOINT else (0.5, 0.25)
         log.step(3, 2, 5, task, losses, math.nan, 8, 2.0)
     log.validation(4, {"joint/video": 0.25})
     log.close()
@@ -352,7 +352,7 @@ def test_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
     assert 0 < video["mfu"] < motion["mfu"] < joint["mfu"] < 1
     speed = {key: video[key] for key in ("tokens_per_second", "mfu")}
     where = {"step": 3, "stage": 2, "frames": 5, "task": "video_only"}
-    assert video == where | {"loss": 0.5, "video": 0.5, "seconds": 2.0} | speed
+    assert video == where | {"loss": 0.5, "video": 0.25, "seconds": 2.0} | speed
     assert validation == {"step": 4, "validation": {"joint/video": 0.25}}
     writer = sys.modules["torch.utils.tensorboard"].SummaryWriter.return_value
     written = [call.args for call in writer.add_scalar.call_args_list]
@@ -370,7 +370,6 @@ ABLATED = {  # fields of the configuration, and the stages whose losses stay wha
     "unsynced": ({"synced": False}, {0}),
     "collision": ({"apart": False}, {0, 1}),  # without video there is nothing to collide with
     "single-stream": ({"shared": True}, {0}),
-    "one-stage": ({}, {0}),
 }
 
 
@@ -391,20 +390,22 @@ def test_an_ablation_changes_what_it_says_and_nothing_else(ablations, name):
     plain, (out, calls) = ablations[None], ablations[name]
     fields, same = ABLATED[name]
     stages = [line["stage"] for line in metrics(out)]
-    assert stages == [0, *([1] if name != "one-stage" else []), 2, 2]
+    assert stages == [0, 1, 2, 2]
     config, settings = weights.read_header(out / "weights.safetensors")
     assert settings["recipe"] == {"stage": 2, "shift": 1.0, "ablate": name}
     assert config == dataclasses.replace(TINY, **fields)
-    # one-stage has a step less, the only one of stage 1
-    for step, (one, other) in enumerate(zip(plain.calls[: len(calls)], calls, strict=True)):
+    for one, other in zip(plain.calls, calls, strict=True):
         drawn, expected = other.draw, one.draw
         assert torch.equal(drawn.t, expected.t) and torch.equal(drawn.seeds, expected.seeds)
-        if name != "one-stage" or step < 1:
-            assert drawn.task is expected.task and torch.equal(other.motion, one.motion)
-    equal = [a == b for a, b in zip(curve(plain.out)[: len(calls)], curve(out), strict=True)]
+        assert drawn.task is expected.task and torch.equal(other.motion, one.motion)
+    equal = [a == b for a, b in zip(curve(plain.out), curve(out), strict=True)]
     assert all(e for e, stage in zip(equal, stages, strict=True) if stage in same)
-    if fields:  # where both streams meet it is another network
-        assert not all(equal)
+    assert not all(equal)  # where both streams meet it is another network
+
+
+def test_one_stage_leaves_out_stage_1():
+    for steps, expected in ((None, {0: 3500, 2: 11_300}), (100, {0: 24, 2: 76})):
+        assert train.stage_steps("puppet", None, steps, one_stage=True) == expected
 
 
 # ---------------------------------------------------------------- errors of use
