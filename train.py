@@ -38,7 +38,7 @@ EMA_DECAY = 0.998
 BAD_STEPS = 10  # in a row, then the run stops
 # options that a run keeps when it goes on
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
-ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage")
+ABLATIONS = (*run.NETWORKS, "one-stage")
 
 
 def options() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def options() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
-    add("--resume", nargs="?", const="must", choices=("must", "auto"), help="go on; auto: or begin")
+    add("--resume", nargs="?", const="must", choices=("must", "auto"), help="go on from RUN; auto: or begin")
     add("--save-every", type=files.count, default=250, metavar="STEPS", help="default %(default)s")
     add("--keep", type=files.count, default=3, metavar="N", help="of the last checkpoints (%(default)s)")
     what = "losses on held-out clips, pictures of the puppet; 0: never (%(default)s)"
@@ -70,7 +70,8 @@ def options() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--parallel", choices=("ddp", "fsdp"), help="default: fsdp from a billion parameters on")
-    add("--accumulate", type=files.count, metavar="N", help="microbatches a step; a CPU's have 8 clips")
+    what = "microbatches a step on each rank, to save memory; default: 1 (on a CPU, one for every 8 clips)"
+    add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
     export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="see above")
