@@ -11,11 +11,11 @@ Without arguments the puppet goes through all three from nothing; a real Wan (--
 """
 
 import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,21 @@ import flow
 from dual_dit import DualDiT
 from kit import checkpoints, devices, distributed, files, monitor, run, validation
 from kit.data import batch as batches
-from kit.distributed import World, local
-from kit.muon import Muon
+from kit.distributed import local
+from kit.muon import optimizers
+from kit.run import Step, schedule, stage_steps
 from kit.wan import copy_video_to_motion
 
 RUN = Path("runs/puppet")
-STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
-# Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
-# Only long ones teach the 4:1 alignment.
-CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
-WEIGHT_DECAY = {"puppet": 1e-2, "wan": 1e-3}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
 BAD_STEPS = 10  # in a row, then the run stops
 # options that a run keeps when it goes on
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
-ABLATIONS = ("unsynced", "collision", "single-stream", "one-stage")
+ABLATIONS = (*run.NETWORKS, "one-stage")
 
 
 def options() -> argparse.Namespace:
@@ -58,16 +54,14 @@ def options() -> argparse.Namespace:
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all, of a Wan 1 and 2")
     add("--steps", type=files.count, metavar="N", help="in all; default: puppet 16,000, Wan 27,000")
-    what = "clips a step, of all ranks; default: 16, of the puppet on a GPU 32"
-    add("--batch", type=files.count, metavar="N", help=what)
+    add("--batch", type=files.count, metavar="N", help="clips a step; default: 16, the puppet on a GPU 32")
     # how
     add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
     add("--shift", type=files.positive, help="of noise levels (flow.shift_time); default: puppet 1, Wan 8")
     add("--seed", type=int, default=0)
     # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
-    what = "go on from RUN's last checkpoint; auto: start, if there is none"
-    add("--resume", nargs="?", const="must", choices=("must", "auto"), help=what)
+    add("--resume", nargs="?", const="must", choices=("must", "auto"), help="go on from RUN; auto: or begin")
     add("--save-every", type=files.count, default=250, metavar="STEPS", help="default %(default)s")
     add("--keep", type=files.count, default=3, metavar="N", help="of the last checkpoints (%(default)s)")
     what = "losses on held-out clips, pictures of the puppet; 0: never (%(default)s)"
@@ -75,8 +69,7 @@ def options() -> argparse.Namespace:
     # the machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    what = "how ranks share the work; default: fsdp from a billion parameters on"
-    add("--parallel", choices=("ddp", "fsdp"), help=what)
+    add("--parallel", choices=("ddp", "fsdp"), help="default: fsdp from a billion parameters on")
     what = "microbatches a step on each rank, to save memory; default: 1 (on a CPU, one for every 8 clips)"
     add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
@@ -92,41 +85,7 @@ def options() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- the schedule
-
-
-class Step(NamedTuple):
-    """Where in the run a step is."""
-
-    stage: int
-    index: int  # within the stage
-    steps: int  # of the stage
-    frames: int  # of the clips
-
-
-def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
-    """The whole run, step by step; `stages` says how many steps each has."""
-
-    def length(share: float) -> int:
-        return frames or [f for start, f in CLIP_LENGTHS if share >= start][-1]
-
-    return [Step(stage, i, n, length(i / n)) for stage, n in stages.items() for i in range(n)]
-
-
-def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
-    """Steps of each stage: the defaults, in these proportions if `steps` is given."""
-    usual = STEPS[kind]
-    if stage == 1 and one_stage:
-        raise ValueError("--ablate one-stage has no stage 1: leave one of the two out")
-    if stage is not None:
-        if stage not in usual and not steps:
-            raise ValueError("--stage 0 tunes a Wan on video: say for how many --steps")
-        return {stage: steps or usual[stage]}
-    if one_stage:
-        usual = {s: n for s, n in usual.items() if s != 1}
-    total = steps or sum(usual.values())
-    counts = {s: round(total * n / sum(usual.values())) for s, n in usual.items() if s != 2}
-    return counts | {2: total - sum(counts.values())}
+# ---------------------------------------------------------------- the parts of a run
 
 
 def learning_rate(peak: float, now: Step) -> float:
@@ -135,34 +94,11 @@ def learning_rate(peak: float, now: Step) -> float:
     return peak * min(1.0, (now.index + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
-def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
-    """Muon for the puppet's matrices within blocks, AdamW for everything else; a Wan has AdamW only."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = {"weight_decay": WEIGHT_DECAY[kind]}
-    if kind == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
-        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
-    matrices = {name: p for name, p in trained if name.startswith("blocks.") and p.ndim == 2}
-    others = [p for name, p in trained if name not in matrices]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)
-    if not matrices:  # stage 1 of a single stream: all blocks are frozen
-        return [adamw]
-    # Muon's steps have AdamW's size: one learning rate serves both
-    muon = Muon(list(matrices.values()), **decay)
-    muon.register_step_pre_hook(distributed.gather_gradients)
-    return [muon, adamw]
-
-
-# ---------------------------------------------------------------- the parts of a run
-
-
-def begin_stage(
-    model: DualDiT, stage: int, kind: str, world: World, parallel: str | None, bf16: bool, replay: bool
-) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """Stage 0 trains the video expert, stage 1 all but that, stage 2 everything -> objective, optimizers."""
+def freeze(model: DualDiT, stage: int) -> None:
+    """Stage 0 trains the video expert, stage 1 all but that, stage 2 everything."""
     video = set(model.video_parameters())
     for p in model.parameters():
         p.requires_grad_({0: p in video, 1: p not in video, 2: True}[stage])
-    return distributed.wrap(model, world, parallel, bf16, replay), optimizers(model, kind)
 
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
@@ -199,10 +135,9 @@ def gradients(
     losses = 0.0
     for samples in parts:
         batch = next(clips)
-        with distributed.exchange(objective, last=samples is parts[-1]):
-            with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-                loss = objective(*batch, drawn.rows(samples.start, samples.stop))
-            (loss.total / len(parts)).backward()
+        with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            loss = objective(*batch, drawn.rows(samples.start, samples.stop))
+        (loss.total / len(parts)).backward()  # the ranks exchange gradients after each part
         losses += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach() / len(parts)
     return losses
 
@@ -214,38 +149,35 @@ def train(args: argparse.Namespace) -> None:
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
     args.steps = sum(stages.values())  # a run that goes on keeps them, whatever the defaults are then
-    accumulate = args.accumulate or devices.microbatches(args.batch // ranks, device)
-    run.check(args.out, args.resume, args.batch, ranks, accumulate)
-    micro = args.batch // ranks // accumulate  # clips at a time
-    mine = range(args.batch // ranks * rank, args.batch // ranks * (rank + 1))  # this rank's samples
-    parts = [range(i, i + micro) for i in mine[::micro]]
-    shift = SHIFT[kind] if args.shift is None else args.shift
+    parts = run.microbatches(args.batch, world, args.accumulate)
+    shift = args.shift or SHIFT[kind]
     peak = args.lr or LEARNING_RATE[kind]
 
     # what there is: an earlier part of this run, data, the network
     plan = {name: getattr(args, name) for name in PLAN}
     found = run.resumed(args.out, args.resume, plan)
+    first = found.record["step"] if found else 0
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, shape.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # even if never looked at: training data depend on it
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
-    model.train()
     devices.use_fast_attention(device)
     if args.checkpointing:
         distributed.recompute_blocks(model)
     if args.compile:
         distributed.compile_blocks(model)
-    bf16 = found.record["bf16"] if found else distributed.use_bf16(args.precision, world)
-    first, skipped, bad = (found.record[name] if found else 0 for name in ("step", "skipped", "bad"))
-    writer = checkpoints.Writer(args.out, args.keep, world, distributed.small(model))
-    log, words, body = None, len(sources[0].null_text), sources[0].body
-    settings = run.settings(shape, words, body, shift, args.ablate)
+    bf16 = found.record["bf16"] if found else devices.use_bf16(args.precision, device)
+    settings = run.settings(sources[0], shape, shift, args.ablate)
     extra = codec.state() if codec else {}
+    kept = {"bf16": bf16, "plan": plan, "config": dataclasses.asdict(model.config)}
+    writer = checkpoints.Writer(args.out, args.keep, world)
+    log = None
     if rank == 0:
         run.save_record(args.out, vars(args), model, world, bf16, first)
+        words = len(sources[0].null_text)
         log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
-    stopping, done = distributed.terminated(), first
+    stopping, done, bad = distributed.terminated(), first, 0
     # a generator: it starts at the first step, when the model is on its device
     clips = batches.stream(
         sources, model, steps, first, parts, seed=args.seed, batch=args.batch, device=device, codec=codec
@@ -256,11 +188,13 @@ def train(args: argparse.Namespace) -> None:
     for step in range(first, len(steps)):
         now = steps[step]
         if step == first or now.index == 0:
-            objective, opts = begin_stage(model, now.stage, kind, world, args.parallel, bf16, replay)
+            freeze(model, now.stage)
+            objective = distributed.wrap(model, world, args.parallel, bf16, replay)
+            opts = optimizers(model, kind)
             if step == first:
                 ema = {name: value.clone() for name, value in model.state_dict().items()}
                 if found:
-                    checkpoints.load(found.folder, model, ema, opts if now.index else [], world)
+                    checkpoints.load(found.folder, model, ema, opts if now.index else [])
             if now.index == 0 and step > 0:
                 hand_over(model, ema, steps[step - 1].stage)
             state = model.state_dict()
@@ -268,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
                 held if args.validate_every else [], model, now.stage, shape.frames, codec, device
             )
         if held_out and step % args.validate_every == 0:
-            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, micro, bf16, log)
+            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, len(parts[0]), bf16, log)
 
         # the gradients of this rank's clips, averaged over the ranks
         start = time.perf_counter()
@@ -281,7 +215,6 @@ def train(args: argparse.Namespace) -> None:
         numbers = distributed.mean_over_ranks(torch.cat([losses, norm[None], flags]), ranks)
         *losses, norm, stop, failed = numbers.tolist()
         finite = all(math.isfinite(x) for x in (*losses, norm))
-        skipped, bad = (skipped, 0) if finite else (skipped + 1, bad + 1)
 
         # the step
         if finite:
@@ -292,21 +225,22 @@ def train(args: argparse.Namespace) -> None:
         done = step + 1
         seconds = time.perf_counter() - start
         if log:
-            log.step(step, now.stage, now.frames, drawn.task, losses, norm, skipped, args.batch, seconds)
+            log.step(step, now.stage, now.frames, drawn.task, losses, norm, args.batch, seconds)
+        bad = 0 if finite else bad + 1
         if not finite:
             run.report_skipped(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # says what is wrong
         ended = now.index + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
-            record = run.record(done, now.stage, ended, bf16, skipped, bad, plan, model.config, settings)
-            writer.save(record, checkpoints.training_state(model, ema, opts, extra, rank))
+            record = kept | run.record(done, now.stage, ended, settings)
+            writer.save(record, checkpoints.training_state(model, ema, opts, extra))
         if stop:
             break
 
     writer.wait()
     if first < done == len(steps) and held_out:
-        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, micro, bf16, log)
+        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, len(parts[0]), bf16, log)
     if log:
         log.close()
         run.leave(args.out, done, complete=done == len(steps))

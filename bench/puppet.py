@@ -104,7 +104,7 @@ def lengths() -> dict[str, dict[str, float]]:
     found = {}
     print(f"{device_name(CPU)}, torch {torch.__version__}; joint steps of {BATCH} clips")
     print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
-    for _, frames in train.CLIP_LENGTHS:
+    for _, frames in train.run.CLIP_LENGTHS:
         plain, compiled = (training_step(each, frames) for each in (False, True))
         times = interleaved({"plain": functools.partial(done, plain)} | compiled._asdict())
         plain, *parts = (statistics.median(each) for each in times.values())

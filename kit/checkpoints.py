@@ -9,12 +9,11 @@ The slices are of whole tensors, so a run can go on with another number of ranks
 is on a disk that all of them share.
 """
 
-import functools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
 from kit.distributed import World, gathered
+
+# torch takes a single process for a mistake
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 DONE = "done.json"
 PATTERN = "step-*"
@@ -50,9 +52,11 @@ def training_state(
     ema: dict[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
     codec: dict[str, Tensor],
-    rank: int,
 ) -> dict[str, Tensor]:
-    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors."""
+    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors.
+
+    No random state: whatever a step draws is a function of its number (kit/data/batch.py).
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {f"model/{name}": value for name, value in model.state_dict().items()}
     state |= {f"ema/{name}": value for name, value in ema.items()}
@@ -63,18 +67,11 @@ def training_state(
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
     }
-    state[f"random/{rank}/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state[f"random/{rank}/cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def load(
-    folder: Path,
-    model: DualDiT,
-    ema: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-    world: World,
+    folder: Path, model: DualDiT, ema: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
     """Fill all of these from a checkpoint; optimizers, where they are given, get the states they had."""
     stored = _stored(folder)
@@ -91,13 +88,7 @@ def load(
             # Muon's is like its gradient
             empty = gathered(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()
-    state = training_state(model, ema, optimizers, {}, world.rank)
-    state = {k: v for k, v in state.items() if k in stored or not k.startswith("random/")}  # of more ranks
-    _read(folder, state, no_dist=world.ranks == 1)
-    if f"random/{world.rank}/cpu" in state:
-        torch.set_rng_state(state[f"random/{world.rank}/cpu"])
-    if f"random/{world.rank}/cuda" in state:
-        torch.cuda.set_rng_state(state[f"random/{world.rank}/cuda"])
+    _read(folder, training_state(model, ema, optimizers, {}), no_dist=not dist.is_initialized())
 
 
 def load_whole(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -116,19 +107,12 @@ def _stored(folder: Path) -> dict:
 
 def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
     """Fill tensors from a checkpoint, in place; ValueError if that is damaged."""
-    _accept_one_process()
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:
-        reason = _root_cause(next(iter(error.failures.values()))[0])
         raise ValueError(
-            f"{folder} is damaged ({reason}): delete it, and --resume goes on from the one before"
+            f"{folder} is damaged ({_root_cause(error)}): delete it, and --resume goes on from the one before"
         ) from error
-
-
-def _accept_one_process() -> None:
-    """torch takes a single process for a mistake, and warns of it."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 # ---------------------------------------------------------------- writing
@@ -137,10 +121,9 @@ def _accept_one_process() -> None:
 class Writer:
     """Writes one checkpoint at a time, behind the training loop's back."""
 
-    def __init__(self, run: Path, keep: int, world: World, weights_too: bool):
-        """Keeps the last `keep`; `weights_too`: each comes with weights.safetensors (a small model)."""
+    def __init__(self, run: Path, keep: int, world: World):
+        """Keeps the last `keep`."""
         self.run, self.keep, self.world = run, keep, world
-        self.weights = run / "weights.safetensors" if weights_too else None
         # a group of their own: collectives of two threads must not mix
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
         # With a second team of threads libgomp counts more threads than cores, and lets them sleep at every
@@ -148,7 +131,6 @@ class Writer:
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.thread.submit(int).result()  # threads that torch starts from now on have one, too
         self.pending: Future | None = None
-        _accept_one_process()
         if world.rank == 0:
             for left in (run / "checkpoints").glob("." + PATTERN):
                 shutil.rmtree(left)
@@ -167,37 +149,25 @@ class Writer:
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk; OSError on every rank if any could not write it."""
+        """Until the last checkpoint is on the disk; OSError if it could not be written."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
 
     def finish(self, written: Future, temporary: Path, record: dict) -> None:
         """What remains once the slices are being written, in the writing thread."""
-        self._together(written.result, temporary)
-        publish = functools.partial(self._publish, temporary, record)
-        self._together(publish if self.world.rank == 0 else lambda: None, temporary)
-
-    def _together(self, task: Callable[[], object], temporary: Path) -> None:
-        """Do a task on every rank; OSError on all of them if one of them fails."""
-        error = None
         try:
-            task()
-        except CheckpointException as caught:
-            error = str(_root_cause(next(iter(caught.failures.values()))[0]))
-        except OSError as caught:
-            error = str(caught)
-        errors = [error] * self.world.ranks
-        if self.group is not None:
-            dist.all_gather_object(errors, error, group=self.group)
-        if any(errors):
+            written.result()  # what fails on one rank, torch raises on all
+            if self.world.rank == 0:
+                self._publish(temporary, record)
+        except (CheckpointException, OSError) as error:
             free = shutil.disk_usage(temporary.parent).free / 2**20
             if self.world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
-                f"cannot save {temporary.with_name(temporary.name[1:])}: {next(filter(None, errors))} "
+                f"cannot save {temporary.with_name(temporary.name[1:])}: {_root_cause(error)} "
                 f"({free:.0f} MB were free); earlier checkpoints are intact: go on with --resume"
-            )
+            ) from error
 
     def _publish(self, temporary: Path, record: dict) -> None:
         """Marker, name, and only then may an older one go."""
@@ -211,14 +181,14 @@ class Writer:
         _sync(final.parent)
         for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
             shutil.rmtree(old)
-        if self.weights:
-            export(final, self.weights)
         if record["stage_ended"] is not None:
             export(final, self.run / f"stage-{record['stage_ended']}.safetensors")
 
 
 def _root_cause(error: BaseException) -> BaseException:
     """torch's writer fails once more while it closes a file that could not be written."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error

@@ -22,6 +22,11 @@ def has_bf16_units(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Of "bf16", "fp32" or "auto": what the processor is made for."""
+    return precision == "bf16" or (precision == "auto" and has_bf16_units(device))
+
+
 def use_fast_attention(device: torch.device) -> None:
     """Let the network train by plain products where these are faster: on a CPU's bf16 units."""
     if device.type == "cpu" and has_bf16_units(device):

@@ -8,13 +8,11 @@ its share of a batch, and gradients are averaged over the ranks, in one of two w
             each node has all slices, so that what crosses nodes is gradients alone (HSDP).
 """
 
-import contextlib
 import functools
 import os
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -28,7 +26,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import flow
 from dual_dit import DualDiT
-from kit import devices, graphs
+from kit import graphs
 
 # gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
 SHARD_FROM = 1_000_000_000  # parameters
@@ -78,7 +76,7 @@ def terminated() -> threading.Event:
 
 
 def small(model: nn.Module) -> bool:
-    """Whether every rank can have the whole of it, and a checkpoint is quickly written twice."""
+    """Whether every rank can have the whole of it."""
     return sum(p.numel() for p in model.parameters()) < SHARD_FROM
 
 
@@ -212,16 +210,6 @@ def _compiled_if_training(plain: Callable, compiled: Callable, *inputs: object) 
 # ---------------------------------------------------------------- a step
 
 
-def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Around forward and backward of a microbatch: DDP exchanges gradients in a step's last one only.
-
-    FSDP does so in each: whole gradients that wait for the last would cost every rank 4 bytes a parameter.
-    """
-    if isinstance(wrapped, DistributedDataParallel) and not last:
-        return wrapped.no_sync()
-    return contextlib.nullcontext()
-
-
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients down to this global norm -> what it was, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -251,11 +239,3 @@ def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The slice that this rank has of a sharded tensor; others are whole everywhere."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def use_bf16(precision: str, world: World) -> bool:
-    """Of "bf16", "fp32" or "auto": what most ranks' processors are made for, so that all compute alike."""
-    if precision != "auto":
-        return precision == "bf16"
-    vote = torch.tensor(float(devices.has_bf16_units(world.device)), device=world.device)
-    return mean_over_ranks(vote, world.ranks).item() > 0.5

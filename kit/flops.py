@@ -93,10 +93,8 @@ def kept_bytes(call: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def saved_bytes(
-    config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int, bf16: bool = True
-) -> int:
-    """Bytes that a joint call keeps for its backward pass, under bf16 autocast or not; grid (t h w) latents.
+def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int) -> int:
+    """Bytes that a joint call keeps for its backward pass, under bf16 autocast; grid (t h w) of the latents.
 
     The network itself says so: small ones run on fake tensors, which have shapes but no memory. Attention is
     fused, as on a GPU: no scores are kept.
@@ -115,7 +113,7 @@ def saved_bytes(
         for blocks in ((0,), (0, 1), (0,)):  # a dual block; two; one and a video-only block
             small = dataclasses.replace(config, layers=1 + bool(kept), dual=blocks)
             model = DualDiT(small)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16):
                 call = functools.partial(model, video, motion, time, time, features, 0)
                 kept.append(kept_bytes(call, model.parameters()))
     one, two, mixed = kept

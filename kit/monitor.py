@@ -58,14 +58,14 @@ class Log:
 
     def step(
         self, step: int, stage: int, frames: int, task: Task, losses: Sequence[float], norm: float,
-        skipped: int, clips: int, seconds: float,
+        clips: int, seconds: float,
     ) -> None:  # fmt: skip
         """One training step; values that are not finite are left out: JSON has none."""
         roles, name = {"video": task.video, "motion": task.motion}, task.name.lower()
         made = [modality for modality, role in roles.items() if role is Role.NOISY]
         record = {"step": step, "stage": stage, "frames": frames, "task": name}
-        record |= dict(zip(("loss", *made), losses, strict=True)) | {"grad_norm": norm, "skipped": skipped}
-        record |= {"seconds": seconds} | self.speed(frames, roles, clips, seconds)
+        record |= dict(zip(("loss", *made), losses, strict=True))
+        record |= {"grad_norm": norm, "seconds": seconds} | self.speed(frames, roles, clips, seconds)
         finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         if "loss" in finite:
             before = self.smooth.get(name, record["loss"])
@@ -75,15 +75,12 @@ class Log:
         self._write(finite, {f"{name}/{k}": v for k, v in finite.items() if isinstance(v, float)})
 
     def speed(self, frames: int, roles: dict[str, Role], clips: int, seconds: float) -> dict[str, float]:
-        """Clips and tokens a second; MFU, of all ranks' peak FLOP/s."""
+        """Tokens a second; MFU, of all ranks' peak FLOP/s."""
         size = self.shape.height, self.shape.width
         tokens = tokens_of(self.config, frames, size, self.shape.stride, self.words)
         absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
         tokens = tokens._replace(**absent)
-        rates = {
-            "clips_per_second": clips / seconds,
-            "tokens_per_second": clips * (tokens.video + tokens.motion) / seconds,
-        }
+        rates = {"tokens_per_second": clips * (tokens.video + tokens.motion) / seconds}
         if self.peak:  # recomputed blocks are no useful work
             rates["mfu"] = clips * step_flops(self.config, tokens, checkpointing=False) / seconds / self.peak
         return rates

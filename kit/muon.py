@@ -1,4 +1,4 @@
-"""Muon, many matrices at a time: torch's own optimizer with another inner loop.
+"""AdamW, and for the puppet's matrices Muon, many at a time: torch's own with another inner loop.
 
 Muon replaces the momentum of a matrix, U·S·Vᵀ, by nearly U·Vᵀ. torch.optim.Muon does so matrix by matrix and
 always in bf16, which CPUs without bf16 units compute far slower than fp32; here all matrices of one shape are
@@ -9,6 +9,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from dual_dit import DualDiT
+from kit import distributed
+
+WEIGHT_DECAY = {"puppet": 1e-2, "wan": 1e-3}
 
 
 def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -50,3 +55,20 @@ class Muon(torch.optim.Muon):
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         return self.state[p]["momentum_buffer"]
+
+
+def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
+    """Muon for the puppet's matrices within blocks, AdamW for everything else; a Wan has AdamW only."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = {"weight_decay": WEIGHT_DECAY[kind]}
+    if kind == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
+        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
+    matrices = {name: p for name, p in trained if name.startswith("blocks.") and p.ndim == 2}
+    others = [p for name, p in trained if name not in matrices]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)
+    if not matrices:  # stage 1 of a single stream: all blocks are frozen
+        return [adamw]
+    # Muon's steps have AdamW's size: one learning rate serves both
+    muon = Muon(list(matrices.values()), **decay)
+    muon.register_step_pre_hook(distributed.gather_gradients)
+    return [muon, adamw]

@@ -1,17 +1,16 @@
-"""What a training run starts from (its data and network), and the records it leaves."""
+"""A training run's schedule, what it starts from (its data and network), and the records it leaves."""
 
 import dataclasses
 import json
-import math
-from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit import checkpoints, plots, puppet, wan, weights
+from kit import checkpoints, devices, plots, puppet, wan, weights
 from kit.backbone import check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
@@ -21,47 +20,82 @@ from kit.distributed import World
 from kit.files import whole_file, write_record
 from kit.geometry import Geometry, geometry
 
+STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
+# Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
+# Only long ones teach the 4:1 alignment.
+CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 # the ablations that change the network; the first two change positions, no weights
 NETWORKS = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
+
+# ---------------------------------------------------------------- the schedule
+
+
+class Step(NamedTuple):
+    """Where in the run a step is."""
+
+    stage: int
+    index: int  # within the stage
+    steps: int  # of the stage
+    frames: int  # of the clips
+
+
+def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
+    """The whole run, step by step; `stages` says how many steps each has."""
+
+    def length(share: float) -> int:
+        return frames or [f for start, f in CLIP_LENGTHS if share >= start][-1]
+
+    return [Step(stage, i, n, length(i / n)) for stage, n in stages.items() for i in range(n)]
+
+
+def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
+    """Steps of each stage: the defaults, in these proportions if `steps` is given."""
+    usual = STEPS[kind]
+    if stage is not None:
+        if stage not in usual and not steps:
+            raise ValueError("--stage 0 tunes a Wan on video: say for how many --steps")
+        return {stage: steps or usual[stage]}
+    if one_stage:
+        usual = {s: n for s, n in usual.items() if s != 1}
+    total = steps or sum(usual.values())
+    counts = {s: round(total * n / sum(usual.values())) for s, n in usual.items() if s != 2}
+    return counts | {2: total - sum(counts.values())}
+
 
 # ---------------------------------------------------------------- the start
 
 
-def check(out: Path, resume: str | None, batch: int, ranks: int, accumulate: int) -> None:
-    """ValueError where a run would be overwritten, or the batch cannot be shared out."""
-    parts = ranks * accumulate
+def microbatches(batch: int, world: World, accumulate: int | None) -> list[range]:
+    """This rank's samples of a step, parted; ValueError if the batch cannot be shared out evenly."""
+    accumulate = accumulate or devices.microbatches(batch // world.ranks, world.device)
+    parts = world.ranks * accumulate
     if batch % parts:
         nearest = max(1, round(batch / parts)) * parts
-        shares = f"{ranks} ranks" + (f" x {accumulate} microbatches" if accumulate > 1 else "")
+        shares = f"{world.ranks} ranks x {accumulate} microbatches"
         raise ValueError(f"--batch {batch} must be a multiple of {shares}; the nearest is {nearest}")
-    there = *(out / "checkpoints").glob(checkpoints.PATTERN), *out.glob("weights.safetensors")
-    if there and not resume:
-        raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
+    size = batch // parts
+    mine = range(world.rank * accumulate * size, (world.rank + 1) * accumulate * size)
+    return [range(i, i + size) for i in mine[::size]]
 
 
 def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. `plan`: options that must be as they were.
 
-    FileNotFoundError if there must be one and is none, ValueError if it is of another plan.
+    FileNotFoundError if there must be one and is none, ValueError if it is of another plan or would be lost.
     """
-    found = checkpoints.newest(out) if resume else None
-    if resume == "must" and not found:
+    found = checkpoints.newest(out)
+    if not resume:
+        there = [found.folder] if found else list(out.glob("weights.safetensors"))
+        if there:
+            raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
+    elif resume == "must" and not found:
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
-    if found and found.record["plan"].keys() != plan.keys():
-        raise ValueError(f"{found.folder} is of another version of train.py: start in another --out")
-    if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan[k]}):
-        wanted = " ".join(_flag(name, value) for name, value in other.items())
-        raise ValueError(f"{found.folder} is of a run with {wanted}: resume with the same")
+    if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan.get(k)}):
+        options = ", ".join(f"{name} {value}" for name, value in other.items())
+        raise ValueError(f"{found.folder} is of a run with {options}: resume with the same")
     return found
-
-
-def _flag(name: str, value: object) -> str:
-    """An option as on the command line; `no --NAME` if it was not given."""
-    if value is None:
-        return f"no --{name}"
-    return " ".join(f"--{name} {each}" for each in (value if isinstance(value, list) else [value]))
 
 
 def open_data(
@@ -112,13 +146,22 @@ def build(
         if init:
             if folder:
                 check_weights(init, folder)
-            model, extra, stage = _initial(init, ablate)
+            model, extra = weights.load_weights(init)
+            recipe = weights.read_header(init)[1].get("recipe", {})
         elif folder:
-            model, extra, stage = wan.load_transformer(folder), {}, None  # motion starts as video's copy
+            model, extra, recipe = wan.load_transformer(folder), {}, {}  # motion starts as video's copy
         else:
-            model, extra, stage = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state(), None
-        model = ablated(model, ablate)
-        if stage == 0 and 0 not in stages:
+            model, extra, recipe = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state(), {}
+        other = recipe.get("ablate")
+        if other in NETWORKS and other != ablate:
+            raise ValueError(
+                f"{init} was trained with --ablate {other}: add that, or start from other weights"
+            )
+        if ablate in NETWORKS:
+            state = model.state_dict()
+            model = DualDiT(dataclasses.replace(model.config, **NETWORKS[ablate]))
+            model.load_state_dict({name: state[name] for name in model.state_dict()})
+        if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
         for p in model.parameters():  # a file's tensors are aligned otherwise: last bits of sums differ
             p.data = p.data.clone()
@@ -135,56 +178,20 @@ def _empty(config: DualDiTConfig) -> DualDiT:
         return DualDiT(config)
 
 
-def _initial(file: Path, ablate: str | None) -> tuple[DualDiT, dict[str, torch.Tensor], int | None]:
-    """Network, codec and last stage of a weights file that `ablate` may start from."""
-    model, extra = weights.load_weights(file)
-    model.requires_grad_(True)
-    recipe = weights.read_header(file)[1].get("recipe", {})
-    stage, other = recipe.get("stage"), recipe.get("ablate")
-    if other in NETWORKS and other != ablate:
-        raise ValueError(f"{file} was trained with --ablate {other}: add that, or start from other weights")
-    if ablate == "single-stream" and other != ablate and stage != 0:
-        raise ValueError(f"--ablate single-stream has one set of weights: start from stage 0's, not {file}")
-    return model, extra, stage
-
-
-def ablated(model: DualDiT, ablate: str | None) -> DualDiT:
-    """The same weights in an ablation's network."""
-    change = {k: v for k, v in NETWORKS.get(ablate, {}).items() if getattr(model.config, k) != v}
-    if not change:
-        return model
-    other = DualDiT(dataclasses.replace(model.config, **change))
-    state = model.state_dict()
-    other.load_state_dict({name: state[name] for name in other.state_dict()})
-    return other
-
-
 # ---------------------------------------------------------------- records
 
 
-def settings(shape: Geometry, words: int, body: str, shift: float, ablate: str | None) -> dict[str, object]:
+def settings(source: Source, shape: Geometry, shift: float, ablate: str | None) -> dict[str, object]:
     """What training depended on, but for the stage; it goes with the weights (kit/weights.py)."""
     clip = {"fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width}
     recipe = {"shift": shift, "ablate": ablate}
-    return clip | {"text_tokens": words, "body": body, "recipe": recipe}
+    return clip | {"text_tokens": len(source.null_text), "body": source.body, "recipe": recipe}
 
 
-def record(
-    step: int,
-    stage: int,
-    ended: bool,
-    bf16: bool,
-    skipped: int,
-    bad: int,
-    plan: dict[str, object],
-    config: DualDiTConfig,
-    settings: dict[str, object],
-) -> dict[str, object]:
-    """All that is needed to go on from a checkpoint, beside tensors; `ended`: the stage, with this step."""
+def record(step: int, stage: int, ended: bool, settings: dict[str, object]) -> dict[str, object]:
+    """Where in the run a checkpoint is; `ended`: the stage, with this step."""
     settings = settings | {"recipe": {"stage": stage} | settings["recipe"]}
-    state = {"step": step, "bf16": bf16, "skipped": skipped, "bad": bad}
-    state |= {"stage_ended": stage if ended else None}
-    return state | {"plan": plan, "config": dataclasses.asdict(config), "settings": settings}
+    return {"step": step, "stage_ended": stage if ended else None, "settings": settings}
 
 
 def save_record(
@@ -206,27 +213,17 @@ def save_record(
 def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     """The averaged weights of a run's last checkpoint -> file; beside it, as .json, what the run was.
 
-    That is run.json, seconds of all steps, losses on held-out clips, and the mean training loss of each
-    twentieth of the run.
+    That is run.json, hours of all steps, and losses on held-out clips.
     """
     found = checkpoints.newest(out)
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
     checkpoints.export(found.folder, file, dtype)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    part, losses = math.ceil(len(steps) / 20), []
-    for first in range(0, len(steps), part):
-        by_task = defaultdict(list)
-        for line in steps[first : first + part]:
-            by_task[line["task"]].append(line["loss"])
-        means = {task: round(sum(x) / len(x), 4) for task, x in sorted(by_task.items())}
-        losses.append({"step": steps[first]["step"], "stage": steps[first]["stage"]} | means)
     record = json.loads((out / "run.json").read_text()) | {
         "steps": found.record["step"],
-        "hours": round(sum(line["seconds"] for line in steps) / 3600, 2),
+        "hours": round(sum(line.get("seconds", 0) for line in lines) / 3600, 2),
         "validation": [line for line in lines if "validation" in line],
-        "losses": losses,
     }
     summary = file.with_suffix(".json")
     with whole_file(summary) as temporary:

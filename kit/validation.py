@@ -35,11 +35,6 @@ class HeldOut(NamedTuple):
     t: Tensor  # (n,)
     seeds: Tensor  # (n,) of the noise
 
-    def draw(self, task: Task) -> Draw:
-        """Video to motion never has text."""
-        no_text = torch.full(self.t.shape, task is Task.VIDEO_TO_MOTION)
-        return Draw(task, no_text, self.t, self.seeds)
-
     def rows(self, first: int, end: int) -> "HeldOut":
         return HeldOut(*(x if x is None else x[first:end] for x in self))
 
@@ -131,11 +126,12 @@ def validate(
     ("joint/video/0.125"), and over all levels ("joint/video")."""
     losses = {}
     for task in tasks:
-        errors = []
+        errors, no_text = [], torch.full(held.t.shape, task is Task.VIDEO_TO_MOTION)  # that never has any
         for first in range(0, len(held.t), chunk):
             part = held.rows(first, first + chunk)
             with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
-                errors.append(flow.loss(model, *part[:-2], part.draw(task)))
+                draw = Draw(task, no_text[first : first + chunk], part.t, part.seeds)
+                errors.append(flow.loss(model, *part[:-2], draw))
         for name, of_parts in zip(flow.Loss._fields, zip(*errors, strict=True), strict=True):
             if of_parts[0] is not None:
                 error, key = torch.cat(of_parts), f"{task.name.lower()}/{name}"

@@ -100,7 +100,7 @@ def test_training_speed_at_each_length(capsys, monkeypatch):
     # catches a part of a step that is not timed: shares are of the whole
     monkeypatch.setattr(puppet, "BATCH", 1)
     monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(train, "CLIP_LENGTHS", ((0.0, 5),))
+    monkeypatch.setattr(train.run, "CLIP_LENGTHS", ((0.0, 5),))
     monkeypatch.setattr(torch, "compile", lambda block: block)
     (found,) = puppet.lengths().values()
     assert found["clips_per_second"] > 0 and found["compiled"] > 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import functools
 import json
 import os
 import random
@@ -55,11 +54,6 @@ def losses(out: Path) -> dict[int, float]:
     records = [json.loads(line) for line in lines(out)]
     assert [record["step"] for record in records] == list(range(len(records)))
     return {record["step"]: record["loss"] for record in records}
-
-
-def last(out: Path) -> dict:
-    """What the run's last checkpoint says of where it is."""
-    return json.loads((max(out.glob("checkpoints/step-*")) / "done.json").read_text())
 
 
 def saving(out: Path) -> set[tuple[str, int]]:
@@ -126,7 +120,7 @@ def test_sigterm_saves_and_ends_well(call, undisturbed, tmp_path):
     assert wait_for(lambda: len(lines(out)) > 5, processes[0])
     processes[-1].terminate()  # one of them is enough
     printed = finish(processes, log)
-    stopped = last(out)["step"]
+    stopped = checkpoints.newest(out).record["step"]
     assert 5 < stopped == len(lines(out)) < STEPS
     assert f"is saved at step {stopped}; go on with --resume" in printed
     finish(start(*call, "--resume", ranks=2, log=log), log)
@@ -152,12 +146,12 @@ def fail_at_step_6() -> None:
 def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint(call, undisturbed, tmp_path):
     # catches half a checkpoint under a good name, an error lost in the writing thread, ranks that hang
     out, log = tmp_path / "run", tmp_path / "log"
-    processes = start(*call, "--out", out, ranks=2, log=log, before=fail_at_step_6)
+    processes = start(*call, "--keep", 2, "--out", out, ranks=2, log=log, before=fail_at_step_6)
     printed = finish(processes, log, code=2)
     assert printed.count(f"cannot save {checkpoints.folder_of(out, 6)}: ") == 2
     assert os.strerror(errno.EFBIG) in printed and "go on with --resume" in printed
     steps = [int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/*")]
-    assert sorted(steps) == [2, 4, 5]  # a stage ended with the last
+    assert sorted(steps) == [4, 5]  # the last two; a stage ended with step 5
     finish(start(*call, "--out", out, "--resume", log=log), log)  # as one process, when there is room
     assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4)
 
@@ -165,14 +159,14 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint(call, undistur
 # ---------------------------------------------------------------- not a number
 
 
-def poison(first: int, last: int) -> None:
-    """Batches of these steps hold a NaN, in the last rank's samples only."""
+def poison() -> None:
+    """Batches of steps 3 to 7, and from 9 on, hold a NaN, in the last rank's samples only."""
     read = batches.read
 
     def poisoned(*arguments: object, batch: int, **others: object) -> list[Batch]:
         found = read(*arguments, batch=batch, **others)
         for made, part in zip(found, arguments[3], strict=True):
-            if first <= part.step <= last and part.samples.stop == batch:
+            if part.step not in (0, 1, 2, 8) and part.samples.stop == batch:
                 for clean in (made.video, made.motion):
                     if clean is not None:
                         clean[-1, 0] = torch.nan
@@ -181,30 +175,16 @@ def poison(first: int, last: int) -> None:
     batches.read = poisoned
 
 
-def test_a_step_that_is_not_finite_is_skipped_on_every_rank(call, tmp_path):
-    # catches NaN in weights, optimizer states or averages, and one rank that goes on alone
+def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_ten_in_a_row_end_the_run(call, tmp_path):
+    # catches NaN in weights, optimizer states or averages, one rank that goes on alone, a count never reset
     out, log = tmp_path / "run", tmp_path / "log"
-    before = functools.partial(poison, 5, 13)
-    printed = finish(start(*call, "--out", out, "--steps", 16, ranks=2, log=log, before=before), log)
+    printed = finish(start(*call, "--out", out, ranks=2, log=log, before=poison), log, code=2)
     records = [json.loads(line) for line in lines(out)]
-    assert [record["step"] for record in records if "loss" not in record] == list(range(5, 14))
-    assert [record["skipped"] for record in records] == [*[0] * 5, *range(1, 10), 9, 9]
-    assert printed.count("skipped, loss or gradient is not finite") == 9
-    assert [last(out)[name] for name in ("step", "skipped", "bad")] == [16, 9, 0]
-    folder = checkpoints.folder_of(out, 16)
+    assert [record["step"] for record in records] == list(range(19))
+    assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 8]
+    assert printed.count("skipped, loss or gradient is not finite") == 15
+    task = records[-1]["task"]
+    assert printed.count(f"not finite; last: seed 0, step 18, task {task}, samples 0 to 1\n") == 2
+    folder = checkpoints.newest(out).folder
     for kind in ("model", "ema", "optimizer"):
         assert all(value.isfinite().all() for value in checkpoints.load_whole(folder, kind).values())
-
-
-def test_ten_such_steps_in_a_row_end_the_run_and_name_the_batch(call, tmp_path):
-    # the count goes over a restart
-    out, log = tmp_path / "run", tmp_path / "log"
-    before = functools.partial(poison, 5, 99)
-    (process,) = start(*call, "--out", out, log=log, before=before)
-    assert wait_for(lambda: checkpoints.folder_of(out, 10).exists(), process)
-    process.kill()
-    process.join()
-    printed = finish(start(*call, "--out", out, "--resume", log=log, before=before), log, code=2)
-    task = json.loads(lines(out)[-1])["task"]
-    assert f"not finite; last: seed 0, step 14, task {task}, samples 0 to 1\n" in printed
-    assert last(out)["bad"] == 9
