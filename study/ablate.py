@@ -143,7 +143,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
-    if not checkpoints.folder_of(out, steps).is_dir():  # weights of earlier steps may be there
+    if not checkpoints.folder_of(out, steps).is_dir():
         every = max(1, steps // VALIDATIONS) if network.frames else 0
         options |= {"validate-every": every, "keep": 1, "device": plan.device, "resume": "auto", "out": out}
         command = [sys.executable, str(ROOT / "train.py")]

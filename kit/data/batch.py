@@ -193,7 +193,7 @@ def stream(
     device: torch.device,
     codec: puppet.Codec | None,
 ) -> Iterator[Batch]:
-    """A batch for each of `parts`, ranges of samples, of each step (train.Step) from `first` on.
+    """A batch for each of `parts`, ranges of samples, of each step (run.Step) from `first` on.
 
     On a GPU the puppet's clips of many steps are made together: that launches no more kernels than one
     step's. A Wan's cache is read by a thread while a GPU trains.
