@@ -157,6 +157,8 @@ def build(
             raise ValueError(
                 f"{init} was trained with --ablate {other}: add that, or start from other weights"
             )
+        if init and ablate == "single-stream" != other and recipe.get("stage") != 0:
+            raise ValueError(f"--ablate {ablate} has one set of weights: start from stage 0's, not {init}")
         if ablate in NETWORKS:
             state = model.state_dict()
             model = DualDiT(dataclasses.replace(model.config, **NETWORKS[ablate]))

@@ -416,6 +416,7 @@ MISUSE = {
     "no steps": (("--steps", 0), "--steps: expected a number of at least 1, got '0'"),
     "uneven ranks": (("--batch", 5, "--accumulate", 2), "3 ranks x 2 microbatches; the nearest is 6"),
     "shift is no number": (("--shift", "nan"), "--shift: expected a number above 0, got 'nan'"),
+    "two streams in one": (("--ablate", "single-stream"), "single-stream has one set of weights: start from"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "Wan without data": (("--wan", "folder"), "--wan trains on latents"),
 }
