@@ -15,7 +15,8 @@ both, concatenated.
 
 Either stream may be absent. Without motion, and while the task hint is zero, this computes what Wan does.
 
-Axes: b batch, c channels, T H W token grid, f motion frames, n tokens, l words, d width = heads·k.
+Axes: b batch, c channels, h w of the latents, T H W token grid, f motion frames, n tokens, l words,
+d width = heads·k.
 """
 
 import functools
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
 
     def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (b n d), keys and values of the source (b l d): each (b heads n k)."""
+        """Queries of x (b n d) -> (b heads n k); keys and values of the source (b l d) -> (b heads l k)."""
         q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(source), self.norm_k), self.v(source)
         return tuple(rearrange(y, "b n (heads k) -> b heads n k", heads=self.heads) for y in (q, k, v))
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
 class Context(NamedTuple):
     """What a block gets of a modality besides its tokens; the same for every block."""
 
-    time: Tensor  # (b 6 d) the noise level's part of the modulation, float32
+    level: Tensor  # (b 6 d) the noise level's part of the modulation, float32
     text: Tensor  # (b l d)
     rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n k/2)
 
@@ -147,14 +148,14 @@ class ExpertBlock(nn.Module):
 
     def before_attention(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n k)."""
-        shift, scale, *_ = (self.modulation + context.time).chunk(6, dim=1)  # each (b 1 d)
+        shift, scale, *_ = (self.modulation + context.level).chunk(6, dim=1)  # each (b 1 d)
         y = modulate(x, shift, scale, self.eps)
         q, k, v = self.self_attn.qkv(y, y)
         return apply_rope(q, *context.rope), apply_rope(k, *context.rope), v
 
     def after_attention(self, x: Tensor, attended: Tensor, context: Context) -> Tensor:
         """Tokens, and their rows of the joint attention (b n d) -> the tokens after the block."""
-        _, _, gate, shift2, scale2, gate2 = (self.modulation + context.time).chunk(6, dim=1)
+        _, _, gate, shift2, scale2, gate2 = (self.modulation + context.level).chunk(6, dim=1)
         x = (x + gate * self.self_attn.o(attended)).type_as(x)  # the gate is fp32
         q, k, v = self.cross_attn.qkv(layer_norm(x, self.norm3), context.text)
         x = x + self.cross_attn.o(attention(q, k, v))
@@ -195,15 +196,15 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.width))
         self.head = head
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (b n d), time (b d) float32."""
-        shift, scale = (self.modulation + time[:, None]).chunk(2, dim=1)  # each (b 1 d)
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """x (b n d), level (b d) float32."""
+        shift, scale = (self.modulation + level[:, None]).chunk(2, dim=1)  # each (b 1 d)
         return self.head(modulate(x, shift, scale, self.eps))
 
 
-class VideoExpert(nn.Module):
-    """Latents (b c t h w) -> video tokens (b, T·H·W, d) -> their velocity; and the embeddings of noise level
-    and text that both experts use. Names are Wan's."""
+class VideoEnds(nn.Module):
+    """The video expert outside the blocks: latents (b c T h w) -> tokens (b, T·H·W, d) -> their velocity; and
+    the embeddings of noise level and text that both experts use. Names are Wan's."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
@@ -216,22 +217,22 @@ class VideoExpert(nn.Module):
         self.head = Head(config, nn.Linear(d, math.prod(config.patch) * config.channels))
 
     def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
-        """t (b,), text (b l text_dim) -> the time for the head (b d), float32, and the blocks' context."""
-        with torch.autocast(t.device.type, enabled=False):  # it would round the time
-            time = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
-            time6 = rearrange(self.time_projection(time), "b (six d) -> b six d", six=6)
-        return time, Context(time6, self.text_embedding(text), rope)
+        """t (b,), text (b l text_dim) -> the noise level for the head (b d), float32; the blocks' context."""
+        with torch.autocast(t.device.type, enabled=False):  # it would round the level
+            level = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
+            level6 = rearrange(self.time_projection(level), "b (six d) -> b six d", six=6)
+        return level, Context(level6, self.text_embedding(text), rope)
 
     def embed(self, video: Tensor) -> Tensor:
         ph, pw = self.patch
         patches = rearrange(video, "b c T (H ph) (W pw) -> b (T H W) (c ph pw)", ph=ph, pw=pw)
-        # the convolution: its patches do not overlap
+        # what the convolution computes: its patches do not overlap
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
-    def predict(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def predict(self, x: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (T, H, W), (ph, pw) = grid, self.patch
-        pattern = "b (T H W) (ph pw c) -> b c T (H ph) (W pw)"
-        return rearrange(self.head(x, time), pattern, T=T, H=H, W=W, ph=ph, pw=pw)
+        pattern = "b (T H W) (ph pw c) -> b c T (H ph) (W pw)"  # c comes last here, as in Wan
+        return rearrange(self.head(x, level), pattern, T=T, H=H, W=W, ph=ph, pw=pw)
 
 
 # ---------------------------------------------------------------- the network
@@ -244,9 +245,9 @@ class DualDiT(nn.Module):
         super().__init__()
         d = config.width
         self.config = config
-        self.video = VideoExpert(config)
+        self.video = VideoEnds(config)
         self.motion = nn.ModuleDict({"encoder": MotionEncoder(d), "head": Head(config, MotionDecoder(d))})
-        # nn.Embedding(TASK_COUNT, d) would draw random numbers, which init_weights draws anew
+        # from_pretrained draws no random numbers: init_weights does
         embedding = nn.Embedding.from_pretrained(torch.empty(TASK_COUNT, d), freeze=False)
         self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         dual = range(config.layers) if config.dual is None else config.dual
@@ -282,20 +283,20 @@ class DualDiT(nn.Module):
 
         xs, contexts = {}, {}
         if video is not None:
-            time_video, contexts["video"] = self.video.context(t_video, text, rope_video)
+            level_video, contexts["video"] = self.video.context(t_video, text, rope_video)
             x = self.video.embed(video)  # (b T·H·W d)
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
-            # paper is silent: Wan's embeddings of time and text serve both experts
-            time_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
+            # paper is silent: Wan's embeddings of noise level and text serve both experts
+            level_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
             x = self.motion["encoder"](motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
         for block in self.blocks:
             xs = block(xs, contexts)
 
-        u_video = None if video is None else self.video.predict(xs["video"], time_video, (T, H, W))
-        u_motion = None if motion is None else self.motion["head"](xs["motion"], time_motion)
+        u_video = None if video is None else self.video.predict(xs["video"], level_video, (T, H, W))
+        u_motion = None if motion is None else self.motion["head"](xs["motion"], level_motion)
         return u_video, u_motion
 
     def video_parameters(self) -> list[nn.Parameter]:

@@ -43,8 +43,8 @@ class Task(IntEnum):
         return ROLES[self][1]
 
     @property
-    def unconditional(self) -> "Task":
-        """The same output with the condition absent."""
+    def without_condition(self) -> "Task":
+        """The same output with the condition absent; the text is another matter."""
         without = {Task.MOTION_TO_VIDEO: Task.VIDEO_ONLY, Task.VIDEO_TO_MOTION: Task.MOTION_ONLY}
         return without.get(self, self)
 
@@ -86,8 +86,8 @@ class Draw(NamedTuple):
 def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> Draw:
     """A step of b samples: a pure function of the generator.
 
-    What is dropped at random, for a sample's text or a step's condition:
-    joint            text
+    Dropped at random, the text of a sample, the condition of the whole step:
+    no condition     text
     motion to video  text, or text and motion
     video to motion  video; text always
     """
@@ -97,15 +97,15 @@ def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> 
     drop_text = torch.rand(b, generator=generator) < DROP_TEXT
     t = shift_time(torch.rand(b, generator=generator), shift)
     seeds = torch.randint(2**62, (b,), generator=generator)
-    if drop_condition and task.unconditional is not task:
-        task, drop_text = task.unconditional, torch.ones_like(drop_text)
+    if drop_condition and task.without_condition is not task:
+        task, drop_text = task.without_condition, torch.ones_like(drop_text)
     if task is Task.VIDEO_TO_MOTION:
         drop_text = torch.ones_like(drop_text)
     return Draw(task, drop_text, t, seeds)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t <- s·t / (1 + (s-1)·t): more of [0, 1] is spent near noise, which decides the coarse layout."""
+    """t <- s·t / (1 + (s-1)·t): for s > 1 more of [0, 1] is near noise, which decides the coarse layout."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -138,7 +138,7 @@ def loss(
     text (b l text_dim); null_text, the empty prompt's features, broadcasts to it. A modality that is absent
     from the task may be None.
     """
-    drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # else the host waits for a GPU
+    drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # the host need not wait
     text = torch.where(drop_text[:, None, None], null_text, text)
     x_video, t_video, target_video = by_role(video, drawn.t, drawn.seeds, drawn.task.video)
     # + 1: other noise than the video's
@@ -174,9 +174,9 @@ def guided(
     model: Network, video: Tensor | None, motion: Tensor | None, t: Tensor, text: Tensor, null_text: Tensor,
     task: Task, w1: float, w2: float,
 ) -> Tensor:  # fmt: skip
-    """The velocity to follow at t (1,); w1 is ω1, the weight of the text, w2 is ω2, that of the condition.
+    """The velocity at t (1,) of what is noise -> (b, numbers): video's, then motion's.
 
-    Of what is noise: (b n), video's numbers, then motion's.
+    w1 is ω1, the weight of the text, w2 is ω2, that of the condition.
     """
     x, m, y, null = video, motion, text, null_text
     t_video, t_motion = (0 * t if role is Role.CLEAN else t for role in (task.video, task.motion))
@@ -184,9 +184,9 @@ def guided(
     def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Tensor:
         """One call of the network; without its condition, as the task that has none."""
         # paper is silent: the task hint of a call without its condition
-        called = task if x is video and m is motion else task.unconditional
+        as_task = task if x is video and m is motion else task.without_condition
         times = (None if x is None else t_video), (None if m is None else t_motion)
-        velocities = zip(model(x, m, *times, y, called), (task.video, task.motion), strict=True)
+        velocities = zip(model(x, m, *times, y, as_task), (task.video, task.motion), strict=True)
         return torch.cat([v.float().flatten(1) for v, role in velocities if role is Role.NOISY], dim=1)
 
     if task is Task.MOTION_TO_VIDEO:
@@ -223,7 +223,7 @@ def sample(
     """Follow the guided velocity from t = 1 to t = 0 -> video and motion.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
-    condition comes back as it went in. `progress` is what the steps go through, such as tqdm. The defaults
+    condition comes back as it went in. `progress` wraps the list of steps, as tqdm does. The defaults
     are the paper's, but for ab2. ValueError where inputs do not fit the task.
     """
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):

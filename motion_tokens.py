@@ -78,10 +78,10 @@ def encode_smpl(global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl:
     """SMPL parameters -> motion vectors (b f 235), not yet normalised.
 
     global_orient (b f 3), body_pose (b f 23 3) axis-angle in radians, betas (b 10), transl (b f 3) in
-    metres. `body.joints(...)` gives the joint positions η (kit/body.py): absolute, in the frame of
+    metres. `body.joints(...)` gives the joint positions η (kit/body.py): absolute, in the coordinates of
     `transl`, so that with a paired clip they project straight onto its pixels.
     """
-    # paper is silent: η is absolute, so that it projects onto pixels
+    # paper is silent: the coordinates of η
     joints = body.joints(global_orient, body_pose, betas[:, None], transl)  # (b f j 3)
     pose = torch.cat((global_orient[:, :, None], body_pose), dim=2)  # (b f j 3)
     rotations = matrix_to_6d(axis_angle_to_matrix(pose))  # (b f j 6)
@@ -133,7 +133,7 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
     angle = torch.linalg.vector_norm(axis_angle, dim=-1, keepdim=True)
     small = angle < 1e-4
     safe = torch.where(small, torch.ones_like(angle), angle)
-    # sin(a)/a and (1-cos(a))/a², by their series where the quotient loses its digits
+    # sin(a)/a and (1-cos(a))/a², by their series where the quotient is near 0/0
     first = torch.where(small, 1 - angle**2 / 6, safe.sin() / safe)[..., None]
     second = torch.where(small, 0.5 - angle**2 / 24, (1 - safe.cos()) / safe**2)[..., None]
     x, y, z = axis_angle.unbind(-1)

@@ -34,8 +34,8 @@ def video_positions(T: int, H: int, W: int) -> Tensor:
 def motion_positions(f: int, H: int, W: int, synced: bool = True, apart: bool = True) -> Tensor:
     """Positions of f frames of motion tokens beside an H x W video grid -> (f·51, 3) float64.
 
-    Two ablations, one thing each: `synced=False` has time f instead of f/4, four times too fast;
-    `apart=False` has (i, i) instead of (H + i, W + i): the first tokens stand on video's positions.
+    Two ablations: `synced=False` puts motion at its frame's number instead of a quarter of it; `apart=False`
+    puts token i at (i, i) instead of (H + i, W + i), so that the first ones stand on video's positions.
     """
     frame = torch.arange(f, dtype=torch.float64)
     token = torch.arange(TOKENS_PER_FRAME, dtype=torch.float64)

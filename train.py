@@ -35,8 +35,8 @@ LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
-BAD_STEPS = 10  # in a row, then the run stops
-# options that a run keeps when it goes on
+BAD_STEPS = 10  # not finite, in a row: the run stops
+# options to repeat when a run goes on
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
 ABLATIONS = (*run.NETWORKS, "one-stage")
 
@@ -74,7 +74,7 @@ def options() -> argparse.Namespace:
     add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
-    export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="see above")
+    export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="the weights")
     # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
     export.add_argument("--bf16", action="store_true", help="rounded weights, half the size")
@@ -89,7 +89,7 @@ def options() -> argparse.Namespace:
 
 
 def learning_rate(peak: float, now: Step) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth of the peak."""
+    """In each stage a linear warm-up, then half a cosine down to a twentieth of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * now.index / now.steps))
     return peak * min(1.0, (now.index + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
@@ -103,7 +103,7 @@ def freeze(model: DualDiT, stage: int) -> None:
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
     """Go on from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
-    follow(model.state_dict(), ema, 1.0)  # a copy
+    follow(model.state_dict(), ema, 1.0)  # weight 1: model <- ema
     if stage == 0:
         copy_video_to_motion(model)
         follow(ema, model.state_dict(), 1.0)
@@ -129,16 +129,17 @@ def update(
 
 
 def gradients(
-    objective: nn.Module, clips: Iterator[batches.Batch], drawn: flow.Draw, parts: list[range], bf16: bool
-) -> Tensor:
-    """Forward and backward of `parts` of the samples, one by one -> losses (2 or 3,): total, its parts."""
-    losses = 0.0
-    for samples in parts:
+    objective: nn.Module, clips: Iterator[batches.Batch], drawn: flow.Draw, microbatches: list[range],
+    bf16: bool,
+) -> Tensor:  # fmt: skip
+    """Forward and backward, a microbatch at a time -> losses (2 or 3,): total, video's, motion's."""
+    losses, count = 0.0, len(microbatches)
+    for samples in microbatches:
         batch = next(clips)
         with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             loss = objective(*batch, drawn.rows(samples.start, samples.stop))
-        (loss.total / len(parts)).backward()  # the ranks exchange gradients after each part
-        losses += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach() / len(parts)
+        (loss.total / count).backward()  # the ranks exchange gradients after each
+        losses += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach() / count
     return losses
 
 
@@ -148,8 +149,9 @@ def train(args: argparse.Namespace) -> None:
     device, rank, ranks = world
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
-    args.steps = sum(stages.values())  # a run that goes on keeps them, whatever the defaults are then
-    parts = run.microbatches(args.batch, world, args.accumulate)
+    args.steps = sum(stages.values())  # in the plan: a run cannot go on with others
+    microbatches = run.microbatches(args.batch, world, args.accumulate)
+    chunk = len(microbatches[0])  # clips at a time
     shift = args.shift or SHIFT[kind]
     peak = args.lr or LEARNING_RATE[kind]
 
@@ -180,10 +182,11 @@ def train(args: argparse.Namespace) -> None:
     stopping, done, bad = distributed.terminated(), first, 0
     # a generator: it starts at the first step, when the model is on its device
     clips = batches.stream(
-        sources, model, steps, first, parts, seed=args.seed, batch=args.batch, device=device, codec=codec
-    )
+        sources, model, steps, first, microbatches, seed=args.seed, batch=args.batch, device=device,
+        codec=codec,
+    )  # fmt: skip
     # CUDA graphs need one forward and one backward pass a step, and cannot recompute
-    replay = len(parts) == 1 and not args.checkpointing
+    replay = len(microbatches) == 1 and not args.checkpointing
 
     for step in range(first, len(steps)):
         now = steps[step]
@@ -202,12 +205,12 @@ def train(args: argparse.Namespace) -> None:
                 held if args.validate_every else [], model, now.stage, shape.frames, codec, device
             )
         if held_out and step % args.validate_every == 0:
-            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, len(parts[0]), bf16, log)
+            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, chunk, bf16, log)
 
-        # the gradients of this rank's clips, averaged over the ranks
+        # this rank's clips through flow.loss; gradients averaged over the ranks
         start = time.perf_counter()
         drawn = flow.draw(batches.rng("draw", args.seed, step), now.stage, args.batch, shift)
-        losses = gradients(objective, clips, drawn, parts, bf16)
+        losses = gradients(objective, clips, drawn, microbatches, bf16)
         norm = distributed.clip_gradients(model, CLIP_NORM)
 
         # one look at the numbers, which are then the same on every rank
@@ -240,7 +243,7 @@ def train(args: argparse.Namespace) -> None:
 
     writer.wait()
     if first < done == len(steps) and held_out:
-        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, len(parts[0]), bf16, log)
+        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, chunk, bf16, log)
     if log:
         log.close()
         run.leave(args.out, done, complete=done == len(steps))

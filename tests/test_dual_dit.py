@@ -197,13 +197,13 @@ def test_a_batch_is_its_samples(model, task):
 
 
 @torch.no_grad()
-def test_autocast_leaves_the_time_in_fp32(model):
+def test_autocast_leaves_the_noise_level_in_fp32(model):
     call = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        time, context = model.video.context(call["t_video"], call["text"], None)
+        level, context = model.video.context(call["t_video"], call["text"], None)
         low = model(**call)
     exact = model.video.context(call["t_video"], call["text"], None)
-    assert torch.equal(time, exact[0]) and torch.equal(context.time, exact[1].time)
+    assert torch.equal(level, exact[0]) and torch.equal(context.level, exact[1].level)
     for u, v in zip(low, model(**call), strict=True):
         assert (u - v).std() < 0.05 * v.std()
 
