@@ -33,7 +33,7 @@ def options() -> argparse.Namespace:
     # what
     add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m")
     add("--prompt", metavar="TEXT", help="may be empty: no text")
-    add("--prompts", type=Path, metavar="FILE", help="one prompt a line: each missing PROMPT-INDEX.mp4")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes each missing PROMPT-INDEX.mp4")
     add("--count", type=files.count, default=1, metavar="N", help="of each prompt: seeds SEED, SEED+1, ...")
     add("--seed", type=int, default=0, metavar="N")
     # conditions

@@ -74,7 +74,8 @@ def options() -> argparse.Namespace:
     add("--accumulate", type=files.count, metavar="N", help=what)
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass, to save memory")
     add("--compile", action="store_true", help="torch.compile each block")
-    export = parser.add_subparsers(dest="verb", metavar="export").add_parser("export", help="the weights")
+    verbs = parser.add_subparsers(dest="verb", metavar="export")
+    export = verbs.add_parser("export", help="averaged weights, for sample.py")
     # SUPPRESS: an --out before the verb is kept
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
     export.add_argument("--bf16", action="store_true", help="rounded weights, half the size")
