@@ -1,7 +1,5 @@
 """kit/data/datasets.py and kit/data/sources.py: data sets by name, and what training makes of them."""
 
-import shutil
-
 import clip_folder
 import numpy as np
 import pytest
@@ -122,25 +120,18 @@ def test_humanml3d_has_a_sample_for_each_part_with_its_captions(humanml3d, amass
     torch.testing.assert_close(turns[0][0, 2], -turns[1][0, 2], atol=1e-4, rtol=0)
 
 
-def test_links_in_the_folder_are_followed_once(amass, tmp_path, capsys):
+def test_links_in_the_folder_are_followed_once(amass, tmp_path):
     # catches linked subsets left out in silence, a link to a folder above that has no end, and doubled files
-    disk, folder = tmp_path / "disk", tmp_path / "amass"
-    shutil.copytree(amass, disk)
-    shutil.copytree(amass / "BMLrub", folder / "KIT")
-    (folder / "KIT" / "turn_poses.npz").rename(folder / "KIT" / "a.npz")
-    (folder / "CMU").symlink_to(disk / "CMU")
-    (folder / "CMU again").symlink_to(disk / "CMU")
-    (folder / "KIT" / "one.npz").symlink_to(disk / "BMLrub" / "turn_poses.npz")
-    (folder / "KIT" / "up").symlink_to(folder)
-    (folder / "KIT" / "self").symlink_to(folder / "KIT" / "self")
-    (folder / "gone").symlink_to(tmp_path / "nothing")
-    data = open_dataset(f"amass:{folder}", PUPPET, puppet.body())
-    assert data.names == ["CMU/01/walk_poses.npz", "KIT/a.npz", "KIT/one.npz"]
-    assert len(read_all(data, lambda sample: sample)[0]) == 2 + 3 + 3
-    assert data.problems == [f"{folder / x} is a link to what is not there" for x in ("gone", "KIT/self")]
-    farm = tmp_path / "farm"
-    farm.symlink_to(disk)
-    assert len(open_dataset(f"amass:{farm}", PUPPET, puppet.body()).names) == 2
+    (tmp_path / "CMU").symlink_to(amass / "CMU")
+    (tmp_path / "CMU again").symlink_to(amass / "CMU")
+    (tmp_path / "KIT").mkdir()
+    (tmp_path / "KIT" / "one.npz").symlink_to(amass / "BMLrub" / "turn_poses.npz")
+    (tmp_path / "KIT" / "up").symlink_to(tmp_path)
+    (tmp_path / "KIT" / "self").symlink_to(tmp_path / "KIT" / "self")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    data = open_dataset(f"amass:{tmp_path}", PUPPET, puppet.body())
+    assert data.names == ["CMU/01/walk_poses.npz", "KIT/one.npz"]
+    assert data.problems == [f"{tmp_path / x} is a link to what is not there" for x in ("gone", "KIT/self")]
 
 
 def test_verbs_end_with_1_where_nothing_is_usable(verb, amass, tmp_path, capsys):
