@@ -13,7 +13,7 @@ from kit.data.hmr import read_motion_file
 from kit.data.motion_files import Motion, save_amass
 from kit.data.sources import open_sources
 from kit.geometry import PUPPET, Geometry, geometry
-from motion_tokens import decode_smpl, sixd_to_matrix
+from motion_tokens import decode_smpl
 
 CPU = torch.device("cpu")
 
@@ -98,10 +98,7 @@ def test_amass_is_cut_into_canonical_windows(amass):
     assert [sample.name for sample in cut] == [found.names[0]] * 2 + [found.names[1]]
     for sample in cut:
         assert (sample.video, sample.captions, tuple(sample.motion.shape)) == (None, (), (17, 235))
-        left, right = sample.motion[0, 6:9], sample.motion[0, 9:12]
-        x, _, z = left - right
-        np.testing.assert_allclose(sample.motion[0, [3, 5]], 0, atol=1e-5)  # the pelvis
-        assert x > 0.1 and abs(z) < 1e-5
+        np.testing.assert_allclose(sample.motion[0, [3, 5]], 0, atol=1e-5)  # the pelvis: see canonical
     # the second window goes on where the first ended: the same poses as frames 34 to 66 of the file
     motion = read_motion_file(amass / "BMLrub/turn_poses.npz", puppet.body()).motion
     pose = decode_smpl(cut[1].motion[None])["body_pose"][0]
@@ -115,9 +112,6 @@ def test_humanml3d_has_a_sample_for_each_part_with_its_captions(humanml3d, amass
     other, part = ("a man walks", "walking right"), ("he starts",)
     assert [sample.captions for sample in cut] == [both, both, part, other, other, part]
     assert {sample.name for sample in cut} == {"000001", "M000001"}
-    # what is mirrored turns the other way about the vertical
-    turns = [sixd_to_matrix(cut[k].motion[6, 219:225]) for k in (0, 3)]
-    torch.testing.assert_close(turns[0][0, 2], -turns[1][0, 2], atol=1e-4, rtol=0)
 
 
 def test_links_in_the_folder_are_followed_once(amass, tmp_path):

@@ -41,8 +41,6 @@ def turned(axes: str) -> Motion:
 
 
 FAULTS = {
-    "as it is": (lambda: puppet_motion(), None),
-    "walks three metres": (lambda: moved(3), None),
     "upside down": (lambda: turned("opencv"), "head is below the feet in 100%"),
     "lies": (lambda: turned("zup"), "the person lies in .* frames, first in"),
     "jumps": (lambda: jumping(2.5), r"the pelvis moves 2\.\d m from frame 19 to 20: is there a cut"),
