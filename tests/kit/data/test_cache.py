@@ -260,7 +260,7 @@ def test_only_what_changed_is_made_again(tmp_path, capsys):
     for file in files:
         file.write_bytes(file.name.encode())
     data = made_up()._replace(sources=lambda item: {"caption": f"words {item}", "motion": files[item]})
-    write(out, data)
+    assert not write(out, data, rank=1, ranks=2) and write(out, data, ranks=2)
     before, fake = contents(out), Fake()
     assert write(out, data, fake) and fake.calls == [] and contents(out) == before
     assert capsys.readouterr().out == ""
