@@ -62,12 +62,6 @@ def person(seed: int, frames: int) -> Person:
     return Person(orient, pose, betas, transl)
 
 
-def pixels(who: Person, camera: np.ndarray) -> np.ndarray:
-    """(f 24 2) as (column, row): OpenCV's projectPoints without distortion."""
-    seen = who.joints() @ camera.T
-    return seen[..., :2] / seen[..., 2:]
-
-
 def by_frame(who: Person) -> np.ndarray:
     return np.tile(who.betas, (len(who.transl), 1)).astype(np.float32)
 
@@ -113,12 +107,6 @@ def tram(path: Path, who: Person) -> None:
     np.save(path, content, allow_pickle=True)
     camera = {"img_focal": np.float64(CAMERA[0, 0]), "img_center": CAMERA[:2, 2], "pred_cam_R": np.eye(3)}
     np.save(path.parent.parent / "camera.npy", camera, allow_pickle=True)
-
-
-def phalp_camera(height: int, width: int) -> np.ndarray:
-    """Of the whole picture: focal length 5000 for a square of 256 pixels, padded around its middle."""
-    focal = 5000 / 256 * max(height, width)
-    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def phalp(path: Path, who: Person, ghosts: tuple[int, ...] = ()) -> None:

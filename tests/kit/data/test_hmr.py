@@ -21,17 +21,12 @@ from motion_tokens import decode_smpl
 FRAMES = 21
 
 
-def lens(focal: float) -> np.ndarray:
-    """Of the whole picture, 64x64."""
-    return np.array([[focal, 0, 32], [0, focal, 32], [0, 0, 1]])
-
-
-TOOLS = {
-    "gvhmr": ("hmr4d_results.pt", clip_folder.CAMERA),
-    "wham": ("wham_output.pkl", lens(np.hypot(64, 64))),
-    "tram": ("hps/hps_track_0.npy", clip_folder.CAMERA),
-    "phalp": ("demo_clip.pkl", lens(5000 / 256 * 64)),  # 5000 for a square of 256, padded around its middle
-    "camerahmr": ("camerahmr.npz", clip_folder.CAMERA),
+TOOLS = {  # what they write, and the focal length of their camera, in pixels of 64x64
+    "gvhmr": ("hmr4d_results.pt", 132),
+    "wham": ("wham_output.pkl", np.hypot(64, 64)),
+    "tram": ("hps/hps_track_0.npy", 132),
+    "phalp": ("demo_clip.pkl", 5000 / 256 * 64),  # 5000 for a square of 256, padded around its middle
+    "camerahmr": ("camerahmr.npz", 132),
 }
 
 
@@ -86,14 +81,15 @@ def test_joints_are_on_the_pixels_where_the_tool_sees_them(folder, who, tool):
 
     Catches: the person turned about the origin instead of the pelvis, rotations transposed or not turned,
     translation not turned, the world's parameters instead of the camera's, another lens than the tool's."""
-    name, camera = TOOLS[tool]
+    name, focal = TOOLS[tool]
     (folder / name).parent.mkdir(exist_ok=True)
     getattr(hmr_files, tool)(folder / name, who)
     paired(folder, name)
     sample, said = sample_of(folder)
     found, depth = sample.camera.project(sample.motion[:, 3:75].reshape(17, 24, 3))
+    x, y, z = np.moveaxis(who.joints()[:17], -1, 0)
+    expected = np.stack([32 + focal * x / z, 32 + focal * y / z], axis=-1)
     kept = slice(0, 22 if tool == "gvhmr" else 24)  # SMPL-X has no hand joints of SMPL's
-    expected = hmr_files.pixels(who, camera)[:17]
     np.testing.assert_allclose(found[:, kept], expected[:, kept], atol=0.02)
     assert (depth > 0).all()
     assert ("WHAM's file has no camera" in str(said)) == (tool == "wham")
@@ -133,16 +129,13 @@ def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
         read(tmp_path / "a.npz", size=None)
 
 
-HANDS = ((0, 0), (0, 90))  # 30 joints more, in SMPL+H
 FORMS = {  # beside those of the tools and of AMASS
     "66 numbers": lambda p: {"poses": p.full[:, :22].reshape(-1, 66)},
-    "matrices": lambda p: {"poses": p.matrices},
     "6D, column by column": lambda p: {"poses": p.matrices[..., :2].swapaxes(-1, -2).reshape(-1, 144)},
     "6D, 3 by 2": lambda p: {"poses": p.matrices[..., :2]},
-    "parts": lambda p: {"root_orient": p.orient, "pose_body": p.pose[:, :21].reshape(-1, 63)},
-    "parts with fingers": lambda p: {
+    "parts, with 30 joints of fingers": lambda p: {
         "root_orient": p.orient,
-        "pose_body": np.pad(p.pose[:, :21].reshape(-1, 63), HANDS, constant_values=0.5),
+        "pose_body": np.pad(p.pose[:, :21].reshape(-1, 63), ((0, 0), (0, 90)), constant_values=0.5),
     },
 }
 
@@ -157,7 +150,7 @@ def test_rotations_in_any_form(tmp_path, who, form):
     expected = who.full.copy()
     expected[:, 0] = (Rotation.from_matrix(FLIP) * Rotation.from_rotvec(who.orient)).as_rotvec()
     assert hmr_files.apart(angles(found)[:, :22], expected[:, :22]) < 1e-3
-    if form == "parts with fingers":
+    if "fingers" in form:
         assert not angles(found)[:, 22:].any()
 
 
@@ -232,16 +225,12 @@ def test_rows_belong_to_frames_of_the_video(folder, who):
 
 
 def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
-    """By scipy's slerp. Catches: a gap closed up, so that later motion is early; a long one walked over."""
+    """Catches: a gap closed up, so that later motion is early; a long one walked over."""
     rows = np.r_[0:6, 14:21]  # 8 frames at 16 a second: half a second
     found = read(write_wham(folder / "gap.pkl", (0, who.rows(rows), rows)))
     ((part,), said) = stretches(found, torch.arange(FRAMES).double() / 16)
     assert len(part.times) == FRAMES and part.motion.fps == 16
     assert said == ["8 frames without the person are filled"]
-    for joint in (0, 4, 17):
-        slerp = Slerp(rows, Rotation.from_rotvec(angles(found)[:, joint]))
-        filled = torch.cat([part.motion.global_orient[:, None], part.motion.body_pose], dim=1)[:, joint]
-        assert hmr_files.apart(filled, slerp(np.arange(FRAMES)).as_rotvec()) < 1e-3
     line = [np.interp(np.arange(FRAMES), rows, found.motion.transl[:, i]) for i in range(3)]
     np.testing.assert_allclose(part.motion.transl, np.stack(line, 1), atol=1e-5)
 

@@ -23,9 +23,13 @@ def write_amass(path, frames, fps):
     np.savez(path, poses=poses, trans=trans, betas=np.zeros(16), gender="male", mocap_framerate=fps)
 
 
+def index(*rows):
+    return HEADER + "".join(f"{row}\n" for row in rows)
+
+
 def write_index(folder, rows, texts, split):
     (folder / "texts").mkdir(parents=True, exist_ok=True)
-    (folder / "index.csv").write_text(HEADER + "".join(f"{row}\n" for row in rows))
+    (folder / "index.csv").write_text(index(*rows))
     for name, text in texts.items():
         (folder / "texts" / f"{name}.txt").write_text(text)
     (folder / "train.txt").write_text("\n".join(split))
@@ -98,29 +102,19 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
 
 
 RENAMED = [
-    ("BioMotionLab_NTroje", "BMLrub"), ("BioMotionLab_NTroje", "BioMotionLab_NTroje"), ("MPI_HDM05", "HDM05"),
-    ("TCD_handMocap", "TCDHands"), ("MPI_Limits", "PosePrior"), ("MPI_mosh", "MoSh"), ("MPI_mosh", "Mosh"),
-    ("SSM_synced", "SSM"), ("DFaust_67", "DFaust"), ("Transitions_mocap", "Transitions"), ("KIT", "kit"),
+    ("BioMotionLab_NTroje", "BMLrub"), ("MPI_HDM05", "HDM05"), ("TCD_handMocap", "TCDHands"),
+    ("MPI_Limits", "PosePrior"), ("MPI_mosh", "Mosh"), ("SSM_synced", "SSM"), ("DFaust_67", "DFaust"),
+    ("Transitions_mocap", "Transitions"), ("KIT", "kit"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("old, new", RENAMED)
-def test_amass_may_have_its_folders_of_today(tmp_path, body, old, new):
+def test_amass_may_have_its_folders_of_today(tmp_path, old, new):
     # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
     file = write_clip(tmp_path, old, 100.0, place=new)
     ((entry,), problems) = entries(tmp_path, tmp_path / "amass", "train")
     assert entry.source == file and not problems
     assert entry.start == TRIMMED.get(old, 0) + 7 / 20
-    assert len(read_entry(entry, body).transl) == 43
-
-
-def test_the_smplx_release_is_told_from_a_missing_file(tmp_path, body):
-    # catches files of other frames taken for HumanML3D's, and "no such file" told to who has them all
-    write_amass(tmp_path / "amass/KIT/3/kick high_left02_stageii.npz", frames=900, fps=100.0)
-    write_index(tmp_path, [GOOD], {"000000": CAPTION}, ["000000"])
-    ((entry,), _) = entries(tmp_path, tmp_path / "amass", "train")
-    with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
-        read_entry(entry, body)
 
 
 def test_other_rates_and_the_mirror(folder, body):
@@ -143,6 +137,10 @@ def test_a_motion_that_does_not_fit_its_entry(folder, body):
     kick = entries(folder, folder / "amass", "train")[0][0]
     with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
         read_entry(kick, body)
+    # whoever has AMASS's SMPL-X release has them all, but with other frames
+    write_amass(file.with_name("kick high_left02_stageii.npz"), frames=900, fps=100.0)
+    with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
+        read_entry(kick, body)
     # the 85th of HumanML3D's frames is missing, by one of AMASS's
     write_amass(file, frames=5 * 84, fps=100.0)
     with pytest.raises(ValueError, match=r"000000 ends at 4\.20 s of .*which lasts 4\.19 s"):
@@ -154,40 +152,31 @@ def test_a_motion_that_does_not_fit_its_entry(folder, body):
         read_entry(kick, body)
 
 
-def index(*rows):
-    return (HEADER + "".join(f"{row}\n" for row in rows)).encode()
-
-
 GOOD = f"{KICK},2,85,000000.npy"
 BAD_INDEX = [
-    ({"index.csv": None}, "HumanML3D has"),
-    ({"index.csv": b""}, "expected the columns source_path"),
-    ({"index.csv": HEADER.encode()}, "no lines"),
-    ({"index.csv": index(f"{KICK},2,85")}, "line 2: new_name is ''"),
-    ({"index.csv": index(GOOD, f"{KICK},2.5,85,000001.npy")}, "line 3: frames '2.5'"),
-    ({"index.csv": index(f"{KICK},2,85,../../000000.npy")}, "new_name"),
-    ({"index.csv": index(GOOD, GOOD)}, "line 3: new_name"),
-    ({"index.csv": index("./pose_data/KIT/../../../secret.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index("/etc/a.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index(r"./pose_data/..\..\secret.npy,2,85,000000.npy")}, "source_path"),
-    ({"index.csv": index(",2,85,000000.npy")}, "source_path"),
-    ({"index.csv": b"\xff\xfe" + index(GOOD)}, "not UTF-8"),
-    ({"train.txt": None}, "HumanML3D has"),
-    ({"train.txt": b" \n"}, r"train\.txt is empty"),
-    ({"train.txt": b"000000\n000077\nM000078\n"}, r"train\.txt has 2 names .* 000077"),
+    ("index.csv", None, "HumanML3D has"),
+    ("index.csv", "", "expected the columns source_path"),
+    ("index.csv", HEADER, "no lines"),
+    ("index.csv", index(f"{KICK},2,85"), "line 2: new_name is ''"),
+    ("index.csv", index(GOOD, f"{KICK},2.5,85,000001.npy"), "line 3: frames '2.5'"),
+    ("index.csv", index(f"{KICK},2,85,../../000000.npy"), "line 2: new_name"),
+    ("index.csv", index(GOOD, GOOD), "line 3: new_name"),
+    ("index.csv", index("./pose_data/KIT/../../../secret.npy,2,85,000000.npy"), "source_path"),
+    ("index.csv", index("/etc/a.npy,2,85,000000.npy"), "source_path"),
+    ("index.csv", index(r"./pose_data/..\..\secret.npy,2,85,000000.npy"), "source_path"),
+    ("index.csv", index(",2,85,000000.npy"), "source_path"),
+    ("train.txt", " \n", "is empty"),
+    ("train.txt", "000000\n000077\nM000078\n", "has 2 names .* 000077"),
 ]
 
 
-@pytest.mark.parametrize("files, message", BAD_INDEX)
-def test_an_index_that_cannot_be_trusted(folder, files, message):
-    (folder / "train.txt").write_text("000000")
-    for name, content in files.items():
-        (folder / name).unlink()
-        if content is not None:
-            (folder / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+@pytest.mark.parametrize("name, content, message", BAD_INDEX)
+def test_an_index_that_cannot_be_trusted(folder, name, content, message):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}.*{message}"):
         entries(folder, folder / "amass", "train")
-    assert next(iter(files)) in str(error.value)
 
 
 BAD_TEXTS = [
@@ -199,7 +188,6 @@ BAD_TEXTS = [
     (b"walks#walk/VERB#1.0#99.0\n", "line 1"),
     (b"walks#walk/VERB#4.5#5.0\n", "line 1"),
     (b"walks#walk/VERB#0#inf\n", "line 1"),
-    (b"walks#walk/VERB#1.0#1.01\n", "line 1"),
     (b" #walk/VERB#0.0#0.0\n", "line 1"),
     (b"caf\xe9#x/NOUN#0.0#0.0\n", "not UTF-8"),
     (None, "HumanML3D has"),
@@ -217,9 +205,9 @@ def test_a_bad_text_leaves_its_clip_out(folder, content, message):
     assert {entry.name for entry in found} == {"M000000", "000004"}
 
 
-@pytest.mark.parametrize("span", ["85,2", "2,2", "-3,85", "0,-1"])
+@pytest.mark.parametrize("span", ["85,2", "2,2", "-3,85"])
 def test_a_span_that_is_none_leaves_its_clip_out(folder, span):
-    (folder / "index.csv").write_bytes(index(f"{KICK},{span},000000.npy"))
+    (folder / "index.csv").write_text(index(f"{KICK},{span},000000.npy"))
     (folder / "train.txt").write_text("000000")
     found, (problem,) = entries(folder, folder / "amass", "train")
     assert not found and problem.startswith("000000: frames") and "no span" in problem

@@ -1,6 +1,5 @@
 """AMASS files, and motions resampled, smoothed, mirrored and turned, beside scipy and the body's joints."""
 
-import math
 import zipfile
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation, Slerp
 
-from kit import puppet
 from kit.body import JOINT_NAMES, Body
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import (
@@ -65,7 +63,8 @@ def test_amass_round_trip_and_same_bytes(tmp_path, body):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:  # the archive must not record when it was written
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+    with pytest.raises(ValueError, match=r"body_pose is \(7, 21, 3\)"):
+        save_amass(tmp_path / "c.npz", motion._replace(body_pose=motion.body_pose[:, :21]), body)
 
 
 @pytest.mark.parametrize("width, joints_kept", [(156, 21), (165, 21), (72, 23)])
@@ -92,13 +91,11 @@ BAD = [
     ({"mocap_framerate": None}, "axes are not known"),
     ({"poses": GOOD["poses"][:, :100]}, r"poses is \(7, 100\)"),
     ({"poses": GOOD["poses"] * 57.3 * 10}, "degrees"),
-    ({"poses": np.where(GOOD["poses"] > 1, np.inf, GOOD["poses"])}, "infinity"),
     ({"trans": None}, "no transl"),
     ({"trans": GOOD["trans"][:3]}, "3 transl, expected 7"),
     ({"trans": GOOD["trans"] * np.nan}, "NaN"),
     ({"trans": GOOD["trans"] * 1e4}, "millimetres"),
     ({"betas": None}, "betas are None"),
-    ({"betas": np.array(["x"] * 16)}, "could not convert"),
     ({"mocap_framerate": np.array(0.0)}, "frames a second"),
     ({"mocap_framerate": np.array(np.nan)}, "frames a second"),
     ({"mocap_framerate": np.array("fast")}, "could not convert"),
@@ -113,16 +110,6 @@ def test_bad_amass(tmp_path, body, change, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
         load(tmp_path / "bad.npz", body)
-
-
-def test_bad_files(tmp_path, body):
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load(tmp_path / "none.npz", body)
-    (tmp_path / "bad.npz").write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match=r"bad\.npz cannot be read"):
-        load(tmp_path / "bad.npz", body)
-    with pytest.raises(ValueError, match="body_pose"):
-        save_amass(tmp_path / "a.npz", random_motion()._replace(body_pose=torch.zeros(FRAMES, 21, 3)), body)
 
 
 UNEVEN = torch.tensor([0.0, 0.01, 0.1, 0.1001, 0.2, 0.25, 8 / 30], dtype=torch.float64)
@@ -143,8 +130,6 @@ def test_between_frames_is_scipys_slerp(fps):
 
 
 def test_resample_edges():
-    # 25 seconds but for a microsecond: the last frame is not lost, nor asked for beyond the end
-    assert len(resample(random_motion(frames=1501, fps=60.00001), 20.0).transl) == 501
     assert len(resample(random_motion(frames=1), 50.0).transl) == 1
     times = times_between(0.3, 0.3 + 7 * 0.1, 10.0)
     np.testing.assert_allclose(times, 0.3 + np.arange(8) / 10, atol=1e-12)
@@ -159,16 +144,15 @@ def test_a_frame_at_its_own_time_is_itself(fps):
     assert len(resample(motion, 20.0).transl) == int(1000 / fps * 20 + 1e-4) + 1
 
 
-@pytest.mark.parametrize("seconds", (0.05, 0.2))
-def test_smoothing_is_scipys_weighted_mean_of_rotations(seconds):
+def test_smoothing_is_scipys_weighted_mean_of_rotations():
     """In the middle of a motion. Catches: axis-angle numbers averaged, torn at half a turn; another sigma."""
     random = np.random.default_rng(0)
     turning = Rotation.from_rotvec(np.linspace(0, 9, 61)[:, None] * [0.6, 0, 0.8])  # past half a turn twice
     shaken = turning * Rotation.from_rotvec(random.normal(0, 0.1, (61, 3)))
     orient, transl = (torch.tensor(x).float() for x in (shaken.as_rotvec(), random.normal(size=(61, 3))))
     motion = Motion(orient, torch.zeros(61, 23, 3), torch.zeros(10), transl, 30.0, "neutral")
+    seconds, reach = 0.1, 12
     smoothed = smooth(motion, seconds)
-    reach = math.ceil(4 * seconds * 30)
     for frame in range(reach, 61 - reach):
         near = np.arange(frame - reach, frame + reach + 1)
         weights = np.exp(-(((near - frame) / (30 * seconds)) ** 2) / 2)
@@ -192,16 +176,10 @@ def test_smoothing_keeps_steady_movement_and_what_is_still():
     assert smooth(motion, 0.0) is motion
 
 
-def off_centre() -> Body:
-    """The puppet with a rest pelvis away from x = 0; its two halves stay each other's mirror image."""
-    data = _body_data()
-    data["v_template"] = data["v_template"] + (0.3, 0, 0)
-    return Body(data)
-
-
-@pytest.mark.parametrize("make", [puppet.body, off_centre])
-def test_mirror_reflects_the_joints(make):
-    body, motion = make(), random_motion()
+def test_mirror_reflects_the_joints():
+    data = _body_data()  # its rest pelvis goes away from x = 0; its halves stay each other's mirror image
+    body = Body(data | {"v_template": data["v_template"] + (0.3, 0, 0)})
+    motion = random_motion()
     motion = motion._replace(body_pose=torch.randn(FRAMES, 23, 3, generator=torch.Generator().manual_seed(1)))
     expected = joints(motion, body)
     other = lambda name: name.replace("left", "x").replace("right", "left").replace("x", "right")
