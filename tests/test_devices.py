@@ -22,7 +22,7 @@ import flow
 import train
 from dual_dit import PRESETS, DualDiT
 from flow import Draw, Role, Task
-from kit import data, devices, distributed, puppet, validation
+from kit import checkpoints, data, devices, distributed, puppet, validation
 from kit.data import batch as batches
 from kit.data.batch import Batch
 from kit.data.sources import open_sources
@@ -170,6 +170,19 @@ def test_validation(model, codec):
     held = validation.read_held_out(held[:4], model, 2, 17, codec, DEVICE)
     assert there(held.video, held.motion, held.text, held.null_text, codec.decode(held.video))
     validation.validate(model, held, flow.STAGES[2], 4, False)
+
+
+def test_optimizers_go_on_where_their_parameters_are(model, monkeypatch):
+    # fused AdamW on a GPU takes no counter that lies on the CPU
+    slots = ("exp_avg", "exp_avg_sq", "step")
+    shapes = {f"optimizer/{name}/{slot}": p.shape for name, p in model.named_parameters() for slot in slots}
+    shapes = {key: torch.Size() if key.endswith("step") else shape for key, shape in shapes.items()}
+    stored = {key: collections.namedtuple("Stored", "size")(shape) for key, shape in shapes.items()}
+    monkeypatch.setattr(checkpoints, "_stored", lambda folder: stored)
+    monkeypatch.setattr(checkpoints, "_read", lambda *args, **options: None)
+    opts = train.optimizers(model, "puppet")
+    checkpoints.load(Path(), model, {}, opts)
+    assert there(*(value for o in opts for slots in o.state.values() for value in slots.values()))
 
 
 def test_weights_in_bf16_are_not_kept_until_the_step_ends():
