@@ -2,38 +2,36 @@
 
 python -m bench             1.3B-shaped blocks beside diffusers; the price of motion; the puppet. On the CPU
 python -m bench puppet      training of the puppet: clips a second at each length, compiled or not. On the CPU
-python -m bench gpu         the 1.3B at 81x480x832, training and beside diffusers (bench/gpu.py)
+python -m bench gpu         what a GPU does, in one command of eight minutes (bench/gpu.py)
 python -m bench plan        what a training run will need, counted
 """
 
 import argparse
-import functools
 import json
-import statistics
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bench import gpu, plan, puppet, speed
-from bench.timing import CPU, device_name
 from kit import files
-from kit.devices import has_bf16_units
 
 
 def bench_all() -> dict:
     """The table, row by row; JSON has each figure under its key, and the rounds' extremes under "spread"."""
-    parts = [speed.motion, functools.partial(speed.compared, torch.float32), puppet.guided, puppet.training]
-    if has_bf16_units(CPU):  # without them a CPU takes minutes for each call
-        parts.insert(2, functools.partial(speed.compared, torch.bfloat16))
-    rows = [row for part in tqdm(parts, desc="measuring") for row in part()]
+    from bench import puppet, speed
+    from bench.timing import CPU, device_name
+
+    setting, fp32, bf16 = speed.Setting(), torch.float32, torch.bfloat16
+    compared = [(key, dtype) for dtype in (fp32, bf16) for key in speed.COMPARED]
+    rows = speed.motion(setting)
+    for key, dtype in tqdm(compared, desc="measuring"):
+        rows += speed.compared(setting, key, dtype)
+    rows += puppet.guided(setting) + puppet.training(setting)
     print(f"{device_name(CPU)}, torch {torch.__version__}; median, smallest and largest of alternating runs")
-    figures, spread = {}, {}
-    for key, what, values in rows:
-        figures[key], spread[key] = statistics.median(values), (min(values), max(values))
-        low, high = spread[key]
-        print(f"{key:22}{figures[key]:8.3g}  ({low:.3g} … {high:.3g})".ljust(52) + what)
-    return figures | {"spread": spread, "device": device_name(CPU)}
+    for key, what, (median, low, high) in rows:
+        print(f"{key:22}{median:8.3g}  ({low:.3g} … {high:.3g})".ljust(52) + what)
+    spread = {row.key: row.figure[1:] for row in rows}
+    return {row.key: row.figure.median for row in rows} | {"spread": spread, "device": device_name(CPU)}
 
 
 def options() -> argparse.Namespace:
@@ -46,29 +44,45 @@ def options() -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="what", metavar="puppet, gpu, plan")
     verbs.add_parser("puppet", parents=[common], help="clips a second in training, at each length")
 
-    add = verbs.add_parser("gpu", parents=[common], help="what a GPU does with the 1.3B").add_argument
-    choices = (*gpu.PARTS, "all")
-    add("parts", nargs="*", choices=choices, default="all", metavar="PART", help=", ".join(choices))
+    gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does; without one a tiny rehearsal")
+    what = "tests, train, forward, motion, hybrid, puppet, run; default: all, in this order"
+    gpu.add_argument("parts", nargs="*", metavar="PART", help=what)
+    gpu.add_argument("--minutes", type=float, default=8, metavar="N", help="in all (default %(default)s)")
+    what = "figures and the puppet's run (default %(default)s)"
+    gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help=what)
+    gpu.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
-    add = verbs.add_parser("plan", parents=[common], help="what a training run will need").add_argument
-    add("--frames", type=files.frames, metavar="N", help="4n+1")
-    add("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
-    add("--gpus", type=files.count, default=32, metavar="N")
-    add("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
-    add("--batch", type=files.count, default=32, metavar="CLIPS", help="a step, over all GPUs")
-    add("--size", type=files.size, metavar="HxW", help="pixels; default: as published")
-    add("--steps", type=int, default=10_000)
+    plan = verbs.add_parser("plan", parents=[common], help="what a training run will need")
+    plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
+    plan.add_argument("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
+    plan.add_argument("--gpus", type=files.count, default=32, metavar="N")
+    plan.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
+    plan.add_argument("--batch", type=files.count, default=32, metavar="CLIPS", help="a step, over all GPUs")
+    plan.add_argument("--size", type=files.size, metavar="HxW", help="pixels; default: as published")
+    plan.add_argument("--steps", type=int, default=10_000)
     what = "of a GPU in bf16: A100 312, H100 989"
-    add("--peak-tflops", type=float, default=312, help=what)
-    add("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    plan.add_argument("--peak-tflops", type=float, default=312, help=what)
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
     return parser.parse_args()
 
 
 def main() -> None:
     args = vars(options())
-    file, what = args.pop("json", None), args.pop("what")
-    measured = {None: bench_all, "puppet": puppet.lengths, "gpu": gpu.run_parts, "plan": plan.plan}[what]
-    figures = measured(**args)
+    what, file = args.pop("what"), args.pop("json", None)
+    if what == "puppet":
+        from bench import puppet
+
+        figures = puppet.lengths()
+    elif what == "gpu":
+        from bench import gpu
+
+        figures = gpu.run_parts(**args)
+    elif what == "plan":
+        from bench import plan
+
+        figures = plan.plan(**args)
+    else:
+        figures = bench_all()
     if file:
         file.write_text(json.dumps(figures, indent=2) + "\n")
 

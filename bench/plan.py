@@ -6,8 +6,10 @@ from kit.geometry import WAN, adjusted
 
 GIB = 2**30
 PUBLISHED = {"wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}
-# what the paper states of both: parameters, and by what share motion adds to the FLOPs of a call
-PAPER = {"wan2.1-1.3b": (2.6e9, 0.129), "wan2.2-5b": (7.5e9, 0.103)}
+# what the paper states of both: parameters, by what share motion adds to the FLOPs of a call, and about how
+# many GPU hours both stages took
+PAPER = {"wan2.1-1.3b": (2.6e9, 0.129, 2300), "wan2.2-5b": (7.5e9, 0.103, 4000)}
+A100 = 312e12  # FLOP/s in bf16
 
 
 def price_of_motion(config: DualDiTConfig, tokens: Tokens) -> tuple[float, float]:
@@ -35,7 +37,7 @@ def plan(
         f"{tokens.video} video and {tokens.motion} motion tokens a clip"
     )
     usual = tokens_of(config, published.frames, (published.height, published.width), stride)
-    (linear, whole), (paper_count, paper_price) = price_of_motion(config, usual), PAPER[preset]
+    (linear, whole), (paper_count, paper_price, hours) = price_of_motion(config, usual), PAPER[preset]
     clip = f"{published.frames} frames of {published.height}x{published.width}"
     print(f"{clip:24}{'ours':>12}{'the paper':>14}")
     print(f"{'parameters, billions':24}{count / 1e9:12.2f}{paper_count / 1e9:14.1f}")
@@ -55,17 +57,20 @@ def plan(
         print(f"{name:24}{stored / GIB:12.1f}{checkpointed / GIB:14.1f}")
     print(f"{'sum':24}{sum(plans[False]) / GIB:12.1f}{sum(plans[True]) / GIB:14.1f}\n")
 
+    total = {ck: batch * step_flops(config, tokens, ck) for ck in (False, True)}
     print("TFLOP of one clip's forward call: " + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in parts.items()))
     # bf16 weights are gathered twice and fp32 gradients scattered; their slices are then summed over nodes
     inside, across = 8 * count * (node - 1) / node, 8 * count / node * (nodes - 1) / nodes
     if gpus > 1:
         print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB to those {node}, {across / 1e9:.1f} GB beyond")
-    seconds = batch * step_flops(config, tokens, checkpointing=True) / (peak_tflops * 1e12 * mfu * gpus)
+    seconds = total[True] / (peak_tflops * 1e12 * mfu * gpus)
     days = steps * seconds / 86400
     print(
         f"a step at {mfu:.0%} of {peak_tflops:g} TFLOP/s: {seconds:.1f} s with checkpointing; "
         f"{steps} steps: {days:.1f} days, {24 * days * gpus:.0f} GPU hours"
     )
+    paper = hours * 3600 * A100 * mfu / total[True]
+    print(f"the paper's {hours} GPU hours on A100 would do {paper:.0f} such steps")
     return {
         "parameters": count,
         "motion_adds": {"linear": linear, "whole": whole},

@@ -1,4 +1,4 @@
-"""The puppet's speed on a CPU: a guided sample, a training step as train.py does it, the clips it takes."""
+"""The puppet's speed: a guided sample, a training step as train.py does it, the clips that feed it."""
 
 import functools
 import itertools
@@ -10,19 +10,21 @@ import torch
 
 import flow
 import train
-from bench.speed import Row
-from bench.timing import CPU, device_name, interleaved, ratio
+from bench.speed import Row, Setting
+from bench.timing import CPU, device_name, figure, interleaved, ratio
 from flow import Task
 from kit import devices, distributed, puppet, weights
 from kit.backbone import SHIPPED, puppet_backbone
 from kit.data import batch as batches
 from kit.data.sources import open_sources
+from kit.distributed import World
 from kit.geometry import PUPPET
 from motion_tokens import MOTION_DIM
 from sample import denoise
 
-BATCH = 16  # clips a step
+BATCH = 16  # clips a step, train.py's default on a CPU
 STAGE = 2
+BUDGET = 30  # seconds of each length
 
 
 class Parts(NamedTuple):
@@ -39,24 +41,24 @@ def done(parts: Iterable[Callable[[], None]]) -> None:
         part()
 
 
-def training_step(compiled: bool = False, frames: int = puppet.FRAMES) -> Parts:
+def training_step(
+    batch: int, device: torch.device, bf16: bool, compiled: bool = False, frames: int = puppet.FRAMES
+) -> Parts:
     """A joint step of stage 2 with the shipped network."""
-    devices.use_fast_attention(CPU)
-    bf16 = devices.has_bf16_units(CPU)
-    model, extra = weights.load_weights(SHIPPED)
+    model, extra = weights.load_weights(SHIPPED, device)
     model.train().requires_grad_(True)
     if compiled:
         distributed.compile_blocks(model)
-    objective = distributed.Objective(model)
+    objective = distributed.wrap(model, World(device, 0, 1), None, bf16, replay=True)
     sources = open_sources(["puppet"], PUPPET, puppet.body())
     opts = train.optimizers(model, "puppet")
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    micro = BATCH // devices.microbatches(BATCH, CPU)
-    parts, made = [range(i, i + micro) for i in range(0, BATCH, micro)], []
-    drawn = flow.draw(batches.rng("bench"), STAGE, BATCH)._replace(task=Task.JOINT)
+    micro = batch // devices.microbatches(batch, device)
+    parts, made = [range(i, i + micro) for i in range(0, batch, micro)], []
+    drawn = flow.draw(batches.rng("bench"), STAGE, batch)._replace(task=Task.JOINT)
     codec = puppet.Codec.from_state(extra)
     steps = itertools.repeat(train.Step(STAGE, 0, 1, frames))
-    clips = batches.stream(sources, model, steps, 0, parts, seed=0, batch=BATCH, device=CPU, codec=codec)
+    clips = batches.stream(sources, model, steps, 0, parts, seed=0, batch=batch, device=device, codec=codec)
 
     def data() -> None:
         made[:] = [next(clips) for _ in parts]
@@ -74,7 +76,7 @@ def training_step(compiled: bool = False, frames: int = puppet.FRAMES) -> Parts:
 
 
 @torch.no_grad()
-def guided() -> list[Row]:
+def guided(setting: Setting) -> list[Row]:
     """A sample of the shipped puppet from a motion, as sample.py makes it."""
     backbone = puppet_backbone(SHIPPED, "cpu")
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
@@ -83,30 +85,34 @@ def guided() -> list[Row]:
         denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.grid,
         motion=motion, bf16=backbone.autocast, **backbone.defaults._asdict(),
     )  # fmt: skip
+    times = setting.rounds({"sample": call})
     what = f"seconds of a guided sample of {backbone.defaults.steps} steps, motion to video"
-    return [Row("puppet_sample_seconds", what, interleaved({"sample": call})["sample"])]
+    return [Row("puppet_sample_seconds", what, figure(times["sample"]))]
 
 
-def training() -> list[Row]:
+def training(setting: Setting) -> list[Row]:
     """A training step, and the clips that feed it."""
-    data, *others = training_step()
-    times = interleaved({"data": data, "step": functools.partial(done, others)})
+    devices.use_fast_attention(CPU)
+    data, *others = training_step(BATCH, CPU, devices.has_bf16_units(CPU))
+    times = setting.rounds({"data": data, "step": functools.partial(done, others)})
     what = f"seconds of a training step on {BATCH} clips of {puppet.FRAMES} frames, without its data"
     fed = "clips generated / trained on a second"
     return [
-        Row("puppet_step_seconds", what, times["step"]),
+        Row("puppet_step_seconds", what, figure(times["step"])),
         Row("puppet_data_ratio", fed, ratio(times["step"], times["data"])),
     ]
 
 
 def lengths() -> dict[str, dict[str, float]]:
     """Clips a second at each length of clip, and what takes a step's time where blocks are compiled."""
-    found = {}
+    devices.use_fast_attention(CPU)
+    bf16, found = devices.has_bf16_units(CPU), {}
     print(f"{device_name(CPU)}, torch {torch.__version__}; joint steps of {BATCH} clips")
     print(f"{'frames':10}{'clips/s':>10}{'compiled':>10}   of a compiled step, %: {', '.join(Parts._fields)}")
     for _, frames in train.run.CLIP_LENGTHS:
-        plain, compiled = (training_step(each, frames) for each in (False, True))
-        times = interleaved({"plain": functools.partial(done, plain)} | compiled._asdict())
+        plain, compiled = (training_step(BATCH, CPU, bf16, each, frames) for each in (False, True))
+        calls = {"plain": functools.partial(done, plain)} | compiled._asdict()
+        times = interleaved(calls, budget=BUDGET)
         plain, *parts = (statistics.median(each) for each in times.values())
         shares = [100 * part / sum(parts) for part in parts]
         found[str(frames)] = {"clips_per_second": BATCH / plain, "compiled": BATCH / sum(parts)}

@@ -6,7 +6,7 @@ is divided by ours, above 1 is good.
 
 import dataclasses
 import functools
-import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import flow
 from bench.peer import diffusers_twin
 from bench.plan import price_of_motion
-from bench.timing import CPU, interleaved, random_model, ratio
+from bench.timing import CPU, Figure, figure, interleaved, random_model, ratio
 from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
 from kit.flops import Tokens
@@ -51,17 +51,12 @@ class Shape(NamedTuple):
         return f"{self.t} latents of {self.h}x{self.w} tokens, text of {self.text}"
 
 
-CONFIG = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
-# what is compared, by methods of Sides, at sizes that take a CPU half a second to three
-COMPARED = {
-    (torch.float32, "forward"): Shape(2, 24, 42),
-    (torch.float32, "sample"): Shape(1, 6, 10, 64),
-    (torch.float32, "train"): Shape(1, 10, 18, 256),
-    (torch.bfloat16, "forward"): Shape(2, 24, 42),
-    (torch.bfloat16, "sample"): Shape(1, 15, 27),
-    (torch.bfloat16, "train"): Shape(1, 15, 27),
-}
-WITH_MOTION = Shape(1, 15, 27)
+# up to 81 frames of 480x832: motion tokens keep their proportion to video tokens. The first are for CPUs that
+# have no units for a dtype.
+SHAPES = (
+    Shape(1, 2, 4, 4), Shape(1, 4, 7, 16), Shape(1, 6, 10, 64), Shape(1, 10, 18, 256), Shape(1, 15, 27),
+    Shape(2, 24, 42), Shape(3, 27, 45), Shape(5, 28, 49), Shape(9, 29, 51), Shape(21, 30, 52),
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -69,7 +64,29 @@ class Row(NamedTuple):
 
     key: str
     what: str
-    values: list[float]  # a round each
+    figure: Figure
+
+
+class Setting(NamedTuple):
+    """What is measured on a CPU, and in which time."""
+
+    config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
+    shapes: tuple[Shape, ...] = SHAPES
+    seconds: float = 25.0  # for each measurement
+    least: int = 3  # rounds of each
+
+    def rounds(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        return interleaved(calls, self.seconds, self.least)
+
+    def fitting(self, calls: Callable[[Shape], dict[str, Callable]]) -> tuple[Shape, dict[str, Callable]]:
+        """The calls of the first shape of which a round takes a twentieth of the time or more."""
+        for shape in self.shapes:
+            made, begin = calls(shape), time.perf_counter()
+            for call in made.values():
+                call()
+            if time.perf_counter() - begin > self.seconds / 20:
+                break
+        return shape, made
 
 
 def inputs(
@@ -85,10 +102,12 @@ def inputs(
 class Sides:
     """Ours and diffusers' network on the same weights, and what is called of both."""
 
-    def __init__(self, config: DualDiTConfig, dtype: torch.dtype, device: torch.device = CPU):
+    def __init__(
+        self, config: DualDiTConfig, dtype: torch.dtype, device: torch.device = CPU, peer: bool = True
+    ):
         self.config, self.dtype, self.device = config, dtype, device
         self.ours = random_model(config, device, dtype)
-        self.peer = diffusers_twin(self.ours)
+        self.peer = diffusers_twin(self.ours) if peer else None
 
     def forward(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
         """A forward call of each, video only."""
@@ -119,7 +138,7 @@ class Sides:
             side: functools.partial(step, models[side], call) for side, call in self.forward(shape).items()
         }
 
-    def sample(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
+    def sample(self, shape: Shape, steps: int = STEPS) -> dict[str, Callable[[], Tensor]]:
         """A whole sample guided by text: flow.sample, and diffusers' pipeline with Euler's scheduler."""
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
@@ -129,10 +148,10 @@ class Sides:
         pipeline.set_progress_bar_config(disable=True)
         options = {
             "height": 8 * video.shape[3], "width": 8 * video.shape[4], "num_frames": shape.frames,
-            "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent",
+            "num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent",
             "prompt_embeds": text.to(self.dtype), "negative_prompt_embeds": null_text.to(self.dtype),
         }  # fmt: skip
-        ours = {"steps": STEPS, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
+        ours = {"steps": steps, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
         given = self.ours, video, None, text, null_text, Task.VIDEO_ONLY
         return {
             "ours": lambda: flow.sample(*given, **ours)[0],
@@ -140,23 +159,31 @@ class Sides:
         }
 
 
+@functools.lru_cache(maxsize=1)  # measurements of one dtype follow each other
+def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
+    return Sides(config, dtype)
+
+
+COMPARED = {"forward": Sides.forward, "sample": Sides.sample, "train": Sides.train}  # what both do
+
+
 @torch.no_grad()
-def compared(dtype: torch.dtype) -> list[Row]:
+def compared(setting: Setting, key: str, dtype: torch.dtype) -> list[Row]:
     """diffusers' time over ours."""
-    sides, rows, precision = Sides(CONFIG, dtype), [], {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    for key in ("forward", "sample", "train"):
-        shape = COMPARED[dtype, key]
-        times = interleaved(getattr(sides, key)(shape))
-        what = f"diffusers / ours, {precision}, {shape}; ours {statistics.median(times['ours']):.3g} s"
-        rows.append(Row(f"{key}_ratio_{precision}", what, ratio(times["peer"], times["ours"])))
-    return rows
+    shape, calls = setting.fitting(functools.partial(COMPARED[key], sides(setting.config, dtype)))
+    times = setting.rounds(calls)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    what = f"diffusers / ours, {name}, {shape}; ours {figure(times['ours']).median:.3g} s"
+    return [Row(f"{key}_ratio_{name}", what, ratio(times["peer"], times["ours"]))]
 
 
 @torch.no_grad()
-def motion() -> list[Row]:
+def motion(setting: Setting) -> list[Row]:
     """What motion tokens cost beyond their share of the arithmetic."""
-    sides, shape = Sides(CONFIG, torch.float32), WITH_MOTION
-    times = interleaved({"video": sides.forward(shape)["ours"], "joint": sides.joint(shape)})
-    price = 1 + price_of_motion(CONFIG, shape.tokens(motion=True))[1]
+    both = sides(setting.config, torch.float32)
+    calls_of = lambda shape: {"video": both.forward(shape)["ours"], "joint": both.joint(shape)}
+    shape, calls = setting.fitting(calls_of)
+    times = setting.rounds(calls)
+    price = 1 + price_of_motion(setting.config, shape.tokens(motion=True))[1]
     what = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs, {shape}"
     return [Row("motion_overhead", what, ratio(times["joint"], times["video"], price))]

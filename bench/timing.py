@@ -1,33 +1,68 @@
 """Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
 
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from dual_dit import DualDiT, DualDiTConfig
 from kit.weights import stored_dtype
 
-ROUNDS = 7
+ROUNDS = 15  # more make no figure better
 CPU = torch.device("cpu")
 
 
-def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> list[float]:
+class Figure(NamedTuple):
+    """What a measurement says, and how far its rounds are apart."""
+
+    median: float
+    low: float
+    high: float
+
+
+def figure(values: Sequence[float]) -> Figure:
+    return Figure(statistics.median(values), min(values), max(values))
+
+
+def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> Figure:
     """Of the times of two calls, round by round, over `by`."""
-    return [a / b / by for a, b in zip(above, below, strict=True)]
+    return figure([a / b / by for a, b in zip(above, below, strict=True)])
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each call in every round, A B A B ..., after a round that warms up."""
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], budget: float = 0.0, least: int = 3, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round, A B A B ..., after a round that warms up.
+
+    Rounds go on while the next one is likely to end within `budget` seconds, but there are `least` of them.
+    """
+    begin, times = time.perf_counter(), {name: [] for name in calls}
+    for rounds in range(ROUNDS + 1):
+        spent = time.perf_counter() - begin
+        if rounds > least and spent * (rounds + 1) / rounds > budget:
+            break
         for name, call in calls.items():
+            wait(device)
             start = time.perf_counter()
             call()
+            wait(device)
             times[name].append(time.perf_counter() - start)
     return {name: each[1:] for name, each in times.items()}
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of a call, the median of three after one that warms up."""
+    return statistics.median(interleaved({"call": call}, device=device)["call"])
 
 
 def device_name(device: torch.device) -> str:

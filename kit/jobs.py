@@ -1,5 +1,8 @@
 """What a call of sample.py is asked to make: samples with their names, prompts, seeds and conditions."""
 
+import itertools
+import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 from torch import Tensor
@@ -31,8 +34,10 @@ def jobs(
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
-        task, named = tasks[name or "joint"], read_prompts(prompts)
-        return [Job(f"{file}-{i}", task, text, seed + i) for file, text in named for i in range(count)]
+        task, seeds, made = tasks[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
+        for file, text in read_prompts(prompts):  # a repeated prompt goes on with other seeds
+            made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
+        return made
     made = []
     for shown in [name] if name else SHOWN:
         task, text = tasks[shown], prompt
@@ -48,28 +53,39 @@ def jobs(
 
 
 def read_prompts(file: Path) -> list[tuple[str, str]]:
-    """A prompt a line (UTF-8) -> the names of files, as VBench has them, and the prompts; each name once."""
+    """A prompt a line (UTF-8) -> what its files are called, each another name, and the prompt."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
+    content = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        lines = file.read_text("utf-8-sig").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}): save it as UTF-8") from error
-    named = {}
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8"
+        ) from error
+    named, taken = [], set()
     for number, prompt in enumerate(map(str.strip, lines), start=1):
         if not prompt:
             continue
         name = prompt.replace("/", "_")
-        if len(name.encode()) > LONGEST:
+        if len(name.encode()) > LONGEST or "\0" in name:
             raise ValueError(
-                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, got {name!r}"
+                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, no zero, "
+                f"got {name!r}"
             )
-        if name in named:  # VBench's own list repeats some
-            print(f"{file} line {number} is left out: a prompt above has the same file names")
-        named.setdefault(name, prompt)
+        others = (f"{name} {copy}" for copy in itertools.count(2))
+        name = next(other for other in itertools.chain([name], others) if _on_any_disk(other) not in taken)
+        taken.add(_on_any_disk(name))
+        named.append((name, prompt))
     if not named:
         raise ValueError(f"{file} has no prompt: expected one a line")
-    return list(named.items())
+    return named
+
+
+def _on_any_disk(name: str) -> str:
+    """Equal for names that are one file on some disk: macOS and Windows ignore case, macOS accents' forms."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def missing(out: Path, jobs: list[Job], keep: bool) -> list[Job]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -19,25 +20,27 @@ FORMATS = {
 SAME_TIME = 1e-7  # seconds
 UNSPECIFIED = 2  # of a frame's colour matrix
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions of ITU-R BT.2100
+MAX_PIXEL = 8  # times as wide as high, or as high as wide
 ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.mp4"
 
 
 class Shown(NamedTuple):
-    """A decoded frame, not yet converted."""
+    """A decoded frame, not yet converted, and how its picture is to be turned."""
 
     time: float  # seconds, no earlier than the frame before it
     frame: av.VideoFrame
     pixel: Fraction  # its width over its height
-    path: Path  # of the video
+    lying: bool  # rows and columns change places, before they are mirrored
+    right: int  # -1: columns run to the left
+    down: int  # -1: rows run up
 
     def image(self) -> Image.Image:
         image = _rgb(self.frame)
         if self.pixel != 1:  # of DV, DVDs and anamorphic lenses
             size = (round(image.width * self.pixel), image.height)
             image = image.resize(size, Image.Resampling.BICUBIC)
-        lying, right, down = _turn(self.frame, self.path)
-        pixels = np.asarray(image).swapaxes(0, 1) if lying else np.asarray(image)  # (h w 3)
-        return Image.fromarray(np.ascontiguousarray(pixels[::down, ::right]))
+        pixels = np.asarray(image).swapaxes(0, 1) if self.lying else np.asarray(image)  # (h w 3)
+        return Image.fromarray(np.ascontiguousarray(pixels[:: self.down, :: self.right]))
 
 
 def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
@@ -49,9 +52,10 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
     before = next(frames)
     start = before.time
     for frame in frames:
-        while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
-            yield before.image()
-            count += 1
+        if frame.time > before.time:  # else the later one takes its place at once
+            while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
+                yield before.image()
+                count += 1
         before = frame
     while count / fps <= before.time - start + SAME_TIME:
         yield before.image()
@@ -63,34 +67,50 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
 
 def shown_frames(path: Path) -> Iterator[Shown]:
     """Every frame of a video, at least one, in the order in which they are shown; errors as `images_at`."""
+    times, last = _avi_times(path) if path.suffix.lower() == ".avi" else None, -math.inf
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        pixel = stream.sample_aspect_ratio or Fraction(1)
+        if not 1 / MAX_PIXEL <= pixel <= MAX_PIXEL:
+            raise ValueError(f"{path}: its pixels are {pixel} times as wide as high, expected about 1")
+        for count, frame in enumerate(container.decode(stream)):
+            time = frame.time if times is None else next(times, None)
+            if frame.is_corrupt or time is None:
+                raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
+            if time < last:
+                shown = f"frame {count} is shown at {time:.3f} s, the one before it at {last:.3f} s"
+                raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
+            if frame.color_trc in HDR:
+                raise ValueError(f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first")
+            yield Shown(time, frame, pixel, *_turn(frame, path))
+            last = time
+    if last == -math.inf:
+        raise ValueError(f"{path} has no frames, expected at least one")
+
+
+def _avi_times(path: Path) -> Iterator[float]:
+    """The times of an AVI's frames as they are shown.
+
+    An AVI says when a frame is decoded, not when it is shown, and B-frames are shown in another order.
+    """
+    with _opened(path) as (container, stream):
+        return iter(sorted(float(p.pts * p.time_base) for p in container.demux(stream) if p.size))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a video")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a video ending in {', '.join(FORMATS)}")
-    last = -math.inf
     try:
         with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
             stream = container.streams.best("video")  # the first may be a picture of the album's cover
             if stream is None:
                 raise ValueError(f"{path} has no video stream: it is only sound, or cut short")
-            stream.thread_type = "AUTO"
-            pixel = stream.sample_aspect_ratio or Fraction(1)
-            for count, frame in enumerate(container.decode(stream)):
-                if frame.is_corrupt or frame.time is None:
-                    raise ValueError(f"{path}: frame {count} is damaged or has no time; {ENCODE_AGAIN}")
-                if frame.time < last:
-                    shown = f"frame {count} is shown at {frame.time:.3f} s, the one before it at {last:.3f} s"
-                    raise ValueError(f"{path}: {shown}; {ENCODE_AGAIN}")
-                if frame.color_trc in HDR:
-                    raise ValueError(
-                        f"{path} is HDR ({HDR[frame.color_trc]}): convert it to SDR, BT.709, first"
-                    )
-                yield Shown(frame.time, frame, pixel, path)
-                last = frame.time
+            yield container, stream
     except av.error.FFmpegError as error:
         raise ValueError(f"{path} is damaged or no {path.suffix} video: {error.strerror}") from error
-    if last == -math.inf:
-        raise ValueError(f"{path} has no frames, expected at least one")
 
 
 # ---------------------------------------------------------------- how a frame is shown
@@ -108,14 +128,13 @@ def _rgb(frame: av.VideoFrame) -> Image.Image:
 def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
     """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
 
-    The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y). -> whether rows and
-    columns change places, and the directions (1 or -1) in which columns and rows run after that.
+    The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)
     if matrix is None:
         return False, 1, 1
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
-    lying = abs(a) < abs(b)
+    lying = abs(a) + abs(d) < abs(b) + abs(c)
     right, down, *rest = (c, b, a, d) if lying else (a, d, b, c)
     if max(map(abs, rest)) > 0.01 * min(abs(right), abs(down)) or not right * down:
         found = f"its display matrix has {a} {b} {c} {d}, no quarter turns"

@@ -51,7 +51,7 @@ def load_transformer(
     """
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
-    shapes, own_name = read_header(files)
+    shapes, own_name, fp8 = read_header(files)
     with torch.device("meta"):
         model = DualDiT(config_of(shapes))
     video, state = own_names(model), model.state_dict()
@@ -73,6 +73,8 @@ def load_transformer(
                 ours = expert_name(own_name[name])
                 state[ours] = tensors.get_tensor(name).to(device, stored_dtype(ours, dtype))
     model.load_state_dict(state, assign=True)
+    if fp8:
+        print(f"{folder}: its fp8 weights are computed in {dtype}, no finer for that")
     # paper is silent: what the motion expert starts from
     copy_video_to_motion(model)
     return model.eval().requires_grad_(False)

@@ -40,6 +40,8 @@ for _theirs, _own in (("attn1", "self_attn"), ("attn2", "cross_attn")):
     IN_BLOCK |= {f"{_theirs}.norm_{x}": f"{_own}.norm_{x}" for x in "qk"}
     IN_BLOCK[f"{_theirs}.to_out.0"] = f"{_own}.o"
 
+# what torch.compile, activation checkpointing and FSDP put before a name, also in the middle of one
+WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 FIRST = "patch_embedding.weight"  # in both layouts: what stands before it stands before every name
 
 
@@ -109,19 +111,24 @@ def shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_header(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The files' tensors, unread: their shapes by Wan's own names, and those names by the files'."""
-    shapes = {}
+def read_header(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str], bool]:
+    """The files' tensors, unread: shapes by Wan's own names, those names by the files', and if any is fp8."""
+    shapes, fp8 = {}, False
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 if name in shapes:
                     raise ValueError(f"{file} has {name}, as another file beside it: more than one model")
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                part = tensors.get_slice(name)
+                shapes[name] = tuple(part.get_shape())
+                fp8 |= "F8" in part.get_dtype()
+    plain = {name: WRAPPER.sub("", name) for name in shapes}
     # some tools put a prefix before all names
-    prefix = next((name.removesuffix(FIRST) for name in shapes if f".{name}".endswith(f".{FIRST}")), "")
-    own = {name: wan_name(name.removeprefix(prefix)) for name in shapes}
-    return {own[name]: shape for name, shape in shapes.items()}, own
+    prefix = next((n.removesuffix(FIRST) for n in plain.values() if f".{n}".endswith(f".{FIRST}")), "")
+    own = {name: wan_name(short.removeprefix(prefix)) for name, short in plain.items()}
+    if len(set(own.values())) < len(own):
+        raise ValueError(f"tensors are there twice, under two names: more than one model; {SUPPORTED}")
+    return {own[name]: shape for name, shape in shapes.items()}, own, fp8
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import clip_folder
 import numpy as np
 import pytest
 import torch
-from clip_folder import at_rate, levels, ramp
+from clip_folder import STEP, at_rate, levels, ramp
+from conftest import all_frames
 
 from kit import pictures, video
 from kit.video import images_at
@@ -47,17 +48,46 @@ def test_frames_are_decoded_as_they_are_asked_for(tmp_path, monkeypatch):
         assert len(decoded) == asked + 1  # which one is nearest is known when the next has come
 
 
-def test_times_that_go_backwards_are_refused_by_frame(tmp_path):
-    # catches frames left out or shown too long, which the motion beside them does not follow
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("mjpeg", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
-        packets = [packet for _ in range(5) for packet in stream.encode(av.VideoFrame(32, 32, "yuvj420p"))]
-        for k, packet in enumerate(packets + stream.encode()):
-            packet.pts, packet.dts = (0, 1, 3, 2, 4)[k], k - 5  # no encoder does so, but recorders do
+def encode(path: Path, codec: str, fmt: str, times: list[int], **options: str) -> Path:
+    """Frame k of a ramp at times[k] / 16 s, muxed as it comes out of the encoder."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16, options=options)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, fmt
+        stream.codec_context.time_base = Fraction(1, 16)
+        packets = []
+        for k in range(len(times)):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), STEP * k, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 16)
+            packets += stream.encode(frame)
+        for packet in (*packets, *stream.encode()):
+            if times != sorted(set(times)):  # no encoder takes such times: they come from recorders
+                packet.pts, packet.dts = times[packet.pts], packet.pts - len(times)
             container.mux(packet)
+    return path
+
+
+B_FRAMES = {"libx264": {"x264-params": "bframes=3:b-adapt=0:scenecut=0"}, "mpeg4": {"bf": "3"}}
+
+
+@pytest.mark.parametrize("codec", B_FRAMES)
+def test_b_frames_in_an_avi_are_shown_in_their_order(tmp_path, codec):
+    # catches times of decoding taken for times of showing: frames 2, 3, 1, 4, ...
+    path = encode(tmp_path / "a.avi", codec, "yuv420p", list(range(20)), **B_FRAMES[codec])
+    assert levels(images_at(path, 16)) == list(range(20))
+
+
+def test_of_frames_at_one_time_the_last_is_seen(tmp_path):
+    # catches the frame that is replaced at once being shown, and a clip that grows by each repeated time
+    path = encode(tmp_path / "a.mkv", "mjpeg", "yuvj420p", [0, 1, 2, 2, 3, 4, 4, 4, 5])
+    assert levels(images_at(path, 16)) == [0, 1, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize("times", ([0, 1, 3, 2, 4], [0, 1, 2, 0, 1, 2]), ids=["swapped", "begins again"])
+def test_times_that_go_backwards_are_refused_by_frame(tmp_path, times):
+    # catches frames left out or shown too long, which the motion beside them does not follow
+    path = encode(tmp_path / "a.mkv", "mjpeg", "yuvj420p", times)
     with pytest.raises(ValueError, match=r"a\.mkv: frame 3 is shown at 0\.\d+ s.*encode it again"):
-        list(images_at(tmp_path / "a.mkv", 16))
+        list(images_at(path, 16))
 
 
 # ---------------------------------------------------------------- pixels
@@ -116,16 +146,22 @@ def wide(path: Path, pixel: Fraction) -> Path:
     return path
 
 
+@pytest.mark.parametrize("ending", ("mp4", "avi"))
 @pytest.mark.parametrize("pixel", (Fraction(16, 11), Fraction(3, 4)), ids=str)
-def test_pixels_that_are_not_square_are_stretched_and_then_turned(tmp_path, pixel):
+def test_pixels_that_are_not_square_are_stretched(tmp_path, pixel, ending):
     # catches people who are too thin or too broad, in a camera that does not see them so
-    path = wide(tmp_path / "a.mp4", pixel)
-    found = np.asarray(next(images_at(path, 16)))[..., 0] > 127
+    found = np.asarray(next(images_at(wide(tmp_path / f"a.{ending}", pixel), 16)))[..., 0] > 127
     assert found.shape == (48, round(64 * pixel))
     assert found.sum(axis=0).max() == 24
     assert found.sum(axis=1).max() == pytest.approx(24 * pixel, abs=1)
+
+
+def test_what_is_stretched_is_turned_after_that_within_reason(tmp_path):
+    path = wide(tmp_path / "a.mp4", Fraction(3, 2))
     set_matrix(path, 0, 1, -1, 0, 48)
-    assert next(images_at(path, 16)).size == (48, round(64 * pixel))
+    assert np.asarray(next(images_at(path, 16))).shape == (96, 48, 3)
+    with pytest.raises(ValueError, match=r"a\.mp4.*pixels are 20 times as wide"):  # a damaged header
+        next(images_at(wide(path, Fraction(20)), 16))
 
 
 # ---------------------------------------------------------------- colours
@@ -144,7 +180,7 @@ def to_yuv(colour: tuple, matrix: int, full: bool) -> list[int]:
     return [round(scale[2] + scale[0] * luma), *(round(128 + scale[1] * c) for c in chroma)]
 
 
-def plain(path: Path, colours: list, matrix: int, full: bool, tags, size=(64, 64), transfer=2) -> Path:
+def plain(path: Path, colours: list, matrix: int, full: bool, size=(64, 64), tags=(2, 0), transfer=2) -> Path:
     """A frame of each colour, made of numbers of this matrix and range, tagged as (matrix, range)."""
     width, height = size
     with av.open(str(path), "w") as container:
@@ -163,17 +199,26 @@ def plain(path: Path, colours: list, matrix: int, full: bool, tags, size=(64, 64
     return path
 
 
-NAMED = [(matrix, full, (64, 64), (matrix, 1 + full)) for matrix in LUMA for full in (False, True)]
-UNNAMED = [(5, False, (720, 576), (2, 0)), (1, False, (720, 1280), (2, 0)), (1, False, (1280, 544), (2, 0))]
+def middles(path: Path) -> list:
+    return [np.asarray(image)[image.height // 2, image.width // 2] for image in images_at(path, 16)]
 
 
-@pytest.mark.parametrize("matrix, full, size, tags", NAMED + UNNAMED, ids=str)
-def test_colours_are_those_of_the_file_or_if_it_names_none_of_its_size(tmp_path, matrix, full, size, tags):
-    # catches one matrix for all (skin that is too red), greys that are washed out or clipped, and FFmpeg's
-    # own rule for what names no matrix, BT.601, which no player follows from HD on
-    path = plain(tmp_path / "a.mp4", COLOURS, matrix, full, tags, size)
-    found = [np.asarray(image)[image.height // 2, image.width // 2] for image in images_at(path, 16)]
-    np.testing.assert_allclose(found, COLOURS, atol=4)
+@pytest.mark.parametrize("full", (False, True), ids=["limited", "full"])
+@pytest.mark.parametrize("matrix", LUMA)
+def test_colours_follow_the_matrix_and_range_that_the_file_names(tmp_path, matrix, full):
+    # catches one matrix for all (skin that is too red) and greys that are washed out or clipped
+    path = plain(tmp_path / "a.mp4", COLOURS, matrix, full, tags=(matrix, 1 + full))
+    np.testing.assert_allclose(middles(path), COLOURS, atol=4)
+
+
+SIZES = {(720, 576): 5, (720, 1280): 1, (1280, 544): 1}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_names_no_matrix_is_bt709_if_it_is_hd(tmp_path, size):
+    # catches FFmpeg's own rule, BT.601 for everything, which no player follows
+    path = plain(tmp_path / "a.mp4", COLOURS[:3], SIZES[size], False, size)
+    np.testing.assert_allclose(middles(path), COLOURS[:3], atol=4)
 
 
 @pytest.mark.parametrize("transfer, name", [(16, "PQ"), (18, "HLG")])
@@ -184,9 +229,10 @@ def test_hdr_is_refused(tmp_path, transfer, name):
         next(images_at(path, 16))
 
 
-def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path):
+@pytest.mark.parametrize("size", [(704, 1280), (64, 64)], ids=str)
+def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path, size):
     # catches BT.601's numbers without a tag: from HD on, players take them for BT.709's
-    frames = torch.tensor(COLOURS, dtype=torch.uint8).view(-1, 1, 1, 3).expand(-1, 64, 64, 3)
+    frames = torch.tensor(COLOURS, dtype=torch.uint8).view(-1, 1, 1, 3).expand(-1, *size, 3)
     pictures.write_video(tmp_path / "a.mp4", frames, 16)
     with av.open(str(tmp_path / "a.mp4")) as container:
         context = container.streams.video[0].codec_context
@@ -195,3 +241,6 @@ def test_a_written_mp4_is_tagged_as_what_it_is(tmp_path):
         frames = list(container.decode())
     yuv = [[bytes(plane)[plane.line_size * 9 + 9] for plane in frame.planes] for frame in frames]
     np.testing.assert_allclose(yuv, [to_yuv(colour, 1, full=False) for colour in COLOURS], atol=2)
+    back, fps = all_frames(tmp_path / "a.mp4")
+    np.testing.assert_allclose(back[:, size[0] // 2, size[1] // 2], COLOURS, atol=4)
+    assert fps == 16

@@ -128,18 +128,32 @@ def test_every_tensor_lands(folder, tmp_path, layout):
     assert wan.transformer_config(changed / "transformer") == model.config
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
-def test_comfyuis_names_and_precisions_are_read(small, stored):
-    # catches a network that stays in fp8, a prefix before all names, a file that is called otherwise
+def in_blocks(word: str):
+    return lambda name: re.sub(r"^(blocks\.\d+\.)", rf"\1{word}", name)
+
+
+READ = {  # how names are written, and numbers; whether fp8 is said
+    "ComfyUI": ("model.diffusion_model.{}".format, torch.float16, False),
+    "DDP, compiled": ("module._orig_mod.{}".format, torch.bfloat16, False),
+    "compiled blocks": (in_blocks("_orig_mod."), torch.float32, False),
+    "FSDP": (in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module."), torch.float32, False),
+    "fp8": ("{}".format, torch.float8_e4m3fn, True),
+}
+
+
+@pytest.mark.parametrize("renamed, stored, said", READ.values(), ids=READ)
+def test_other_tools_names_and_precisions_are_read(small, capsys, renamed, stored, said):
+    # catches a network that stays in fp8 or does not say so, names of other tools taken for no Wan, a file
+    # that is called otherwise
     tensors = {name: tensor.to(stored) for name, tensor in file_tensors(small).items()}
     (net(small) / f"{STEM}.safetensors").unlink()
-    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(prefixed, net(small) / "wan_fp8.safetensors")
+    save_file({renamed(name): tensor for name, tensor in tensors.items()}, net(small) / "wan.safetensors")
     state = wan.load_transformer(small, torch.bfloat16).state_dict()
     for name, tensor in tensors.items():
         found = state[in_dual_dit(name)]
         assert found.dtype in (torch.bfloat16, torch.float32), name
         assert torch.equal(found, tensor.to(found.dtype)), name
+    assert ("fp8 weights are computed in torch.bfloat16" in capsys.readouterr().out) == said
 
 
 def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder, nan_memory):
