@@ -137,9 +137,10 @@ def gradients(
     losses, count = 0.0, len(microbatches)
     for samples in microbatches:
         batch = next(clips)
-        with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            loss = objective(*batch, drawn.rows(samples.start, samples.stop))
-        (loss.total / count).backward()  # the ranks exchange gradients after each
+        with distributed.exchange(objective, last=samples is microbatches[-1]):
+            with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                loss = objective(*batch, drawn.rows(samples.start, samples.stop))
+            (loss.total / count).backward()
         losses += torch.stack([loss.total, *(x.mean() for x in loss if x is not None)]).detach() / count
     return losses
 

@@ -8,11 +8,13 @@ its share of a batch, and gradients are averaged over the ranks, in one of two w
             each node has all slices, so that what crosses nodes is gradients alone (HSDP).
 """
 
+import contextlib
 import functools
 import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -208,6 +210,16 @@ def _compiled_if_training(plain: Callable, compiled: Callable, *inputs: object) 
 
 
 # ---------------------------------------------------------------- a step
+
+
+def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
+    """Around forward and backward of a microbatch: DDP exchanges gradients in a step's last one only.
+
+    FSDP does so in each: whole gradients that wait for the last would cost every rank 4 bytes a parameter.
+    """
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

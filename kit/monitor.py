@@ -55,6 +55,7 @@ class Log:
             self.board = SummaryWriter(run / "tensorboard", purge_step=first_step)
         self.bar = tqdm(initial=first_step, total=steps)
         self.smooth: dict[str, float] = {}
+        self.skipped = 0  # steps, since this start
 
     def step(
         self, step: int, stage: int, frames: int, task: Task, losses: Sequence[float], norm: float,
@@ -65,7 +66,9 @@ class Log:
         made = [modality for modality, role in roles.items() if role is Role.NOISY]
         record = {"step": step, "stage": stage, "frames": frames, "task": name}
         record |= dict(zip(("loss", *made), losses, strict=True))
-        record |= {"grad_norm": norm, "seconds": seconds} | self.speed(frames, roles, clips, seconds)
+        self.skipped += not all(map(math.isfinite, (*losses, norm)))
+        record |= {"grad_norm": norm, "skipped": self.skipped, "seconds": seconds}
+        record |= self.speed(frames, roles, clips, seconds)
         finite = {k: v for k, v in record.items() if not isinstance(v, float) or math.isfinite(v)}
         if "loss" in finite:
             before = self.smooth.get(name, record["loss"])

@@ -352,7 +352,7 @@ def test_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
     assert 0 < video["mfu"] < motion["mfu"] < joint["mfu"] < 1
     speed = {key: video[key] for key in ("tokens_per_second", "mfu")}
     where = {"step": 3, "stage": 2, "frames": 5, "task": "video_only"}
-    assert video == where | {"loss": 0.5, "video": 0.25, "seconds": 2.0} | speed
+    assert video == where | {"loss": 0.5, "video": 0.25, "skipped": 3, "seconds": 2.0} | speed
     assert validation == {"step": 4, "validation": {"joint/video": 0.25}}
     writer = sys.modules["torch.utils.tensorboard"].SummaryWriter.return_value
     written = [call.args for call in writer.add_scalar.call_args_list]

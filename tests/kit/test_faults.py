@@ -182,6 +182,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_ten_in_a_row_en
     records = [json.loads(line) for line in lines(out)]
     assert [record["step"] for record in records] == list(range(19))
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 8]
+    assert [record["skipped"] for record in records] == [0, 0, 0, 1, 2, 3, 4, 5, 5, *range(6, 16)]
     assert printed.count("skipped, loss or gradient is not finite") == 15
     task = records[-1]["task"]
     assert printed.count(f"not finite; last: seed 0, step 18, task {task}, samples 0 to 1\n") == 2

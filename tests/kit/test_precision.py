@@ -1,9 +1,18 @@
-"""kit/devices.py: what a processor is chooses the attention that trains."""
+"""kit/devices.py: what a processor is chooses precision and attention, and chooses the same under load."""
+
+import hashlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import TINY, tiny_model
+from processes import forking
 
 import dual_dit
+import flow
+from flow import Task
 from kit import devices, flops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -63,3 +72,36 @@ def test_only_a_cpu_with_bf16_units_trains_by_products(monkeypatch, device, unit
     monkeypatch.setattr(devices, "has_bf16_units", lambda device: units)
     devices.use_fast_attention(device)
     assert dual_dit.attention is (devices.attention_by_products if products else devices.fused_attention)
+
+
+def choice_and_bytes(seed: int) -> tuple[str, str]:
+    """In a process of its own: the attention that training chooses, and a hash of a gradient and a sample."""
+    torch.set_num_threads(1)
+    devices.use_fast_attention(CPU)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1, TINY.channels, 2, 3, 4), (1, 5, 235), (1, 4, TINY.text_dim)
+    video, motion, text = (torch.randn(shape, generator=generator) for shape in shapes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=devices.has_bf16_units(CPU)):
+        model = tiny_model()
+        made = flow.sample(model, video, motion, text, 0 * text, Task.JOINT, steps=2)
+        drawn = flow.draw(generator, 2, 1)._replace(task=Task.JOINT)
+        flow.loss(model, video, motion, text, 0 * text, drawn).total.backward()
+    content = [*made, *(p.grad for p in model.parameters() if p.grad is not None)]
+    content = torch.cat([x.flatten() for x in content]).numpy()
+    return dual_dit.attention.__name__, hashlib.sha256(content).hexdigest()
+
+
+def test_the_same_seed_gives_the_same_bytes_under_load():
+    # catches a choice that a busy machine changes, and with it every sample
+    with forking().Pool(1) as pool:
+        quiet, other = pool.map(choice_and_bytes, (0, 1))
+    burning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        with forking().Pool(2, maxtasksperchild=1) as pool:
+            found = pool.map(choice_and_bytes, (0, 0), chunksize=1)
+    finally:
+        for process in burning:
+            process.kill()
+            process.wait()
+    assert found == [quiet] * 2
+    assert other[0] == quiet[0] and other[1] != quiet[1]
