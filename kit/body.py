@@ -166,5 +166,20 @@ def _check(data: dict[str, np.ndarray]) -> None:
         raise ValueError(f"not an SMPL model: it lacks {missing}; expected the fields {list(FIELDS)}")
     if data["weights"].shape[-1:] != (24,):
         raise ValueError(f"weights is {data['weights'].shape}: expected 24 joints, not SMPL-H's or SMPL-X's")
-    if (shapes := data["shapedirs"].shape[-1]) < NUM_BETAS:
-        raise ValueError(f"shapedirs has {shapes} numbers of shape, expected {NUM_BETAS} or more")
+    vertices = data["v_template"].size // 3
+    shapes = {
+        "v_template": (vertices, 3), "shapedirs": (vertices, 3, NUM_BETAS), "posedirs": (vertices, 3, 207),
+        "J_regressor": (24, vertices), "weights": (vertices, 24), "kintree_table": (2, 24),
+        "f": (data["f"].size // 3, 3),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        array = data[name][..., :NUM_BETAS] if name == "shapedirs" else data[name]
+        if array.shape != shape or not array.size:
+            raise ValueError(f"{name} is {array.shape}, expected {shape}")
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise ValueError(f"{name} ({array.dtype}) holds something else than finite numbers")
+    parents, faces = data["kintree_table"][0, 1:].astype(np.int64), data["f"]
+    if not ((parents >= 0) & (parents < np.arange(1, 24))).all():
+        raise ValueError(f"kintree_table has the parents {parents}, expected each to come before its joint")
+    if not 0 <= faces.min() <= faces.max() < vertices:
+        raise ValueError(f"f names vertices {faces.min()} to {faces.max()}, expected 0 to {vertices - 1}")

@@ -17,13 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kit.wan.names import wan_name
-
 STEM = "diffusion_pytorch_model"
 TEXT_DIM = 32
 TRANSFORMERS = {
     "2.1": {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 320, "in_channels": 16},
-    "2.2": {"num_attention_heads": 3, "attention_head_dim": 128, "ffn_dim": 192, "in_channels": 48},
+    # no power of two, and rotary axes of 16, 12 and 12
+    "2.2": {"num_attention_heads": 3, "attention_head_dim": 40, "ffn_dim": 192, "in_channels": 48},
 }
 VAES = {
     "2.1": {},  # the class's defaults are the published file's
@@ -36,11 +35,12 @@ VAES = {
 }  # fmt: skip
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module, seed: int) -> nn.Module:
     """Its own initialisation and some noise on all of it, so that no parameter is zero."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return module.eval()
 
 
@@ -61,9 +61,9 @@ def edit_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2))
 
 
-def write(folder: Path, version: str) -> Path:
-    """Write a whole folder, version "2.1" or "2.2"."""
-    torch.manual_seed(0)
+def write(folder: Path, version: str, seed: int = 0) -> Path:
+    """Write a whole folder, version "2.1" or "2.2"; another seed is another model of the same shapes."""
+    torch.manual_seed(seed)
     sizes = TRANSFORMERS[version]
     transformer = WanTransformer3DModel(
         **sizes, out_channels=sizes["in_channels"], text_dim=TEXT_DIM, freq_dim=32, num_layers=2
@@ -74,9 +74,9 @@ def write(folder: Path, version: str) -> Path:
     )  # fmt: skip
     pipeline = WanPipeline(
         tokenizer=tokenizer(),
-        text_encoder=randomised(UMT5EncoderModel(umt5)),
-        vae=randomised(AutoencoderKLWan(base_dim=4, **VAES[version])),
-        transformer=randomised(transformer),
+        text_encoder=randomised(UMT5EncoderModel(umt5), seed),
+        vae=randomised(AutoencoderKLWan(base_dim=4, **VAES[version]), seed),
+        transformer=randomised(transformer, seed),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -98,12 +98,39 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-def original(folder: Path) -> Path:
-    """Rewrite the transformer into Wan's own layout."""
+# The names in Wan's own code beside those in Diffusers, replaced in this order wherever they occur
+ORIGINAL = [
+    ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
+    ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
+    ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
+    ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
+    ("condition_embedder.time_proj.", "time_projection.1."),
+    ("proj_out.", "head.head."),
+    (".scale_shift_table", ".modulation"),  # of a block
+    ("scale_shift_table", "head.modulation"),  # of the head
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_out.0.", ".o."),
+    (".to_", "."),
+    (".norm2.", ".norm3."),
+    (".net.0.proj.", ".0."),
+    (".net.2.", ".2."),
+]
+
+
+def original_name(name: str) -> str:
+    for theirs, wans in ORIGINAL:
+        name = name.replace(theirs, wans)
+    return name
+
+
+def original(folder: Path, shards: int = 1) -> Path:
+    """Rewrite the transformer into Wan's own layout: one file as Wan2.1's, or shards as Wan2.2's."""
     folder = folder / "transformer"
     theirs = json.loads((folder / "config.json").read_text())
-    (file,) = folder.glob("*.safetensors")
-    tensors = {wan_name(name): tensor for name, tensor in load_file(file).items()}
+    tensors = {
+        original_name(k): v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()
+    }
     for file in folder.iterdir():
         file.unlink()
     width = theirs["num_attention_heads"] * theirs["attention_head_dim"]
@@ -115,5 +142,15 @@ def original(folder: Path) -> Path:
         "out_dim": theirs["out_channels"],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(tensors, folder / f"{STEM}.safetensors")
+    if shards == 1:
+        save_file(tensors, folder / f"{STEM}.safetensors")
+        return folder.parent
+    weight_map = {}
+    for i in range(shards):
+        file = f"{STEM}-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": weight_map}
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
     return folder.parent

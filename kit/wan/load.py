@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 from kit.wan.names import (
+    FIELDS,
     STEM,
     SUPPORTED,
     TEXT_TOKENS,
@@ -32,6 +33,7 @@ from kit.wan.names import (
     expert_name,
     opened,
     own_names,
+    read_config,
     read_header,
     shard_files,
     transformer_folder,
@@ -53,9 +55,9 @@ def load_transformer(
     files = shard_files(folder)
     shapes, own_name, fp8 = read_header(files)
     with torch.device("meta"):
-        model = DualDiT(config_of(shapes))
-    video, state = own_names(model), model.state_dict()
-    expected = {own: tuple(state[name].shape) for name, own in video.items()}
+        model = DualDiT(config_of(shapes, read_config(folder)))
+    video = own_names(model)
+    expected = {own: tuple(model.state_dict()[name].shape) for name, own in video.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):
         name = wrong[0][0]
         raise ValueError(
@@ -63,16 +65,15 @@ def load_transformer(
             f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
         )
     # what Wan lacks is allocated and initialised; the video expert stays on the meta device until it is read
-    for name in state.keys() - video.keys():
-        state[name] = torch.empty_like(state[name], dtype=stored_dtype(name, dtype), device=device)
-    model.load_state_dict(state, assign=True)
+    for name, tensor in model.state_dict().items():
+        if name not in video:
+            _replace(model, name, torch.empty_like(tensor, dtype=stored_dtype(name, dtype), device=device))
     model.init_weights()
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 ours = expert_name(own_name[name])
-                state[ours] = tensors.get_tensor(name).to(device, stored_dtype(ours, dtype))
-    model.load_state_dict(state, assign=True)
+                _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
     if fp8:
         print(f"{folder}: its fp8 weights are computed in {dtype}, no finer for that")
     # paper is silent: what the motion expert starts from
@@ -82,7 +83,15 @@ def load_transformer(
 
 def transformer_config(folder: str | Path) -> DualDiTConfig:
     """The configuration that load_transformer(folder) has, without reading weights."""
-    return config_of(read_header(shard_files(transformer_folder(Path(folder))))[0])
+    folder = transformer_folder(Path(folder))
+    return config_of(read_header(shard_files(folder))[0], read_config(folder))
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter or buffer of this name is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
 
 
 @torch.no_grad()
@@ -98,34 +107,37 @@ def copy_video_to_motion(model: DualDiT) -> None:
             twin.copy_(state[name])
 
 
-def save_transformer(model: DualDiT, folder: str | Path, layout: str = "diffusers") -> None:
+def save_transformer(
+    model: DualDiT, folder: str | Path, layout: str = "diffusers", dtype=torch.float32
+) -> None:
     """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.safetensors*")):
+    if any((folder / f"{STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
         raise ValueError(f"{folder} holds a transformer: name another folder")
-    c, state, names = model.config, model.state_dict(), own_names(model)
+    c, state = model.config, model.state_dict()
+    names = own_names(model)
     if layout == "diffusers":
         names = {ours: diffusers_name(own) for ours, own in names.items()}
-        config = {
-            "_class_name": "WanTransformer3DModel", "num_attention_heads": c.heads,
-            "attention_head_dim": c.width // c.heads, "in_channels": c.channels, "out_channels": c.channels,
-            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+        kind = "WanTransformer3DModel"
+        more = {
+            "attention_head_dim": c.width // c.heads, "out_channels": c.channels, "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
         }  # fmt: skip
+    elif layout == "wan":
+        kind = "WanModel"
+        model_type = "ti2v" if c.channels == 48 else "t2v"
+        more = {"model_type": model_type, "out_dim": c.channels, "text_len": TEXT_TOKENS}
     else:
-        config = {
-            "_class_name": "WanModel", "model_type": "ti2v" if c.channels == 48 else "t2v",
-            "num_heads": c.heads, "dim": c.width, "in_dim": c.channels, "out_dim": c.channels,
-            "text_len": TEXT_TOKENS,
-        }  # fmt: skip
-    config |= {
-        "num_layers": c.layers, "ffn_dim": c.ffn, "text_dim": c.text_dim, "patch_size": c.patch,
-        "freq_dim": c.freq_dim, "eps": c.eps,
-    }  # fmt: skip
-    tensors = {name: state[ours].cpu().contiguous() for ours, name in names.items()}
+        raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
+    config = {"_class_name": kind} | {theirs: getattr(c, ours) for ours, theirs in FIELDS[kind].items()}
+    tensors = {
+        name: state[ours].to("cpu", stored_dtype(ours, dtype)).contiguous() for ours, name in names.items()
+    }
     with whole_file(folder / f"{STEM}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with whole_file(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config | more, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -143,6 +155,7 @@ class VideoVAE:
         self.vae = vae.to(device)
         config = self.vae.config
         self.channels: int = config.z_dim
+        self.stride = (config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial)
         self.mean, self.std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
@@ -151,6 +164,10 @@ class VideoVAE:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Pixels (b 3 f h w) in [-1, 1] -> latents (b c t h w) float32, the posterior's mode."""
+        f, h, w = video.shape[2:]
+        if f % 4 != 1 or h % self.stride[1] or w % self.stride[2]:
+            expected = f"4n+1 frames, sizes a multiple of {self.stride[1]}"
+            raise ValueError(f"video of {f} frames, {h}x{w}: expected {expected}")
         self.vae.disable_tiling()  # seams between tiles would be trained on
         latents = self.vae.encode(video.to(self.mean)).latent_dist.mode()
         return (latents - self.mean) / self.std
@@ -202,12 +219,10 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """-> (b 512 text_dim), on the CPU in the encoder's dtype."""
-        return torch.stack([self._features(prompt) for prompt in prompts])
+        return torch.stack([self._features(clean_prompt(prompt)) for prompt in prompts])
 
     def _features(self, prompt: str) -> Tensor:
-        # as Wan's own pipeline does: HTML entities resolved, white space collapsed
-        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-        tokens = self.tokenizer(clean, max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(prompt, max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.model.device)
         known = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state[0].cpu()
         return torch.cat((known, known.new_zeros(TEXT_TOKENS - len(known), known.shape[1])))
@@ -222,3 +237,8 @@ def fingerprint(folder: Path) -> str:
             content.seek(max(0, size - 65536))
             found.update(f"{file.name} {size} ".encode() + content.read())
     return found.hexdigest()
+
+
+def clean_prompt(prompt: str) -> str:
+    """HTML entities resolved and white space collapsed, as in Wan's own pipeline."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()

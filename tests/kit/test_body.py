@@ -1,8 +1,8 @@
 """kit/body.py: joints without the mesh, and model files that cannot run code."""
 
+import copyreg
 import pickle
 import struct
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,23 +10,44 @@ import torch
 
 from kit.body import Body
 from kit.puppet.skeleton import _body_data, body
+from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
 
-def parameters(*lead: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
+def parameters(*lead: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
     shapes = ((3,), (23, 3), (10,), (3,))
     return tuple(torch.randn(*lead, *shape, generator=generator) for shape in shapes)
 
 
-def test_joints_equal_smplx_and_leading_axes_broadcast():
-    orient, pose, betas, transl = parameters(2, 5)
-    betas = betas[:, :1]
-    joints = body().joints(orient, pose, betas, transl)
-    vertices, expected = body().mesh(orient, pose, betas.expand(2, 5, 10), transl)
+def test_joints_equal_smplx():
+    pose = parameters(2, 5)
+    vertices, joints = body().mesh(*pose)
     assert vertices.shape == (2, 5, len(body().smpl.v_template), 3)
-    torch.testing.assert_close(joints, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(body().joints(*pose), joints, atol=2e-6, rtol=1e-5)
+
+
+def test_leading_axes_broadcast_and_gradients_flow():
+    orient, pose, betas, transl = parameters(2, 5)
+    betas = betas[:, :1].requires_grad_()
+    joints = body().joints(orient, pose, betas, transl)
+    torch.testing.assert_close(joints, body().joints(orient, pose, betas.expand(2, 5, 10), transl))
+    joints.square().sum().backward()
+    assert betas.grad.abs().sum() > 0
     single = body().joints(orient[0, 0], pose[0, 0], betas[0, 0], transl[0, 0])
     torch.testing.assert_close(single, joints[0, 0])
+
+
+def test_turning_the_parameters_turns_the_body():
+    """The root turns about the pelvis' rest position, so a turn about the origin also moves `transl`."""
+    orient, pose, betas, transl = parameters(3)
+    turn = axis_angle_to_matrix(torch.tensor((0.3, -1.2, 0.5)))
+    pelvis = body().rest_joints(betas)[:, 0]
+    turned_orient = matrix_to_axis_angle(turn @ axis_angle_to_matrix(orient))
+    turned_transl = (pelvis + transl) @ turn.T - pelvis
+    vertices, joints = body().mesh(orient, pose, betas, transl)
+    turned_vertices, turned_joints = body().mesh(turned_orient, pose, betas, turned_transl)
+    torch.testing.assert_close(turned_vertices, vertices @ turn.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned_joints, joints @ turn.T, atol=1e-5, rtol=1e-5)
 
 
 def assert_same_body(loaded: Body) -> None:
@@ -35,9 +56,13 @@ def assert_same_body(loaded: Body) -> None:
         torch.testing.assert_close(theirs, ours)
 
 
-GOOD = _body_data()
-# official .npz files have 300 numbers of shape
-WIDE = GOOD | {"shapedirs": np.pad(GOOD["shapedirs"], ((0, 0), (0, 0), (0, 290)), constant_values=1)}
+def test_three_hundred_shapes_are_read_as_ten(tmp_path):
+    data = _body_data()
+    data["shapedirs"] = np.concatenate((data["shapedirs"], np.ones((*data["v_template"].shape, 290))), axis=2)
+    np.savez(tmp_path / "wide.npz", **data)
+    assert_same_body(Body.load(tmp_path / "wide.npz"))
+
+
 NAMES = [
     ("neutral", "SMPL_NEUTRAL.npz"), ("neutral", "smpl/SMPL_NEUTRAL.pkl"),
     ("neutral", "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl"), ("female", "smpl/SMPL_FEMALE.npz"),
@@ -50,41 +75,50 @@ def test_a_folder_holds_a_model_for_each_gender(tmp_path, gender, name):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     if file.suffix == ".npz":
-        np.savez(file, **WIDE)
+        np.savez(file, **_body_data())
     else:
-        file.write_bytes(pickle.dumps(GOOD))
+        file.write_bytes(pickle.dumps(_body_data()))
     assert_same_body(Body.load(tmp_path, gender=gender))
     other = "male" if gender == "female" else "female"
     with pytest.raises(FileNotFoundError, match=f"SMPL_{other.upper()}.npz.*basicModel_{other[0]}_lbs"):
         Body.load(tmp_path, gender=other)
 
 
-class Python2(pickle._Pickler):
-    """Writes texts, bytes and names of modules as Python 2 did."""
+def python2(value: object) -> bytes:
+    """A value as Python 2 pickled it at protocol 2: byte strings, old module names, chumpy's state."""
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, str):
+        return b"U" + bytes([len(value)]) + value.encode("latin1")
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(python2, value)) + b"t"
+    if isinstance(value, dict):
+        return b"}(" + b"".join(python2(key) + python2(value[key]) for key in value) + b"u"
+    if isinstance(value, set):
+        return b"c__builtin__\nset\n(](" + b"".join(map(python2, sorted(value))) + b"etR"
+    if isinstance(value, np.ndarray):
+        code = value.dtype.str[1:]
+        empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+        empty += python2((0,)) + python2("b") + b"tR"
+        dtype = b"cnumpy\ndtype\n" + python2((code, 0, 1)) + b"R"
+        dtype += python2((3, "<", None, None, None, -1, -1, 0)) + b"b"
+        order = "F" if value.flags.f_contiguous else "C"
+        content = b"T" + struct.pack("<i", value.nbytes) + value.tobytes(order)
+        state = b"(" + python2(1) + python2(value.shape) + dtype + python2(order == "F") + content + b"t"
+        return empty + state + b"b"
+    name, state = value
+    return f"c{name[0]}\n{name[1]}\n".encode() + b")\x81" + python2(state) + b"b"
 
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
-    def save_string(self, value: str | bytes) -> None:
-        content = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-    def save_global(self, value: object, name: str | None = None) -> None:
-        module = value.__module__.replace("numpy._core", "numpy.core").replace("builtins", "__builtin__")
-        self.write(pickle.GLOBAL + f"{module}\n{value.__name__}\n".encode())
-
-
-def foreign(name: str, **state: object) -> object:
+def python2_object(name: str, **state: object) -> list:
     """An object of the class module.name, with what chumpy keeps beside its numbers."""
-    module, _, kind = name.rpartition(".")
-    thing = type(kind, (), {"__module__": module})()
-    vars(thing).update({"_dirty_vars": {"x"}, "_itr": None, "_make_dense": False, **state})
-    return thing
+    return [name.rsplit(".", 1), {"_dirty_vars": {"x"}, "_itr": None, "_make_dense": False, **state}]
 
 
 def test_a_pickle_of_python_2(tmp_path):
-    """As the SMPL release has it: written without Python 2, chumpy or scipy."""
+    """As the SMPL release has it: written by hand, without Python 2, chumpy or scipy."""
     data = _body_data()
     rows, columns = np.nonzero(data["J_regressor"].T)[::-1]
     counts = np.bincount(columns, minlength=data["J_regressor"].shape[1])
@@ -94,20 +128,24 @@ def test_a_pickle_of_python_2(tmp_path):
         "_shape": data["J_regressor"].shape, "data": data["J_regressor"][rows, columns],
         "indices": rows.astype(np.int32), "indptr": np.concatenate(([0], counts.cumsum())).astype(np.int32),
     }  # fmt: skip
-    selection = {"a": foreign("chumpy.ch.Ch", x=wide), "idxs": chosen, "preferred_shape": (len(wide), 3, 10)}
+    selection = {
+        "a": python2_object("chumpy.ch.Ch", x=wide),
+        "idxs": chosen,
+        "preferred_shape": data["shapedirs"].shape,
+    }
     data |= {
-        "J_regressor": foreign("scipy.sparse.csc.csc_matrix", **regressor),
-        "v_template": foreign("chumpy.ch.Ch", x=data["v_template"]),
-        "shapedirs": foreign("chumpy.reordering.Select", **selection),
+        "J_regressor": python2_object("scipy.sparse.csc.csc_matrix", **regressor),
+        "v_template": python2_object("chumpy.ch.Ch", x=data["v_template"]),
+        "shapedirs": python2_object("chumpy.reordering.Select", **selection),
         "kintree_table": data["kintree_table"].astype(np.uint32),  # the root's parent is 4294967295
-        "J": foreign("chumpy.reordering.transpose", a=None),  # not needed, not evaluated
+        "J": python2_object("chumpy.reordering.transpose", a=None),  # not needed, not evaluated
         "pose_training_info": {"gender": "female", "note": "\xe9"},
     }
     file = tmp_path / "basicModel_f_lbs_10_207_0_v1.0.0.pkl"
-    Python2(file.open("wb"), protocol=2).dump(data)
+    file.write_bytes(b"\x80\x02" + python2(data) + b".")
     assert_same_body(Body.load(tmp_path, "female"))
-    data["v_template"] = foreign("chumpy.ch_ops.add", x=data["v_template"])
-    Python2(file.open("wb"), protocol=2).dump(data)
+    data["v_template"] = python2_object("chumpy.ch_ops.add", x=_body_data()["v_template"])
+    file.write_bytes(b"\x80\x02" + python2(data) + b".")
     with pytest.raises(ValueError, match=r"v1\.0\.0\.pkl.*got add"):
         Body.load(file)
 
@@ -119,8 +157,9 @@ class Forged:
         return np.ndarray, ((1,), np.dtype("O"), bytearray(8))
 
 
-def test_an_array_over_raw_memory_is_refused(tmp_path):
-    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Forged()))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_an_array_over_raw_memory_is_refused(tmp_path, protocol):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Forged(), protocol=protocol))
     with pytest.raises(ValueError, match=r"model\.pkl"):
         Body.load(tmp_path / "model.pkl")
 
@@ -141,10 +180,42 @@ def test_names_outside_the_allow_list(tmp_path, name):
         Body.load(file)
 
 
+def test_a_pickle_leaves_nothing_behind(tmp_path):
+    """BUILD can set attributes on a class that a pickle names: the next pickle must not inherit them."""
+    file, named = tmp_path / "model.pkl", b"\x80\x02cchumpy.ch\nCh\n"
+    file.write_bytes(named + b"(N}U\x01xK\x05stb.")  # Ch.x = 5
+    with pytest.raises(ValueError, match=r"model\.pkl"):
+        Body.load(file)
+    file.write_bytes(b"\x80\x02}U\x0av_template" + named[2:] + b")\x81s.")  # a Ch without x
+    with pytest.raises(ValueError, match="no attribute 'x'"):
+        Body.load(file)
+
+
+def test_extension_codes_meet_the_allow_list(tmp_path):
+    copyreg.add_extension("os", "getcwd", 0x7FFF)
+    try:
+        (tmp_path / "model.pkl").write_bytes(pickle.PROTO + b"\x02" + pickle.EXT2 + b"\xff\x7f)R.")
+        with pytest.raises(ValueError, match=r"os\.getcwd"):
+            Body.load(tmp_path / "model.pkl")
+    finally:
+        copyreg.remove_extension("os", "getcwd", 0x7FFF)
+
+
+GOOD = _body_data()
 MALFORMED = [
     ({"v_template": None}, "lacks.*v_template"),
-    ({"shapedirs": GOOD["shapedirs"][..., :9]}, "shapedirs has 9 .*expected 10"),
+    ({"v_template": GOOD["v_template"].ravel()}, "v_template is"),
+    ({"v_template": GOOD["v_template"] * np.nan}, "v_template.*finite"),
+    ({"shapedirs": GOOD["shapedirs"][..., :9]}, r"shapedirs is .*9\), expected .*10"),
+    ({"shapedirs": GOOD["shapedirs"][:5]}, "shapedirs is"),
+    ({"posedirs": GOOD["posedirs"].astype(str)}, "posedirs.*finite numbers"),
+    ({"J_regressor": GOOD["J_regressor"].T}, "J_regressor is"),
     ({"weights": np.zeros((5, 52))}, "24 joints"),
+    ({"weights": np.array(1.0)}, "24 joints"),
+    ({"kintree_table": GOOD["kintree_table"][:, ::-1]}, "come before its joint"),
+    ({"f": GOOD["f"] + 10_000}, "f names vertices"),
+    ({"f": GOOD["f"][:0]}, "f is"),
+    ({"f": np.array(3)}, "f is"),
 ]
 
 
@@ -152,8 +223,22 @@ MALFORMED = [
 def test_malformed_models(tmp_path, change, message):
     data = {name: value for name, value in (GOOD | change).items() if value is not None}
     np.savez(tmp_path / "bad.npz", **data)
-    with pytest.raises(ValueError, match=rf"bad\.npz.*{message}"):
-        Body.load(tmp_path / "bad.npz")
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(data))
+    for suffix in ("npz", "pkl"):
+        with pytest.raises(ValueError, match=rf"bad\.{suffix}.*{message}"):
+            Body.load(tmp_path / f"bad.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pkl"])
+def test_damaged_files(tmp_path, suffix):
+    """Whatever else is damaged: test_untrusted.py."""
+    np.savez_compressed(tmp_path / "whole.npz", **GOOD)
+    (tmp_path / "whole.pkl").write_bytes(pickle.dumps(GOOD, protocol=2))
+    whole = (tmp_path / f"whole{suffix}").read_bytes()
+    for content in (b"no model", b"\x80\x02K\x05.", b"\x80\x02]q\x00.", whole[: len(whole) // 2], whole[:-1]):
+        (tmp_path / f"bad{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"bad\{suffix}"):
+            Body.load(tmp_path / f"bad{suffix}")
 
 
 def test_bad_input(tmp_path):
@@ -161,9 +246,6 @@ def test_bad_input(tmp_path):
         Body.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         Body.load(tmp_path / "none.pkl")
-    contents = {"model.txt": (b"", r"\.npz or \.pkl"), "cut.npz": (b"PK", "cut.npz cannot be read")}
-    contents["list.pkl"] = pickle.dumps([]), "list.pkl: it holds a list"
-    for name, (content, message) in contents.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            Body.load(tmp_path / name)
+    (tmp_path / "model.txt").write_text("")
+    with pytest.raises(ValueError, match=r"\.npz or \.pkl"):
+        Body.load(tmp_path / "model.txt")

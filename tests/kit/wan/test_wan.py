@@ -1,10 +1,12 @@
 """kit/wan/ against what defines Wan: diffusers' and transformers' models, and the published layouts."""
 
+import dataclasses
 import json
 import math
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ import flow
 from dual_dit import PRESETS, DualDiT
 from flow import Task
 from kit import wan
-from kit.wan.names import config_of, diffusers_name, expert_name, own_names, wan_name
+from kit.wan.load import clean_prompt
+from kit.wan.names import config_of, diffusers_name, own_names
 
 NEEDS = "pip install -r requirements-wan.txt"
 diffusers = pytest.importorskip("diffusers", reason=NEEDS)
@@ -46,6 +49,15 @@ def small(tmp_path, published) -> Path:
     return shutil.copytree(published["2.2"], tmp_path / "wan")
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Fails a test in which anything looks up a host."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: asked.append(args) or [])
+    yield
+    assert not asked
+
+
 @pytest.fixture
 def nan_memory():
     """Memory that nobody has written reads as NaN."""
@@ -69,14 +81,24 @@ def latents(folder: Path, b: int, t: int, h: int, w: int) -> Tensor:
     return torch.randn(b, channels, t, h, w, generator=torch.Generator().manual_seed(b * t * h * w))
 
 
+def text_features(b: int) -> Tensor:
+    return torch.randn(b, 9, wan_folder.TEXT_DIM, generator=torch.Generator().manual_seed(b))
+
+
+@torch.no_grad()
+def velocity(model: DualDiT, video: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return model(video, None, t, None, text, Task.VIDEO_ONLY)[0]
+
+
 def file_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a transformer's files, by their names there."""
     return {k: v for file in net(folder).glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def in_dual_dit(name: str) -> str:
-    """A Diffusers name -> ours."""
-    return expert_name(wan_name(name))
+    """A Diffusers name -> ours, by the renaming that wan_folder knows."""
+    name = wan_folder.original_name(name)
+    return re.sub(r"^(blocks\.\d+)", r"\1.video", name) if name.startswith("blocks.") else f"video.{name}"
 
 
 # ---------------------------------------------------------------- names and shapes
@@ -95,11 +117,14 @@ def test_presets_have_the_tensors_of_the_published_models(preset, heads, ffn, ch
     names = own_names(model)
     exported = {diffusers_name(own): ours[name].shape for name, own in names.items()}
     assert exported == {name: tensor.shape for name, tensor in expected.items()}
-    convert = diffusers.loaders.single_file_utils.convert_wan_transformer_to_diffusers
-    assert convert({wan_name(name): name for name in expected}) == {name: name for name in expected}
-    assert {in_dual_dit(name): wan_name(name) for name in expected} == names
-    assert config_of({own: tuple(ours[name].shape) for name, own in names.items()}) == PRESETS[preset]
+    assert {in_dual_dit(name): wan_folder.original_name(name) for name in expected} == names
     assert (model.config.heads, model.config.eps) == (heads, reference.config.eps)
+
+
+def test_renaming_of_these_tests_is_diffusers_own(published):
+    names = file_tensors(published["2.1"]).keys()
+    convert = diffusers.loaders.single_file_utils.convert_wan_transformer_to_diffusers
+    assert convert({wan_folder.original_name(name): name for name in names}) == {name: name for name in names}
 
 
 # ---------------------------------------------------------------- loading
@@ -108,6 +133,7 @@ LAYOUTS = {
     "diffusers": lambda folder: folder,
     "diffusers shards": wan_folder.shard,
     "wan": wan_folder.original,
+    "wan shards": lambda folder: wan_folder.original(folder, shards=3),
 }
 
 
@@ -115,6 +141,7 @@ LAYOUTS = {
 def test_every_tensor_lands(folder, tmp_path, layout):
     tensors, heads = file_tensors(folder), theirs(folder).config.num_attention_heads
     changed = LAYOUTS[layout](shutil.copytree(folder, tmp_path / "wan"))
+    assert len(list((changed / "transformer").glob("*.safetensors"))) == 1 or "shards" in layout
     model = wan.load_transformer(changed, torch.bfloat16)
     state = model.state_dict()
     assert {in_dual_dit(name) for name in tensors} == {k for k in state if "video" in k.split(".")}
@@ -132,28 +159,65 @@ def in_blocks(word: str):
     return lambda name: re.sub(r"^(blocks\.\d+\.)", rf"\1{word}", name)
 
 
-READ = {  # how names are written, and numbers; whether fp8 is said
-    "ComfyUI": ("model.diffusion_model.{}".format, torch.float16, False),
-    "DDP, compiled": ("module._orig_mod.{}".format, torch.bfloat16, False),
-    "compiled blocks": (in_blocks("_orig_mod."), torch.float32, False),
-    "FSDP": (in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module."), torch.float32, False),
-    "fp8": ("{}".format, torch.float8_e4m3fn, True),
+PREFIXES = {
+    "ComfyUI": "model.diffusion_model.{}".format,
+    "DDP, compiled": "module._orig_mod.{}".format,
+    "compiled blocks": in_blocks("_orig_mod."),
+    "FSDP, checkpointed": in_blocks("_fsdp_wrapped_module._checkpoint_wrapped_module."),
 }
 
 
-@pytest.mark.parametrize("renamed, stored, said", READ.values(), ids=READ)
-def test_other_tools_names_and_precisions_are_read(small, capsys, renamed, stored, said):
-    # catches a network that stays in fp8 or does not say so, names of other tools taken for no Wan, a file
-    # that is called otherwise
-    tensors = {name: tensor.to(stored) for name, tensor in file_tensors(small).items()}
-    (net(small) / f"{STEM}.safetensors").unlink()
-    save_file({renamed(name): tensor for name, tensor in tensors.items()}, net(small) / "wan.safetensors")
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_may_have_one_prefix(small, prefix):
+    # catches files of ComfyUI, DDP, torch.compile and FSDP taken for no Wan
+    expected = video_expert(wan_folder.shard(small))
+    for file in (small / "transformer").glob("*.safetensors"):
+        save_file({PREFIXES[prefix](name): tensor for name, tensor in load_file(file).items()}, file)
+    found = video_expert(small)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def video_expert(folder: Path) -> dict[str, Tensor]:
+    state = wan.load_transformer(folder).state_dict()
+    return {name: tensor for name, tensor in state.items() if "video" in name.split(".")}
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_precisions_are_read_and_fp8_is_said(small, stored, capsys):
+    # catches a network that stays in fp8, and coarse weights that nobody is told of
+    edit(small, lambda tensors: tensors.update({name: x.to(stored) for name, x in tensors.items()}))
+    (small / "transformer" / f"{STEM}.safetensors").rename(small / "transformer" / "wan_fp8.safetensors")
     state = wan.load_transformer(small, torch.bfloat16).state_dict()
-    for name, tensor in tensors.items():
+    for name, tensor in file_tensors(small).items():
         found = state[in_dual_dit(name)]
         assert found.dtype in (torch.bfloat16, torch.float32), name
         assert torch.equal(found, tensor.to(found.dtype)), name
-    assert ("fp8 weights are computed in torch.bfloat16" in capsys.readouterr().out) == said
+    assert ("fp8 weights are computed in torch.bfloat16" in capsys.readouterr().out) == (stored.itemsize == 1)
+
+
+@pytest.mark.parametrize("layout", ("diffusers", "wan shards"))
+def test_without_config_json_heads_are_128_wide(published, tmp_path, layout):
+    folder = LAYOUTS[layout](shutil.copytree(published["2.1"], tmp_path / "wan"))
+    expected = wan.transformer_config(folder)
+    (folder / "transformer" / "config.json").unlink()
+    assert wan.transformer_config(folder) == expected
+    assert expected.heads == 2
+
+
+HYBRIDS = [(1, (0,)), (2, (1,)), (3, (0, 2)), (30, tuple(range(1, 30, 2)))]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "dual"), [("wan2.1-1.3b", 2, None), *(("wan2.2-5b", *each) for each in HYBRIDS)]
+)
+def test_a_hybrid_has_a_motion_expert_in_every_second_block_and_in_the_last(name, layers, dual):
+    preset = dataclasses.replace(PRESETS[name], layers=layers, dual=dual)
+    with torch.device("meta"):
+        model = DualDiT(preset)
+    state = model.state_dict()
+    shapes = {own: tuple(state[name].shape) for name, own in own_names(model).items()}
+    assert config_of(shapes, {}) == preset
 
 
 def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder, nan_memory):
@@ -172,21 +236,22 @@ def test_the_motion_expert_is_a_copy_of_the_video_expert_but_for_its_ends(folder
                 assert 0.7 < found.std() / expected.std() < 1.4, name
 
 
+GRIDS = [(1, 2, 2), (3, 4, 6), (5, 10, 4)]
+
+
 @torch.no_grad()
-def test_video_only_is_diffusers(folder):
-    reference, grid = theirs(folder), (3, 4, 6)
-    video, text = latents(folder, len(TIMES), *grid), torch.randn(len(TIMES), 9, wan_folder.TEXT_DIM)
-    found, coarse = (
-        wan.load_transformer(folder, dtype)(video, None, TIMES, None, text, Task.VIDEO_ONLY)[0]
-        for dtype in (torch.float32, torch.bfloat16)
-    )
-    expected = reference(video, 1000 * TIMES, text).sample
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_video_only_is_diffusers(folder, grid):
+    model, reference = wan.load_transformer(folder), theirs(folder)
+    video, text = latents(folder, len(TIMES), *grid), text_features(len(TIMES))
+    found, expected = velocity(model, video, TIMES, text), reference(video, 1000 * TIMES, text).sample
     assert expected.std() > 0.1
     assert max(map(relative, found, expected)) < 1e-5
-    assert max(map(relative, coarse, expected)) < 2e-2
     # Wan2.2-TI2V gives each token a time of its own, for text to video all the same
     each = (1000 * TIMES)[:, None].expand(-1, math.prod(grid) // 4)
     assert max(map(relative, found, reference(video, each, text).sample)) < 1e-5
+    coarse = velocity(wan.load_transformer(folder, torch.bfloat16), video, TIMES, text)
+    assert max(map(relative, coarse, expected)) < 2e-2
 
 
 class ShiftedEuler(diffusers.FlowMatchEulerDiscreteScheduler):
@@ -224,23 +289,54 @@ def test_guided_sampling_is_diffusers_pipeline(folder):
 # ---------------------------------------------------------------- pixels <-> latents
 
 
+@pytest.fixture
+def vae(folder) -> wan.VideoVAE:
+    return wan.VideoVAE(folder)
+
+
+@pytest.fixture
+def reference_vae(folder):
+    return diffusers.AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+
+
+def clip(f: int, h: int, w: int, b: int = 1) -> Tensor:
+    return 2 * torch.rand(b, 3, f, h, w, generator=torch.Generator().manual_seed(f * h * w)) - 1
+
+
 @torch.no_grad()
-def test_latents_are_normalised_and_large_frames_are_decoded_in_tiles_but_encoded_whole(folder):
-    vae, reference = wan.VideoVAE(folder), diffusers.AutoencoderKLWan.from_pretrained(folder / "vae").eval()
-    stride = reference.config.scale_factor_spatial
-    noise = latents(folder, 1, 1, 288 // stride, 64 // stride)
+def test_latents_are_diffusers_normalised(vae, reference_vae):
+    video = clip(9, 32, 64, b=2)
+    mode = reference_vae.encode(video).latent_dist.mode()
+    config = reference_vae.config
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+    found = vae.encode(video)
+    assert relative(found, (mode - mean) / std) < 1e-6
+    assert found.shape == (2, vae.channels, 3, 32 // vae.stride[1], 64 // vae.stride[2])
+    assert (vae.channels, vae.stride) in ((16, (4, 8, 8)), (48, (4, 16, 16)))
+    assert relative(vae.decode(found), reference_vae.decode(mode).sample) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height", [256, 288])
+def test_large_frames_are_decoded_in_tiles_and_encoded_whole(folder, vae, reference_vae, height):
+    stride = vae.stride[1]
+    noise = latents(folder, 1, 1, height // stride, 64 // stride)
     given = []
     vae.vae.decoder.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
     found = vae.decode(noise)
-    assert given[0] == (1, 256 // stride, 64 // stride) and len(given) == 2
-    mean, std = (
-        torch.tensor(x).view(-1, 1, 1, 1)
-        for x in (reference.config.latents_mean, reference.config.latents_std)
-    )
-    assert relative(found, reference.decode(noise * std + mean).sample) < 0.2
-    video = 2 * torch.rand(1, 3, 5, 288, 32) - 1  # after decoding: tiles were on
-    mode = reference.encode(video).latent_dist.mode()
-    assert relative(vae.encode(video), (mode - mean) / std) < 1e-6
+    assert given[0] == (1, 256 // stride, 64 // stride)
+    assert len(given) == (1 if height == 256 else 2)
+    whole = reference_vae.decode(noise * vae.std + vae.mean).sample
+    assert relative(found, whole) < (1e-6 if height == 256 else 0.2)
+    video = clip(1, height, 32)  # after decoding: tiles were on
+    mode = reference_vae.encode(video).latent_dist.mode()
+    assert relative(vae.encode(video), (mode - vae.mean) / vae.std) < 1e-6
+
+
+@pytest.mark.parametrize("f, h, w", [(8, 32, 32), (5, 36, 32), (5, 32, 36)])
+def test_videos_that_do_not_fit_are_refused(vae, f, h, w):
+    with pytest.raises(ValueError, match=rf"{f} frames, {h}x{w}: expected 4n.1 frames, sizes a multiple of"):
+        vae.encode(torch.zeros(1, 3, f, h, w))
     with pytest.raises(ValueError, match=rf"expected \(b, {vae.channels}, t, h, w\), got \(1, 8, 1, 2, 2\)"):
         vae.decode(torch.zeros(1, 8, 1, 2, 2))
 
@@ -263,9 +359,10 @@ def test_features_are_diffusers_prompt_embeddings(folder, dtype):
     found = wan.TextEncoder(folder, dtype)(PROMPTS)
     assert found.shape == (4, 512, wan_folder.TEXT_DIM) and found.dtype == dtype
     assert max(map(relative, found, expected)) < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(found.any(dim=-1), expected.any(dim=-1))
-    lengths = found.any(dim=-1).sum(dim=1)
-    assert lengths[1] == 1 and lengths[3] == 512
+    lengths = [len(pipeline.tokenizer(clean_prompt(prompt)).input_ids) for prompt in PROMPTS]
+    assert lengths[1] == 1 and lengths[3] > 512
+    for row, length in zip(found, lengths, strict=True):
+        assert row[:length].any(dim=1).all() and not row[length:].any()
 
 
 def test_tokens_are_those_of_tokenizer_json(folder):
@@ -281,62 +378,127 @@ def test_tokens_are_those_of_tokenizer_json(folder):
 # ---------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "wan"])
-def test_what_is_exported_is_what_was_published(folder, tmp_path, layout):
-    published = LAYOUTS[layout](shutil.copytree(folder, tmp_path / "published"))
-    model = wan.load_transformer(published)
-    wan.save_transformer(model, net(tmp_path), layout)
-    written, read = file_tensors(tmp_path), file_tensors(published)
+@torch.no_grad()
+def test_diffusers_reads_what_is_exported(folder, tmp_path):
+    model = wan.load_transformer(folder)
+    wan.save_transformer(model, tmp_path / "transformer")
+    ours, published = ({k: v for k, v in theirs(x).config.items() if k[0] != "_"} for x in (tmp_path, folder))
+    assert ours == published
+    assert_same_tensors(tmp_path, folder)
+    model = wan.load_transformer(folder, torch.bfloat16)
+    wan.save_transformer(model, tmp_path / "coarse", dtype=torch.bfloat16)
+    back = wan.load_transformer(tmp_path / "coarse", torch.bfloat16)
+    assert all(torch.equal(back.state_dict()[name], model.state_dict()[name]) for name in own_names(model))
+
+
+def test_wans_own_layout_is_exported_as_published(folder, tmp_path):
+    wan.save_transformer(wan.load_transformer(folder), tmp_path / "transformer", "wan")
+    expected = wan_folder.original(shutil.copytree(folder, tmp_path / "published"))
+    assert_same_tensors(tmp_path, expected)
+    ours, published = (json.loads((net(path) / "config.json").read_text()) for path in (tmp_path, expected))
+    for field in published.keys() - {"_diffusers_version"}:
+        assert ours[field] == published[field], field
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    written, read = file_tensors(folder), file_tensors(expected)
     assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
-    if layout == "diffusers":  # a field that is left out has its default
-        ours, expected = theirs(tmp_path).config, theirs(published).config
-    else:
-        ours, expected = (json.loads((net(f) / "config.json").read_text()) for f in (tmp_path, published))
-    for field in expected.keys() - {"_diffusers_version", "_name_or_path"}:
-        assert ours[field] == expected[field], field
-    with pytest.raises(ValueError, match="holds a transformer: name another folder"):
-        wan.save_transformer(model, net(tmp_path), layout)
+
+
+def test_export_refuses_what_it_would_spoil(small):
+    model = wan.load_transformer(small)
+    for folder in (small / "transformer", wan_folder.shard(small) / "transformer"):
+        with pytest.raises(ValueError, match="holds a transformer: name another folder"):
+            wan.save_transformer(model, folder)
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def edit(folder: Path, change) -> None:
+    """Rewrite the transformer's one file after change(tensors)."""
+    file = net(folder) / f"{STEM}.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def put(name: str, *shape: int, dtype=torch.float32):
+    """Damage: a tensor more, or another one of this name."""
+    return lambda folder: edit(folder, lambda tensors: tensors.update({name: torch.ones(shape, dtype=dtype)}))
+
+
+def without(name: str):
+    return lambda folder: edit(folder, lambda tensors: tensors.pop(name))
+
+
+def renamed(prefix: str, but: str = "none", letters: int = 99):
+    """Damage: the first letters of names behind `prefix`, except of those that contain `but`."""
+    change = lambda ts: [ts.update({prefix + k[:letters]: ts.pop(k)}) for k in [*ts] if but not in k]
+    return lambda folder: edit(folder, change)
 
 
 def net(folder: Path) -> Path:
     return folder / "transformer"
 
 
-def put(name: str, *shape: int):
-    """Damage: a tensor more, or another one of this name."""
-    return lambda folder: save_file(
-        file_tensors(folder) | {name: torch.ones(shape)}, net(folder) / f"{STEM}.safetensors"
-    )
+def config(**fields: object):
+    return lambda folder: wan_folder.edit_json(net(folder) / "config.json", **fields)
 
 
-def last_shard(folder: Path) -> Path:
-    return max(net(wan_folder.shard(folder)).glob("*.safetensors"))
+def shard_of(folder: Path) -> Path:
+    return sorted(net(wan_folder.shard(folder)).glob("*.safetensors"))[1]
+
+
+def file_named(name: str):
+    return lambda folder: (net(folder) / f"{STEM}.safetensors").rename(net(folder) / name)
+
+
+def two_files(folder: Path) -> None:
+    file_named("a.safetensors")(folder)
+    (net(folder) / "b.safetensors").write_bytes(b"")
 
 
 REFUSED = {
     "no folder": (shutil.rmtree, "no folder .*supported are Wan2.1-T2V-1.3B and Wan2.2-TI2V-5B"),
-    "no safetensors": (
-        lambda f: (net(f) / f"{STEM}.safetensors").rename(net(f) / "wan.gguf"),
-        "has no .*.safetensors .it has config.json, wan.gguf",
+    "another name": (file_named("wan.gguf"), "neither .*nor an index .it has config.json, wan.gguf"),
+    "two files": (two_files, "nor an index .it has a.safetensors, b.safetensors, config.json."),
+    # its width is enough to tell
+    "14B": (put("patch_embedding.weight", 5120, 16, 1, 2, 2), "width 5120, as Wan 14B has"),
+    "two, Diffusers": (lambda f: shutil.copytree(net(f), f / "transformer_2"), "as Wan2.2-A14B has"),
+    "two, Wan": (lambda f: net(f).rename(f / "low_noise_model"), "as Wan2.2-A14B has"),
+    "image keys": (put("blocks.0.attn2.add_k_proj.weight", 2, 2), "add_k_proj.weight: an image-to-video"),
+    "another model": (
+        config(_class_name="WanVACEModel"),
+        "describes a WanVACEModel, expected .* or WanModel",
     ),
-    "14B": (put("patch_embedding.weight", 5120, 16, 1, 2, 2), "width 5120; supported are"),
-    "two files": (
-        lambda f: shutil.copy(net(f) / f"{STEM}.safetensors", net(f) / f"{STEM}.fp16.safetensors"),
-        "as another file beside it: more than one model",
+    "a prefix before some": (
+        renamed("model.", but="proj_out"),
+        "'model.', but for proj_out.*: more than one",
     ),
-    "a missing shard": (lambda f: last_shard(f).unlink(), r"do not fit, .*found none, expected \("),
-    "a shard cut short": (lambda f: os.truncate(last_shard(f), 5000), "is cut short .*: fetch it again"),
+    "a tensor twice": (put("_orig_mod.proj_out.bias", 192), "there twice, under two names"),
+    "no transformer": (renamed("vae.", letters=9), "no Wan transformer: found keys such as 'vae.*"),
+    "fp8 of ComfyUI": (put("scaled_fp8", 2), "found .*: fp8 with scales; fetch the same model in fp16"),
+    "fp8 of others": (put("model.blocks.0.ffn.0.weight_scale", 1), "weight_scale: fp8 with scales"),
+    "whole numbers": (put("proj_out.bias", 192, dtype=torch.int8), "holds I8 numbers, expected one of F64"),
+    "a missing shard": (lambda f: shard_of(f).unlink(), "the index names .*-00002-of-.*, not there"),
+    "a shard cut short": (lambda f: os.truncate(shard_of(f), 5000), "is cut short .*: fetch it again"),
+    "no map": (lambda f: (net(f) / f"{STEM}.safetensors.index.json").write_text("[]"), "no index of shards"),
+    "no JSON": (
+        lambda f: (net(f) / "config.json").write_text("<html>"),
+        "no JSON object .*: fetch it again",
+    ),
+    "another width": (config(num_attention_heads=12), "config.json says width is 480, the tensors say 120"),
+    "odd heads": (lambda f: (net(f) / "config.json").unlink(), "120 does not divide into heads of 128"),
     "one too many": (
         put("blocks.1.attn1.gate.weight", 3),
         r"1 tensors .*gate.weight: found \(3,\), expected none",
     ),
-    "another model": (
-        lambda f: save_file({"encoder.weight": torch.ones(1)}, net(f) / f"{STEM}.safetensors"),
-        "it lacks 'patch_embedding.weight'; supported are",
+    "one too few": (
+        without("blocks.1.attn1.to_q.weight"),
+        r"self_attn.q.weight: .* none, expected \(120, 120\)",
     ),
+    "one that tells sizes": (without("blocks.0.ffn.net.0.proj.weight"), "it lacks 'blocks.0.ffn.0.weight'"),
 }
 
 
