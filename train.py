@@ -151,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
     device, rank, ranks = world
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
-    args.steps = sum(stages.values())  # in the plan: a run cannot go on with others
+    args.steps = sum(stages.values())  # recorded, so that a run goes on with as many
     microbatches = run.microbatches(args.batch, world, args.accumulate)
     chunk = len(microbatches[0])  # clips at a time
     shift = args.shift or SHIFT[kind]

@@ -23,7 +23,7 @@ from rope import TOKENS_PER_FRAME, latent_of
 
 NOISE = 0.5  # time of what is generated while its attention is recorded
 ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
-# queries and keys (b heads n k), of which the first so many are the video's -> what is kept of them
+# queries and keys (b heads n k), and how many tokens, the first, are the video's -> what is kept
 Read = Callable[[Tensor, Tensor, int], Tensor]
 
 # ---------------------------------------------------------------- the recorder
