@@ -180,15 +180,21 @@ def measure(plan: Plan, part: str, name: str, measured: Callable[[list[Path]], d
         "trained_clips": steps * plan.batch,
         "weights": [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths],
     }
-    results = json.loads(plan.out.read_text()) if plan.out.is_file() else {}
-    there = results.setdefault(part, {}).get(name, {})
+    there = read(plan.out).get(part, {}).get(name, {})
     if all(there.get(key) == value for key, value in entry.items()):
         print(f"{part}, {name}: as before")
         return
     print(f"{part}, {name}", flush=True)
-    results[part][name] = entry | measured(paths)
+    entry |= measured(paths)
+    results = read(plan.out)  # now: another call may have written its parts
+    results.setdefault(part, {})[name] = entry
     with files.whole_file(plan.out) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def read(out: Path) -> dict[str, dict]:
+    """What has been measured: a dictionary for each part."""
+    return json.loads(out.read_text()) if out.is_file() else {}
 
 
 def opened(file: Path, device: str) -> tuple[DualDiT, puppet.Codec]:

@@ -162,6 +162,16 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     assert len(measured) == 1 and len(trainings) == 17  # nine networks of two seeds, one the run itself
 
 
+def test_calls_side_by_side_keep_each_others_results(trainings, plan):
+    # catches a file read before the measuring and written after it: what the other call wrote would be gone
+    def measured(_: list[Path]) -> dict:
+        ablate.measure(plan, "a81", "collision", lambda _: {})
+        return {}
+
+    ablate.measure(plan, "figure8", "unsynced", measured)
+    assert set(json.loads(plan.out.read_text())) == {"a81", "figure8"}
+
+
 def test_curves_are_losses_a_task(tmp_path):
     # joint has two losses, one a modality: they are added as in training, the tasks are averaged
     rows = [
