@@ -133,7 +133,7 @@ _NUMPY = {
     "dtype": _Dtype,
     "_reconstruct": lambda *_: _Array(),
     "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
-    "scalar": lambda dtype, data: dtype.read(data, ()),
+    "scalar": lambda dtype, data: dtype.read(data, ())[()],  # may be a key, which no array can be
 }
 _OTHERS = {
     "_codecs.encode": lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2

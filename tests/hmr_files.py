@@ -91,7 +91,8 @@ def wham_track(who: Person, frames: np.ndarray) -> dict:
 
 
 def wham(path: Path, who: Person) -> None:
-    path.write_bytes(pickle.dumps({7: wham_track(who, np.arange(len(who.transl)))}))
+    """A track's number is one of np.unique's, no int."""
+    path.write_bytes(pickle.dumps({np.int64(7): wham_track(who, np.arange(len(who.transl)))}))
 
 
 def tram(path: Path, who: Person) -> None:
