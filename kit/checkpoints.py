@@ -11,6 +11,7 @@ is on a disk that all of them share.
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -101,18 +102,23 @@ def load_whole(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def _stored(folder: Path) -> dict:
-    """The tensors in a checkpoint: name -> size and dtype."""
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    """The tensors in a checkpoint: name -> size and dtype; ValueError if it is damaged."""
+    try:
+        return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(folder, error) from error
 
 
 def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
-    """Fill tensors from a checkpoint, in place; ValueError if that is damaged."""
+    """Fill tensors from a checkpoint, in place; ValueError if it is damaged."""
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
     except CheckpointException as error:
-        raise ValueError(
-            f"{folder} is damaged ({_root_cause(error)}): delete it, and --resume goes on from the one before"
-        ) from error
+        raise _damaged(folder, _root_cause(error)) from error
+
+
+def _damaged(folder: Path, why: BaseException) -> ValueError:
+    return ValueError(f"{folder} is damaged ({why}): delete it, and --resume goes on from the one before")
 
 
 # ---------------------------------------------------------------- writing
@@ -170,19 +176,19 @@ class Writer:
             ) from error
 
     def _publish(self, temporary: Path, record: dict) -> None:
-        """Marker, name, and only then may an older one go."""
+        """Marker, the stage's weights, name, and only then may an older one go."""
         with open(temporary / DONE, "w") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync(temporary)
+        if record["stage_ended"] is not None:  # first: a run that goes on from here writes it no more
+            export(temporary, self.run / f"stage-{record['stage_ended']}.safetensors")
         final = folder_of(self.run, record["step"])
         temporary.rename(final)
         _sync(final.parent)
         for old in sorted(final.parent.glob(PATTERN))[: -self.keep]:
             shutil.rmtree(old)
-        if record["stage_ended"] is not None:
-            export(final, self.run / f"stage-{record['stage_ended']}.safetensors")
 
 
 def _root_cause(error: BaseException) -> BaseException:

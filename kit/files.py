@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
@@ -22,7 +23,7 @@ os.umask(UMASK)
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it on success, so that nothing half-written is left.
 
-    Raises FileNotFoundError when the folder of `path` does not exist.
+    FileNotFoundError when the folder of `path` does not exist, OSError when safetensors cannot write there.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -33,6 +34,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~UMASK)  # some writers make files that only their owner may read
         os.replace(temporary, path)
+    except SafetensorError as error:  # its own word for a full disk, too
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -281,15 +281,29 @@ def test_a_run_that_goes_on_is_the_undisturbed_one(whole, tmp_path, step):
     assert (out / file).read_bytes() == (whole.out / file).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+@pytest.mark.parametrize("what", ("__*", ".metadata"))
+def test_a_damaged_checkpoint_is_named(whole, tmp_path, what):
     # catches a traceback of torch's reader in place of what to do
     out = tmp_path / "run"
     shutil.copytree(whole.out, out)
     folder = checkpoints.newest(out).folder
-    file = next(folder.glob("__*"))
+    file = next(folder.glob(what))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"{folder} is damaged .*: delete it"):
         run_train(out, *RUN, "--resume")
+
+
+def test_a_stage_has_not_ended_before_its_weights_are_written(tmp_path, monkeypatch):
+    # catches a checkpoint that a run goes on from, which then never writes stage-0.safetensors again
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "export", full)
+    writer = checkpoints.Writer(tmp_path, 1, ALONE)
+    writer.save({"step": 6, "stage_ended": 0}, {"model/x": torch.zeros(2)})
+    with pytest.raises(OSError, match=r"cannot save .*No space left"):
+        writer.wait()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_checkpoints_are_written_by_a_single_thread(tmp_path):

@@ -152,7 +152,7 @@ def read_clip(
     parts = _parts(found, clip, video_file, body, reading, size)
     if found.intrinsics is not None:
         camera = resized_camera(found.intrinsics, first, height, width)
-    pixels, current = [], None
+    pixels, longest, current = [], 0, None
     for count, image in enumerate(images_at(video_file, fps)):
         now = count / fps
         part = next((p for p in parts if p.times[0] - SAME_TIME <= now <= p.times[-1] + SAME_TIME), None)
@@ -160,6 +160,7 @@ def read_clip(
             pixels, current = [], part
         if part is not None:
             pixels.append(resized(image, height, width))
+            longest = max(longest, len(pixels))
         if len(pixels) == frames:
             times = torch.arange(count + 1 - frames, count + 1, dtype=torch.float64) / fps
             vector = motion_vector(at_video_times(part, times), body)
@@ -170,9 +171,8 @@ def read_clip(
     if found.frames is None and abs(now - end) > APART:
         ends = f"{clip.video} ends after {now:.2f} s, {clip.motion} after {end:.2f} s"
         raise ValueError(f"{ends}: expected the same; is the frame rate of one of them wrong?")
-    seconds = max(min(now, float(part.times[-1])) - float(part.times[0]) for part in parts)
-    if (shared := math.floor((seconds + SAME_TIME) * fps) + 1) < frames:
-        has = f"{clip.video} has {shared} frames at {fps:g} fps with the person in them"
+    if longest < frames:
+        has = f"{clip.video} has {longest} frames at {fps:g} fps with the person in them"
         raise ValueError(f"{has}, fewer than {frames}: ask for fewer --frames")
 
 

@@ -1,6 +1,7 @@
 """kit/weights.py: what is saved comes back, and a bad file is refused with words that help."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def test_network_configuration_and_extras_come_back(saved, model):
     assert not any(p.requires_grad for p in back.parameters())
     torch.testing.assert_close(dict(back.state_dict()), dict(model.state_dict()), atol=0, rtol=0)
     torch.testing.assert_close(extra, EXTRA, atol=0, rtol=0)
+
+
+def test_a_full_disk_is_an_error_that_is_said_in_one_line(tmp_path, model):
+    # safetensors' own is neither a ValueError nor an OSError: a user would see its traceback
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*w\.safetensors: .*File too large"):
+            save_weights(tmp_path / "w.safetensors", TINY, model.state_dict(), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_field_of_the_configuration_comes_back(tmp_path):

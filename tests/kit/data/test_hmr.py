@@ -244,6 +244,16 @@ def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
         sample_of(folder)
 
 
+def test_a_clip_that_is_one_frame_short_is_said(tmp_path):
+    """Seen from 1/30 to 31/30 s: 16 times of 1/16 s. Catches: a clip left out without a word."""
+    black = [np.zeros((64, 64, 3), np.uint8)] * 33
+    clip_folder.write_video(tmp_path / "0.mp4", black, clip_folder.at_rate(30, 33))
+    write_wham(tmp_path / "a.pkl", (0, hmr_files.person(5, 31), range(1, 32)))
+    paired(tmp_path, "a.pkl")
+    with pytest.raises(ValueError, match=r"0\.mp4 has 16 frames .* with the person in them, fewer than 17"):
+        sample_of(tmp_path)
+
+
 def test_a_video_of_uneven_frames(folder, who):
     """Rows stand at the times of their frames. Catches: rows read at a mean rate."""
     found = read(write_wham(folder / "a.pkl", (0, who, range(FRAMES))))
