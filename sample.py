@@ -44,7 +44,7 @@ def options() -> argparse.Namespace:
     # the network
     add("--weights", type=Path, metavar="FILE", help="written by train.py; default: the shipped puppet")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
-    add("--body", type=Path, metavar="FILE", help="SMPL model for --wan; default: the puppet's")
+    add("--body", type=Path, metavar="FILE", help="SMPL model, as in training; default: the puppet's")
     add("--frames", type=files.frames, metavar="N", help="4n+1, for --wan; default: as trained")
     add("--size", type=files.size, metavar="HxW", help="pixels, for --wan; default: as trained")
     add("--fps", type=files.positive, metavar="F", help="frames a second, for --wan; default: as trained")
@@ -120,7 +120,7 @@ def make(
         given = job.task, y, text[""], job.seed, backbone.grid, latents, motion
         x, m = denoise(model, *given, progress=progress, **sampling)
         seen = attention_to_latents(model, x, m, y, job.task) if attention else None
-        made.append(output.save_latents(out, job, x, m, seen))
+        made.append(output.save_latents(out, job, backbone, x, m, seen))
     return made
 
 

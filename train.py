@@ -158,7 +158,7 @@ def train(args: argparse.Namespace) -> None:
     peak = args.lr or LEARNING_RATE[kind]
 
     # what there is: an earlier part of this run, data, the network
-    plan = {name: getattr(args, name) for name in PLAN}
+    plan = {name: getattr(args, name) for name in PLAN} | {"body": args.body and str(args.body)}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
     sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)

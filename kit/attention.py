@@ -18,7 +18,6 @@ from torch import Tensor
 import dual_dit
 from dual_dit import DualDiT
 from flow import Task
-from motion_tokens import GROUPS
 from rope import TOKENS_PER_FRAME, latent_of
 
 NOISE = 0.5  # time of what is generated while its attention is recorded
@@ -128,12 +127,6 @@ def frame_share(maps: Tensor) -> Tensor:
 def latent_share(maps: Tensor) -> Tensor:
     """Mean share that latents give to the frames that they hold: (layers T f) -> (layers,)."""
     return (maps * holds(maps.shape[2]).T.to(maps)).sum(-1).mean(-1)
-
-
-def frame_share_by_group(mass: Tensor) -> dict[str, Tensor]:
-    """frame_share of position, rotation and shape tokens: (layers f i T) -> (layers,) each."""
-    groups = mass.split([tokens for tokens, _ in GROUPS.values()], dim=2)
-    return {name: frame_share(frame_map(part)) for name, part in zip(GROUPS, groups, strict=True)}
 
 
 def attention_to_latents(

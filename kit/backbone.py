@@ -61,12 +61,15 @@ def open_backbone(
     Where frames, size and rate are not given they are what the weights were trained on, else the
     published defaults.
     """
-    if not folder:
-        given = {"frames": frames, "size": size, "fps": fps, "body": body, "precision": precision}
-        if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size, one rate and one body")
-        return puppet_backbone(file or SHIPPED, device)
     trained = weights.read_header(file)[1] if file else {}
+    own = Body.load(body) if body else puppet.body()
+    if (trained.get("body") or own.digest()) != own.digest():
+        print(f"{file} was trained on another body than {body or 'that of the puppet'}: name it with --body")
+    if not folder:
+        given = {"frames": frames, "size": size, "fps": fps, "precision": precision}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size and one rate")
+        return puppet_backbone(file or SHIPPED, device)._replace(body=own)
     if file:
         check_weights(file, folder)
     else:
@@ -75,9 +78,6 @@ def open_backbone(
         print("no --body: joints are the puppet's, not SMPL's")
     if fps and trained.get("fps", fps) != fps:
         print(f"{file} was trained on {trained['fps']:g} frames a second, {fps:g} are asked for")
-    own = Body.load(body) if body else puppet.body()
-    if trained.get("body", own.digest()) != own.digest():
-        print(f"{file} was trained on another body than {body or 'that of the puppet'}: name it with --body")
     frames, fps = frames or trained.get("frames"), fps or trained.get("fps")
     if not size and "height" in trained:
         size = trained["height"], trained["width"]

@@ -28,8 +28,8 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
     """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate.
 
     `path` may end in @axes=, @track=, @smooth=SECONDS, and @fps= of a file without a rate. A motion that ends
-    too early is played there and back with `loop`, else ValueError. A person out of the camera's view is
-    moved.
+    too early is played there and back with `loop`, else ValueError. A person out of the puppet's view, or
+    behind Wan's camera, is moved.
     """
     fps, frames = backbone.geometry[:2]
     path, motion = open_motion(path, backbone.body)
@@ -106,16 +106,17 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     if not 0 <= start < math.inf:
         raise ValueError(f"--start is a number of seconds from 0 on, got {start:g}")
     first = math.ceil(start * fps)
-    images = list(islice(images_at(path, fps), first, first + frames + 1))  # one more says if any are left
-    if len(images) < frames:
+    whole = next(images_at(path, fps))
+    images = islice(images_at(path, fps), first, first + frames + 1)  # one more says if any are left
+    pixels = [resized(image, height, width) for image in images]  # at once: a camera's frames are large
+    if len(pixels) < frames:
         raise ValueError(
-            f"{path} has {len(images)} frames at {fps:g} fps from --start on, "
+            f"{path} has {len(pixels)} frames at {fps:g} fps from --start on, "
             f"{frames} are needed: {frames / fps:.2f} s"
         )
-    if first or len(images) > frames:
+    if first or len(pixels) > frames:
         end = (first + frames - 1) / fps
         print(f"{path}: {first / fps:.2f} to {end:.2f} s are used, {frames} frames at {fps:g} fps")
-    shape = (images[0].height, images[0].width)
-    if shape != (height, width):
-        print(f"{path}: {shape[0]}x{shape[1]} is cut and resized to {height}x{width}")
-    return from_frames(torch.stack([resized(image, height, width) for image in images[:frames]]))[None]
+    if (whole.height, whole.width) != (height, width):
+        print(f"{path}: {whole.height}x{whole.width} is cut and resized to {height}x{width}")
+    return from_frames(torch.stack(pixels[:frames]))[None]

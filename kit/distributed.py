@@ -99,12 +99,12 @@ class Objective(nn.Module):
 
 
 def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool, replay: bool = False) -> nn.Module:
-    """The objective, with the model on its device as the ranks train it; it takes what flow.loss takes next.
+    """flow.loss with the model put in, on its device, as the ranks train it.
 
     `replay`: one GPU replays a small network as CUDA graphs (kit/graphs.py).
 
-    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. What is on
-    the meta device gets memory, and rank 0's values if that has any; else a checkpoint brings them.
+    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. A model
+    on the meta device gets memory and rank 0's values, or, if rank 0's is there too, a checkpoint's later.
     """
     if kind is None:
         kind = "ddp" if small(model) else "fsdp"

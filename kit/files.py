@@ -63,7 +63,7 @@ def write_record(path: Path, options: dict[str, object], **more: object) -> None
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a verb's options: what is wrong with them is a ValueError, which run() says in one line."""
+    """Wrong options are a ValueError, which run() prints in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

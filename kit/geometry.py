@@ -8,7 +8,7 @@ from kit import puppet
 
 
 class Geometry(NamedTuple):
-    """The videos a backbone makes unless told otherwise."""
+    """Rate, length and size of clips, and the stride of their codec."""
 
     fps: float
     frames: int
@@ -56,4 +56,9 @@ def _published(folder: Path) -> Geometry:
     path = folder / "vae" / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected a Wan in the Diffusers layout, with its vae/ there")
-    return WAN[json.loads(path.read_text()).get("scale_factor_spatial", 8)]
+    try:
+        return WAN[json.loads(path.read_text()).get("scale_factor_spatial", 8)]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}): fetch it again") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: its stride is {error}, a Wan's is one of {list(WAN)}") from error

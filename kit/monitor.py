@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ class Log:
         self.peak = peak and peak * world.ranks
         path = run / "metrics.jsonl"
         with whole_file(path) as temporary:
-            temporary.write_text("".join(_lines_before(path, first_step)))
+            earlier = [json.dumps(line) for line in read_log(path) if line["step"] < first_step]
+            temporary.write_text("".join(f"{line}\n" for line in earlier))
         self.file = open(path, "a")  # noqa: SIM115, close() closes it
         self.board = None
         with contextlib.suppress(ImportError):
@@ -103,12 +104,13 @@ class Log:
             self.board.close()
 
 
-def _lines_before(path: Path, step: int) -> Iterator[str]:
-    """The lines of a log that are of earlier steps; a crash may have cut off the last."""
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+def read_log(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, none if there is no such file; a crash may have cut off the last."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] < step:
-                yield line
+            found.append(json.loads(line))
+    return found
 
 
 # ---------------------------------------------------------------- speed

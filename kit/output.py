@@ -42,30 +42,43 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------- latents
 
 
+class Saved(NamedTuple):
+    """A sample in its file, before it is decoded: a decoder that runs out of memory loses nothing."""
+
+    job: Job
+    fps: float
+    body: str  # Body.digest
+    latents: Tensor  # (b c T h w)
+    motion: Tensor | None  # (b f 235)
+    attention: Tensor | None  # (layers f T)
+
+
 def save_latents(
-    out: Path, job: Job, latents: Tensor | None, motion: Tensor | None, attention: Tensor | None = None
+    out: Path, job: Job, backbone: Backbone, latents: Tensor, motion: Tensor | None, attention: Tensor | None
 ) -> Path:
-    """What was sampled, before it is decoded: a decoder that runs out of memory loses nothing. -> the file"""
+    """Write what load_latents reads -> the file."""
     path = out / "latents" / f"{job.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"latents": latents, "motion": motion, "attention": attention}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     with whole_file(path) as temporary:
         # one key of metadata: safetensors keeps no order of several
-        save_file(tensors, temporary, metadata={"job": json.dumps(job)})
+        record = {"job": job, "fps": backbone.geometry.fps, "body": backbone.body.digest()}
+        save_file(tensors, temporary, metadata={"sample": json.dumps(record)})
     return path
 
 
-def load_latents(path: Path) -> tuple[Job, Tensor, Tensor | None, Tensor | None]:
-    """-> its job, latents (b c t h w), motion (b f 235), attention; raises if the file holds none."""
+def load_latents(path: Path) -> Saved:
+    """FileNotFoundError or ValueError if the file holds no sample."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
     try:
         with safe_open(path, "pt") as file:
-            name, task, prompt, seed = json.loads(file.metadata()["job"])
+            record = json.loads(file.metadata()["sample"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        job = Job(name, Task(task), prompt, seed)
-        return job, tensors["latents"], tensors.get("motion"), tensors.get("attention")
+        name, task, prompt, seed = record["job"]
+        job, parts = Job(name, Task(task), prompt, seed), ("latents", "motion", "attention")
+        return Saved(job, record["fps"], record["body"], *(tensors.get(part) for part in parts))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
 
@@ -80,27 +93,29 @@ def write_all(
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
     codec, samples = None, []
     for file in latents:
-        job, made, motion, attention = load_latents(file)
+        job, fps, body, made, motion, attention = load_latents(file)
+        if motion is not None and body != backbone.body.digest():
+            raise ValueError(f"{file} was sampled with another body: name that with --body")
         video = pixels
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:
             codec = codec or backbone.codec()
             video = codec.decode(made.to(device))
         frames = to_frames(video[0])
         smpl = None if motion is None else decode_smpl(motion.float().cpu())
-        names = write(out, job, frames, smpl, backbone, pictures, mesh)
+        names = write(out, job, frames, smpl, backbone, fps, pictures, mesh)
         print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
-        if len(samples) < SHOWN:
+        if pictures and len(samples) < SHOWN:
             joints = None if smpl is None else smpl["joints"][0].numpy()
-            shown = frames.numpy(), joints, backbone.geometry.fps, attention
+            shown = frames.numpy(), joints, fps, attention
             samples.append(PageSample(job.name, WORDS[job.task], job.prompt, *shown))
-    if pictures and samples:
+    if samples:
         write_page(out / "index.html", samples, total=len(latents))
         print(f"{out}/index.html shows them")
 
 
 def write(
-    out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, backbone: Backbone, pictures: bool,
-    mesh: bool,
+    out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, backbone: Backbone, fps: float,
+    pictures: bool, mesh: bool,
 ) -> list[str]:  # fmt: skip
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
@@ -108,8 +123,7 @@ def write(
     goes to a folder of its own, so that `out` has MP4s only. Returns what was added to the names, and where
     that is another folder's.
     """
-    fps, made = backbone.geometry.fps, [".mp4"]
-    rows, titles = [frames], [f"{job.name}: {job.prompt or 'no text'}"]
+    made, rows, titles = [".mp4"], [frames], [f"{job.name}: {job.prompt or 'no text'}"]
     out.mkdir(parents=True, exist_ok=True)
     write_video(out / f"{job.name}.mp4", frames, fps)
     if smpl:

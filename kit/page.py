@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,13 @@ LIMIT = 2_000_000  # bytes of the page
 
 
 class PageSample(NamedTuple):
-    """One sample as the page shows it; what it lacks is None."""
+    """One sample as the page shows it."""
 
     name: str
     task: str  # in words, such as "motion to video"
     prompt: str
-    video: np.ndarray | None  # (f h w 3) uint8
-    joints: np.ndarray | None  # (f 24 3) metres, y up
+    video: np.ndarray  # (f h w 3) uint8
+    joints: np.ndarray | None  # (f 24 3) metres, y up; None without motion
     fps: float
     attention: Tensor | None  # (layers f T), of a frame's attention to video the share of each latent
 
@@ -39,12 +40,12 @@ def write_page(path: Path, samples: list[PageSample], total: int) -> None:
     """Write one HTML file below 2 MB that shows these samples and says of how many they are.
 
     A video becomes one WebP image with all its frames: lossless up to 128 pixels high; taller ones, such as
-    Wan's, are shrunk and compressed as far as the limit demands.
+    Wan's, are shrunk and compressed as far as the limit demands. If that is not enough the last are left out.
     """
     head = JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
-    for rung in RUNGS:
-        page["samples"] = [described(sample, *rung) for sample in samples]
+    for shown, rung in product(range(len(samples), 0, -1), RUNGS):
+        page["samples"] = [described(sample, *rung) for sample in samples[:shown]]
         data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
         html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
         if len(html) < LIMIT:
@@ -56,8 +57,8 @@ def write_page(path: Path, samples: list[PageSample], total: int) -> None:
 def described(sample: PageSample, height: int, quality: int) -> dict:
     """What the page's script reads: joints in millimetres, attention in thousandths."""
     return sample._asdict() | {
-        "frames": len(sample.joints if sample.video is None else sample.video),
-        "video": None if sample.video is None else sheet(sample.video, height, quality),
+        "frames": len(sample.video),
+        "video": sheet(sample.video, height, quality),
         "joints": whole(sample.joints),
         "attention": whole(sample.attention),
     }

@@ -10,7 +10,7 @@ import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit import checkpoints, devices, plots, puppet, wan, weights
+from kit import checkpoints, devices, monitor, plots, puppet, wan, weights
 from kit.backbone import check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
@@ -165,12 +165,18 @@ def build(
             model.load_state_dict({name: state[name] for name in model.state_dict()})
         if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
-        for p in model.parameters():  # a file's tensors are aligned otherwise: last bits of sums differ
+        for p in model.parameters():  # aligned as in a file, sums would differ in the last bits
             p.data = p.data.clone()
         if not init:
             mean, std = batches.statistics(sources, seed)
             model.motion_mean.copy_(mean)
             model.motion_std.copy_(std)
+    for source in sources if folder else ():
+        if source.paired:
+            channels = source.read([0], 1, True, None, torch.device("cpu")).latents.shape[1]
+            if channels != model.config.channels:
+                has = f"--data has latents of {channels} channels, {folder} has {model.config.channels}"
+                raise ValueError(f"{has}: cache the data with this Wan")
     codec = None if folder else puppet.Codec.from_state({k: v.to(world.device) for k, v in extra.items()})
     return model, codec
 
@@ -221,7 +227,7 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
     checkpoints.export(found.folder, file, dtype)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = monitor.read_log(out / "metrics.jsonl")
     record = json.loads((out / "run.json").read_text()) | {
         "steps": found.record["step"],
         "hours": round(sum(line.get("seconds", 0) for line in lines) / 3600, 2),

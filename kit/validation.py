@@ -126,7 +126,7 @@ def validate(
     ("joint/video/0.125"), and over all levels ("joint/video")."""
     losses = {}
     for task in tasks:
-        errors, no_text = [], torch.full(held.t.shape, task is Task.VIDEO_TO_MOTION)  # that never has any
+        errors, no_text = [], torch.full(held.t.shape, task is Task.VIDEO_TO_MOTION)
         for first in range(0, len(held.t), chunk):
             part = held.rows(first, first + chunk)
             with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):

@@ -73,7 +73,8 @@ def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, t
     shown, _ = json.JSONDecoder().raw_decode(html[html.index('{"total":') :])
     assert [one["name"] for one in shown["samples"]] == list(NAMES)
     for one in shown["samples"]:
-        job, latents, motion, attention = output.load_latents(made / "latents" / f"{one['name']}.safetensors")
+        saved = output.load_latents(made / "latents" / f"{one['name']}.safetensors")
+        job, _, _, latents, motion, attention = saved
         expected = attention_to_latents(model, latents, motion, puppet.encode_text([job.prompt]), job.task)
         torch.testing.assert_close(attention, expected, atol=1e-5, rtol=0)
         np.testing.assert_allclose(np.array(one["attention"]) / 1000, expected, atol=1e-3)

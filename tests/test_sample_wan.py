@@ -21,6 +21,7 @@ import train
 from dual_dit import DualDiT
 from kit import pictures, puppet, wan, weights
 from kit.backbone import open_backbone
+from kit.body import Body
 from kit.data import __main__ as commands
 from kit.data.motion_files import Motion, save_amass
 from kit.geometry import geometry
@@ -214,6 +215,41 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     pixels, fps = all_frames(tmp_path / "a" / "joint.mp4")
     assert (tuple(pixels.shape), fps) == ((5, 64, 96, 3), 16)
     assert f"{file} was trained on 30 frames a second, 16 are asked for" in capsys.readouterr().out
+
+
+def test_latents_know_their_rate_and_their_body(folder, trained, tmp_path, verb, monkeypatch):
+    # catches --decode without --weights and --body that writes motion in slow motion, or with other bones
+    made = run(
+        folder, tmp_path / "a", "--task", "joint", "--weights", trained / "weights.safetensors", shape=()
+    )
+    call = (sample, "--wan", folder, "--decode", tmp_path / "a" / "latents" / "joint.safetensors")
+    again = (*call, "--device", "cpu", "--out", tmp_path / "b")
+    assert verb(*again).code == 0
+    found = contents(tmp_path / "b")
+    assert all(found[f"joint.{suffix}"] == made[f"joint.{suffix}"] for suffix in ("mp4", "npz", "bvh"))
+    monkeypatch.setattr(Body, "digest", lambda _: "another")
+    ended = verb(*again)
+    assert ended.code == 2 and "joint.safetensors was sampled with another body" in ended.err
+    assert contents(tmp_path / "b") == found
+
+
+def test_a_cache_of_another_wan_is_refused(trained, tmp_path, verb):
+    # catches stage 1, which uses no latents, trained on data that stage 2 cannot take
+    other = wan_folder.write(tmp_path / "other", "2.2")
+    data = ("--data", f"cache:{trained.parent / 'cache'}", "--device", "cpu", "--batch", 1)
+    ended = verb(train, "--wan", other, *data, "--stage", 1, "--out", tmp_path / "out")
+    assert ended.code == 2 and f"--data has latents of 16 channels, {other} has 48: cache" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (('{"scale', "is no JSON object"), ('{"scale_factor_spatial": 32}', "its stride is 32")),
+)
+def test_a_damaged_or_foreign_vae_is_named(folder, tmp_path, text, words):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"vae/config\.json.* {words}"):
+        geometry(tmp_path)
 
 
 def test_weights_of_another_layout_are_refused(folder, trained, tmp_path, verb):

@@ -86,7 +86,7 @@ def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = Fal
     data, samples, titles = open_dataset(spec, shape, body, force), [], []
     rejected = list(data.problems)
     for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():
-        samples += read_item(data, item, lambda sample: sample, rejected)[:1]
+        samples += read_item(data, item, lambda sample: sample, rejected, most=1)
     say(data)
     for sample in samples:
         title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"

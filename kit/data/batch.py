@@ -27,7 +27,7 @@ CLIPS_AT_ONCE = 1024  # of the puppet, made together by a GPU
 
 
 def rng(*key: int | str) -> torch.Generator:
-    """A generator that is a pure function of its key, such as ("noise", seed, step, sample)."""
+    """A generator that is a pure function of its key, such as ("clip", seed, stage, step, sample)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

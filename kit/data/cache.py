@@ -51,14 +51,14 @@ def shard_file(folder: Path, shard: int) -> Path:
 class Encoders(NamedTuple):
     """What turns pixels and prompts into what the network sees."""
 
-    video: Callable[[Tensor], Tensor]  # (b 3 f h w) in [-1, 1] -> (b c t h w)
+    video: Callable[[Tensor], Tensor] | None  # (b 3 f h w) in [-1, 1] -> (b c t h w); None for motion alone
     text: Callable[[list[str]], Tensor]  # prompts -> (b l text_dim), zeros after each prompt's last token
 
 
 def settings_of(
     spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
 ) -> dict:
-    """What the content of a cache depends on, as it is recorded: but for its sources, see `hashes`."""
+    """All that a cache's content depends on but its sources, which are hashed item by item (`hashes`)."""
     return {
         "version": VERSION,
         "data": spec,
@@ -253,7 +253,7 @@ def damaged_samples(cache: Cache) -> list[str]:
 
 
 def compared(cached: Cache, body: Body) -> list[str]:
-    """What is no more as it was cached in the data set that a cache was made of, if that is still there."""
+    """A cache beside its data set as that is now -> what to print: what changed, or why that is unknown."""
     spec = cached.settings["data"]
     try:
         data = open_dataset(spec, cached.shape, body)

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -97,13 +98,15 @@ def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False)
     return KINDS[kind](where, geometry, body, reading)._replace(reading=reading)
 
 
-def read_item(data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str]) -> list[T]:
-    """What `use` makes of each sample of an item, one sample in memory at a time.
+def read_item(
+    data: DataSet, item: int, use: Callable[[Sample], T], rejected: list[str], most: int | None = None
+) -> list[T]:
+    """What `use` makes of each sample of an item, or of the first `most`; they are read one by one.
 
     Nothing, and the reason in `rejected`, if a sample cannot be read or used.
     """
     try:
-        return [use(sample) for sample in data.read(item)]
+        return [use(sample) for sample in islice(data.read(item), most)]
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         rejected.append(reason.encode(errors="backslashreplace").decode())  # names on disk may be any bytes
@@ -172,7 +175,7 @@ def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
 def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> DataSet:
     folder, _, amass = where.partition("+")
     texts, amass = _folder(folder), Path(amass or Path(folder) / "amass")
-    entries, problems = humanml3d.entries(texts, amass, "train")
+    entries, problems = humanml3d.entries(texts, amass)
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]

@@ -136,7 +136,7 @@ def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
     longest = [name for name, length in lengths.items() if length == max(lengths.values())]
     if len(longest) > 1:
         names, count = " and ".join(longest), lengths[longest[0]]
-        raise ValueError(f"its tracks {names} have {count} frames each: name one in the column track")
+        raise ValueError(f"its tracks {names} have {count} frames each: name one, column track or @track=")
     return longest[0], tracks[longest[0]]
 
 

@@ -46,8 +46,8 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
 
 
-def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Entry], list[str]]:
-    """List a split ("train", "val", "test") -> its entries and, a line each, why others were left out.
+def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[str]]:
+    """List the training split -> its entries and, a line each, why others were left out.
 
     No motion is opened. A clip with captions for parts of it gives an entry for each part. FileNotFoundError
     or ValueError for an index or a split that cannot be trusted; a clip with a bad span or text is left out.
@@ -60,12 +60,12 @@ def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Ent
         where = f"humanml3d:{folder}+AMASS"
         raise FileNotFoundError(f"no folder {amass}: expected AMASS there, or where {where} says")
     clips = _read_index(index, amass)
-    names = _read_text(folder / f"{split}.txt").split()
+    names = _read_text(folder / "train.txt").split()
     if not names:
-        raise ValueError(f"{folder / split}.txt is empty, expected names such as 000004")
+        raise ValueError(f"{folder}/train.txt is empty, expected names such as 000004")
     if unknown := [name for name in names if name.removeprefix("M") not in clips]:
         count = len(unknown)
-        raise ValueError(f"{folder / split}.txt has {count} names that index.csv lacks, as {unknown[0]}")
+        raise ValueError(f"{folder}/train.txt has {count} names that index.csv lacks, as {unknown[0]}")
     known = [name for name in names if clips[name.removeprefix("M")][0]]
     found, problems = [], []
     if len(known) < len(names):
@@ -85,7 +85,7 @@ def entries(folder: str | Path, amass: str | Path, split: str) -> tuple[list[Ent
     return found, problems
 
 
-def read_entry(entry: Entry, body: Body, fps: float = FPS) -> Motion:
+def read_entry(entry: Entry, body: Body, fps: float) -> Motion:
     """The motion of an entry at `fps`, mirrored if the entry is. FileNotFoundError or ValueError, naming it.
 
     HumanML3D takes every int(rate / 20)-th frame of a file for 1/20 s. Right for rates such as 60, 100 and

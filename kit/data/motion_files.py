@@ -44,7 +44,7 @@ class Motion(NamedTuple):
     betas: Tensor  # (10,)
     transl: Tensor  # (f 3)
     fps: float  # hertz
-    gender: str  # "female", "male" or "neutral": as the file says; it chooses no body
+    gender: str  # "female", "male" or "neutral": as the file says; of a folder of models, which is used
 
 
 def save_amass(path: str | Path, motion: Motion, body: Body) -> None:

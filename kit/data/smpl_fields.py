@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
 from kit.data.motion_files import AXES
@@ -97,7 +97,7 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
         raise ValueError("it has no transl, and no camera (s, tx, ty) with its box and its box' centre")
     if size is None:
         raise ValueError("a camera (s, tx, ty) needs the size of the picture: give the file with its video")
-    box = reduce(box.reshape(len(weak), -1), "f c -> f", "max")
+    box = box.reshape(len(weak), -1).max(axis=1)
     box = box * BOX_UNIT if box.max() < BOX_UNIT / 10 else box
     (s, x, y), (cx, cy) = weak.reshape(-1, 3).T, centre.reshape(-1, 2).T
     (height, width), metre = size, box * s / 2  # a metre at the person's distance, in pixels

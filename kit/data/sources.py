@@ -35,7 +35,7 @@ class Source(NamedTuple):
     count: int | None  # samples; None: endless, and the number of a sample is its seed
     frames: int  # of a sample; where fewer are asked for they are its beginning (of the puppet: a window)
     paired: bool  # whether samples have video
-    body: str  # the body of a cache's joints; empty if not cached
+    body: str  # Body.digest of its joints' body
     null_text: Tensor  # (l text_dim) features of the empty prompt, zeros after its last token
     # sample numbers, frames, whether video is wanted, the codec for what is pixels, device
     read: Callable[[list[int], int, bool, puppet.Codec | None, torch.device], Read]
@@ -77,7 +77,7 @@ def open_sources(
             print(f"{spec}: {source.count} samples, {len(rejected)} rejected", *reasons, sep="\n")
         sources.append(source._replace(weight=weight or source.count or 1.0))
     if len({source.body for source in sources}) > 1:
-        raise ValueError(f"{', '.join(specs)} were cached with different bodies: use the same --body")
+        raise ValueError(f"{', '.join(specs)} have joints of different bodies: use one --body for all")
     return sources
 
 
@@ -100,13 +100,15 @@ def _puppet_source(where: str, geometry: Geometry) -> Source:
         return Read(puppet_motion(clips), latents, [[_features(caption)] for caption in clips.caption])
 
     frames = max(geometry.frames, puppet.FRAMES)
-    return Source(None, count, frames, True, "", _features(""), read)
+    return Source(None, count, frames, True, puppet.body().digest(), _features(""), read)
 
 
 def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
     """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
     data = open_dataset(spec, geometry, body)
     samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
+    for line in data.reading.said if rank == 0 else ():
+        print(line)
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]
@@ -117,7 +119,8 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
             latents = codec.encode(upload(pixels, device))
         return Read(motion, latents, [[_features(text) for text in sample.captions] for sample in chosen])
 
-    return Source(None, len(samples), geometry.frames, data.paired, "", _features(""), read), rejected
+    source = Source(None, len(samples), geometry.frames, data.paired, body.digest(), _features(""), read)
+    return source, rejected
 
 
 def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:

@@ -247,7 +247,7 @@ def test_caches_that_do_not_fit_are_refused(tmp_path):
     for asked in ({"frames": 13}, {"fps": 24}, {"width": 128}, {"stride": 16}):
         with pytest.raises(ValueError, match=r"has .*frames=9, .*asked for is"):
             open_sources([first], FAKE._replace(**asked), puppet.body(), wan=True)
-    with pytest.raises(ValueError, match="cached with different bodies"):
+    with pytest.raises(ValueError, match="joints of different bodies"):
         open_sources([first, second], FAKE, puppet.body(), wan=True)
 
 

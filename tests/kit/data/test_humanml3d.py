@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 def test_entries_without_any_motion(folder):
-    found, problems = entries(folder, folder / "amass", "train")
+    found, problems = entries(folder, folder / "amass")
     kick, mirrored, first, last, whole = found
     assert kick.captions == ("a person waves the left hand.", "someone kicks # high, twice")
     assert kick.source == folder / "amass/KIT/3/kick high_left02_poses.npz"
@@ -91,7 +91,7 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
     step = int(fps / 20)
     kept = np.arange(1500)[::step][int(TRIMMED[dataset] * 20) :][7:50]
     original = read_motion_file(file, body).motion
-    (whole, part), _ = entries(tmp_path, tmp_path / "amass", "train")
+    (whole, part), _ = entries(tmp_path, tmp_path / "amass")
     for entry, frames in ((whole, kept), (part, kept[10:26])):
         # at the rate that HumanML3D's 20 frames a second really are, its frames come out untouched
         motion = read_entry(entry, body, fps / step)
@@ -112,17 +112,17 @@ RENAMED = [
 def test_amass_may_have_its_folders_of_today(tmp_path, old, new):
     # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
     file = write_clip(tmp_path, old, 100.0, place=new)
-    ((entry,), problems) = entries(tmp_path, tmp_path / "amass", "train")
+    ((entry,), problems) = entries(tmp_path, tmp_path / "amass")
     assert entry.source == file and not problems
     assert entry.start == TRIMMED.get(old, 0) + 7 / 20
 
 
 def test_other_rates_and_the_mirror(folder, body):
     write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
-    (kick, mirrored, *_), _ = entries(folder, folder / "amass", "train")
+    (kick, mirrored, *_), _ = entries(folder, folder / "amass")
     original, motion = read_motion_file(kick.source, body).motion, read_entry(kick, body, fps=16.0)
     times = 0.1 + np.arange(66) / 16  # to the 83rd frame, at 0.1 + 82/20 s
-    assert len(motion.transl) == 66 and len(read_entry(kick, body).transl) == 83
+    assert len(motion.transl) == 66 and len(read_entry(kick, body, 20).transl) == 83
     for axis in range(3):
         expected = np.interp(times, np.arange(600) / 100, original.transl[:, axis])
         np.testing.assert_allclose(motion.transl[:, axis], expected, atol=1e-6)
@@ -134,22 +134,22 @@ def test_other_rates_and_the_mirror(folder, body):
 
 def test_a_motion_that_does_not_fit_its_entry(folder, body):
     file = folder / "amass/KIT/3/kick high_left02_poses.npz"
-    kick = entries(folder, folder / "amass", "train")[0][0]
+    kick = entries(folder, folder / "amass")[0][0]
     with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
-        read_entry(kick, body)
+        read_entry(kick, body, 20)
     # whoever has AMASS's SMPL-X release has them all, but with other frames
     write_amass(file.with_name("kick high_left02_stageii.npz"), frames=900, fps=100.0)
     with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
-        read_entry(kick, body)
+        read_entry(kick, body, 20)
     # the 85th of HumanML3D's frames is missing, by one of AMASS's
     write_amass(file, frames=5 * 84, fps=100.0)
     with pytest.raises(ValueError, match=r"000000 ends at 4\.20 s of .*which lasts 4\.19 s"):
-        read_entry(kick, body)
+        read_entry(kick, body, 20)
     write_amass(file, frames=5 * 84 + 1, fps=100.0)
-    assert len(read_entry(kick, body).transl) == 83
+    assert len(read_entry(kick, body, 20).transl) == 83
     write_amass(file, frames=100, fps=15.0)
     with pytest.raises(ValueError, match="at least 20"):
-        read_entry(kick, body)
+        read_entry(kick, body, 20)
 
 
 GOOD = f"{KICK},2,85,000000.npy"
@@ -176,7 +176,7 @@ def test_an_index_that_cannot_be_trusted(folder, name, content, message):
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}.*{message}"):
-        entries(folder, folder / "amass", "train")
+        entries(folder, folder / "amass")
 
 
 BAD_TEXTS = [
@@ -200,7 +200,7 @@ def test_a_bad_text_leaves_its_clip_out(folder, content, message):
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    found, (_, problem) = entries(folder, folder / "amass", "train")
+    found, (_, problem) = entries(folder, folder / "amass")
     assert "000000.txt" in problem and message in problem
     assert {entry.name for entry in found} == {"M000000", "000004"}
 
@@ -209,11 +209,11 @@ def test_a_bad_text_leaves_its_clip_out(folder, content, message):
 def test_a_span_that_is_none_leaves_its_clip_out(folder, span):
     (folder / "index.csv").write_text(index(f"{KICK},{span},000000.npy"))
     (folder / "train.txt").write_text("000000")
-    found, (problem,) = entries(folder, folder / "amass", "train")
+    found, (problem,) = entries(folder, folder / "amass")
     assert not found and problem.startswith("000000: frames") and "no span" in problem
 
 
 def test_vectors_are_refused_with_the_reason(tmp_path):
     np.save(tmp_path / "M000004.npy", np.zeros((60, 263)))
     with pytest.raises(ValueError, match="refitted to another skeleton"):
-        entries(tmp_path, tmp_path, "train")
+        entries(tmp_path, tmp_path)
