@@ -116,7 +116,7 @@ def motion(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
     with torch.no_grad():
         joint = seconds(sides.joint(sizes.shape), device)
         video = seconds(sides.forward(sizes.shape)["ours"], device)
-    price = 1 + price_of_motion(sizes.small, sizes.shape.tokens(motion=True))[1]
+    price = 1 + price_of_motion(sizes.small, sizes.shape.tokens())[1]
     report(joint=joint, video=video, flops_ratio=price, overhead=joint / video / price)
 
 
@@ -227,7 +227,7 @@ def _rates(
     """Seconds of a joint training step of one clip as rates: recomputed blocks are no useful work."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    took, tokens = seconds(step, device), shape.tokens(motion=True)
+    took, tokens = seconds(step, device), shape.tokens()
     useful = flops.step_flops(config, tokens, checkpointing=False)
     found = {"seconds": took, "tokens_per_second": (tokens.video + tokens.motion) / took}
     found |= {"tflops": useful / took / 1e12}
@@ -284,7 +284,9 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     sizes = REAL if place.type == "cuda" else TINY
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    found = {"device": device_name(place), "torch": torch.__version__}
+    machine = {"device": device_name(place), "torch": torch.__version__}
+    found = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
+    found = found if machine.items() <= found.items() else machine  # of the parts that are not run again
 
     def note(part: str, **figures: object) -> None:
         found.setdefault(part, {}).update(figures)

@@ -63,13 +63,14 @@ def plan(
     inside, across = 8 * count * (node - 1) / node, 8 * count / node * (nodes - 1) / nodes
     if gpus > 1:
         print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB to those {node}, {across / 1e9:.1f} GB beyond")
-    seconds = total[True] / (peak_tflops * 1e12 * mfu * gpus)
+    # MFU counts useful work: what is recomputed is not
+    seconds = total[False] / (peak_tflops * 1e12 * mfu * gpus)
     days = steps * seconds / 86400
     print(
-        f"a step at {mfu:.0%} of {peak_tflops:g} TFLOP/s: {seconds:.1f} s with checkpointing; "
+        f"a step at an MFU of {mfu:g}, of {peak_tflops:g} TFLOP/s: {seconds:.1f} s; "
         f"{steps} steps: {days:.1f} days, {24 * days * gpus:.0f} GPU hours"
     )
-    paper = hours * 3600 * A100 * mfu / total[True]
+    paper = hours * 3600 * A100 * mfu / total[False]
     print(f"the paper's {hours} GPU hours on A100 would do {paper:.0f} such steps")
     return {
         "parameters": count,

@@ -35,8 +35,8 @@ class Shape(NamedTuple):
     w: int
     text: int = 512
 
-    def tokens(self, motion: bool = False) -> Tokens:
-        return Tokens(self.t * self.h * self.w, motion * self.frames * TOKENS_PER_FRAME, self.text)
+    def tokens(self) -> Tokens:
+        return Tokens(self.t * self.h * self.w, self.frames * TOKENS_PER_FRAME, self.text)
 
     @property
     def frames(self) -> int:
@@ -51,8 +51,8 @@ class Shape(NamedTuple):
         return f"{self.t} latents of {self.h}x{self.w} tokens, text of {self.text}"
 
 
-# up to 81 frames of 480x832: motion tokens keep their proportion to video tokens. The first are for CPUs that
-# have no units for a dtype.
+# up to 81 frames of 480x832; the last six have its share of motion tokens, the first four are for CPUs that
+# have no units for a dtype
 SHAPES = (
     Shape(1, 2, 4, 4), Shape(1, 4, 7, 16), Shape(1, 6, 10, 64), Shape(1, 10, 18, 256), Shape(1, 15, 27),
     Shape(2, 24, 42), Shape(3, 27, 45), Shape(5, 28, 49), Shape(9, 29, 51), Shape(21, 30, 52),
@@ -73,10 +73,9 @@ class Setting(NamedTuple):
     config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
     shapes: tuple[Shape, ...] = SHAPES
     seconds: float = 25.0  # for each measurement
-    least: int = 3  # rounds of each
 
     def rounds(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        return interleaved(calls, self.seconds, self.least)
+        return interleaved(calls, self.seconds)
 
     def fitting(self, calls: Callable[[Shape], dict[str, Callable]]) -> tuple[Shape, dict[str, Callable]]:
         """The calls of the first shape of which a round takes a twentieth of the time or more."""
@@ -184,6 +183,6 @@ def motion(setting: Setting) -> list[Row]:
     calls_of = lambda shape: {"video": both.forward(shape)["ours"], "joint": both.joint(shape)}
     shape, calls = setting.fitting(calls_of)
     times = setting.rounds(calls)
-    price = 1 + price_of_motion(setting.config, shape.tokens(motion=True))[1]
+    price = 1 + price_of_motion(setting.config, shape.tokens())[1]
     what = f"joint / video-only time over {price:.3g}, the ratio of their FLOPs, {shape}"
     return [Row("motion_overhead", what, ratio(times["joint"], times["video"], price))]

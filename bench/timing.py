@@ -29,7 +29,7 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> Figure:
-    """Of the times of two calls, round by round, over `by`."""
+    """above / below, round by round, divided by `by`."""
     return figure([a / b / by for a, b in zip(above, below, strict=True)])
 
 

@@ -42,7 +42,7 @@ from study.scores import Columns
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
 ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
-VALIDATIONS = 16  # times that each of these is validated
+VALIDATIONS = 16  # of each of these, evenly over its steps
 WAYS = {"motion_to_video": frame_share, "video_to_motion": latent_share}
 STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")  # its losses
 

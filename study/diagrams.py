@@ -126,7 +126,7 @@ def tokens(path: Path) -> None:
     write(axes, 0.87, 3.85, "motion frame f", MOTION, 9.5)
     write(axes, 0.87, 0.95, "235 numbers:", GREY, 8)
     write(axes, 0.87, 0.7, "3 + 72 + 144 + 6 + 10", GREY, 8)
-    kinds = (  # group: token, count x numbers, colour
+    kinds = (  # group, and of each of its parts: symbol, name, tokens x numbers
         ("position", (("v", "root translation", "1 × 3"), ("η", "joint positions", "24 × 3"))),
         ("rotation", (("θ", "joint rotations", "24 × 6"), ("γ", "root rotation", "1 × 6"))),
         ("shape", (("β", "body shape", "1 × 10"),)),

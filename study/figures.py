@@ -45,7 +45,7 @@ def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
     given = backbone.transformer(), task, *text, SEED, backbone.grid, latents, puppet_motion(clip)
-    made, motion = denoise(*given, **backbone.defaults._asdict())
+    made, motion = denoise(*given, **backbone.defaults._asdict(), bf16=backbone.autocast)
     video = pictures.resized(pictures.to_frames(codec.decode(made)[0]), TILE)
     joints = decode_smpl(motion)["joints"][0]
     return video, pictures.draw_skeleton(joints, backbone.body.parents, puppet.project, TILE)

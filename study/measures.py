@@ -79,7 +79,7 @@ def jerk(joints: Tensor) -> Tensor:
 
 
 def usual_poses(body_pose: Tensor, real: Tensor) -> Tensor:
-    """Share of joints (b,) turned by no more than all but one in a hundred real ones; (b f j 3) radians."""
+    """Share (b,) of joints turned by at most their real angles' 99th percentile; (b f j 3) radians."""
     usual = real.norm(dim=-1).flatten(0, 1).quantile(0.99, dim=0)
     return (body_pose.norm(dim=-1) <= usual).float().mean(dim=(1, 2))
 

@@ -209,14 +209,15 @@ def anatomy(pose: Pose, bends: Tensor) -> dict[str, Tensor]:
     limbs_whole: share of segments that are in one piece; limbs_missing: in none. length_variation: deviation
     over mean of a forearm's or shin's length within a clip (not 0 for real clips: they are foreshortened).
     odd_bends: share of elbows and knees bent as only one in a hundred real ones is. Where there is nothing to
-    measure, both are 1. plausible_postures: share of frames in which a bend is seen and none is odd.
+    measure, these two are 1. plausible_postures: share of frames in which a bend is seen and none is odd.
     """
     low, high = torch.nanquantile(bends, 0.005, dim=0), torch.nanquantile(bends, 0.995, dim=0)
     odd, bent = (pose.bend < low) | (pose.bend > high), pose.bend.isfinite()  # (b f 4)
     length = (pose.points[:, :, 1::2] - pose.points[:, :, ::2]).norm(dim=-1)  # (b f 4)
     length = torch.where(pose.seen[:, :, 1::2], length, torch.nan)
     mean = length.nanmean(dim=1, keepdim=True)
-    variation = (length - mean).square().nanmean(dim=1).sqrt() / mean[:, 0]
+    degrees = length.isfinite().sum(dim=1) - 1  # of freedom: a limb that is seen once gives 0/0, NaN
+    variation = ((length - mean).square().nansum(dim=1) / degrees).sqrt() / mean[:, 0]
     return {
         "limbs_whole": (pose.pieces == 1).float().mean(dim=(1, 2)),
         "limbs_missing": (pose.pieces == 0).float().mean(dim=(1, 2)),

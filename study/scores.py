@@ -16,7 +16,7 @@ from motion_tokens import decode_smpl
 from sample import denoise
 from study import measures, pose
 
-CHUNK = {"cpu": 16, "cuda": 128}  # clips at a time
+CHUNK = 16  # clips at a time; each chunk has a seed of its own
 BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
 READ_CLIPS = 128  # of them whose elbows and knees say what is usual
 Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
@@ -56,7 +56,7 @@ def generate(
     """
     device, parts = model.motion_mean.device, []
     sampling = PUPPET_DEFAULTS._asdict() | {"bf16": devices.has_bf16_units(device)} | sampling
-    for part in tqdm(chunks(real, device), desc=task.name.lower(), leave=False):
+    for part in tqdm(chunks(real), desc=task.name.lower(), leave=False):
         latents, motion = codec.encode(real.video[part].to(device)), real.motion[part].to(device)
         text = puppet.encode_text(real.clips.caption[part])
         given = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
@@ -65,9 +65,8 @@ def generate(
     return tuple(None if x[0] is None else torch.cat(x).float().cpu() for x in zip(*parts, strict=True))
 
 
-def chunks(real: Real, device: torch.device) -> list[slice]:
-    size = CHUNK[device.type]
-    return [slice(start, start + size) for start in range(0, len(real.video), size)]
+def chunks(real: Real) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, len(real.video), CHUNK)]
 
 
 def through_codec(codec: puppet.Codec, real: Real) -> Tensor:
@@ -81,7 +80,7 @@ def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tenso
     Rows sum to 1.
     """
     device, to_video, to_motion = model.motion_mean.device, 0.0, 0.0
-    for part in chunks(real, device):
+    for part in chunks(real):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
         text = puppet.encode_text(real.clips.caption[part]).to(device)
         no_text = puppet.encode_text([""]).to(device).expand_as(text)
@@ -95,14 +94,24 @@ def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------- what the measures say
 
 
+def of_real(x: Tensor, real: Tensor) -> Tensor:
+    """A measure (b,) over that of the same clips' real data (b,) -> (b,) with the ratio of the means as mean.
+
+    Their spread gives the error of that ratio (delta method): what a clip has in common with its real data
+    cancels.
+    """
+    ratio = x.mean() / real.mean()
+    return ratio + (x - ratio * real) / real.mean()
+
+
 def of_video(video: Tensor, real: Real) -> Columns:
     """What a video shows by itself, under the paper's names for it (docs/results.md)."""
     nearest = torch.cdist(measures.outlines(puppet.silhouette(video)), real.outlines).argmin(dim=1)
     return {
         **pose.anatomy(pose.read_pose(video), real.bends),
-        "flicker": measures.change(video, 3) / measures.change(real.video, 3).mean(),
-        "dynamic_degree": measures.change(video, 1) / measures.change(real.video, 1).mean(),
-        "sharpness": measures.sharpness(video) / measures.sharpness(real.video).mean(),
+        "flicker": of_real(measures.change(video, 3), measures.change(real.video, 3)),
+        "dynamic_degree": of_real(measures.change(video, 1), measures.change(real.video, 1)),
+        "sharpness": of_real(measures.sharpness(video), measures.sharpness(real.video)),
         "prompt_following": (real.bank.action[nearest] == real.clips.action).float(),
     }
 
@@ -116,7 +125,7 @@ def of_motion(motion: Tensor, real: Real) -> Columns:
         "frechet_cm2": measures.frechet(joints, real.bank.joints),
         "usual_poses": measures.usual_poses(smpl["body_pose"], real.bank.body_pose),
         "right_action": (measures.nearest_action(joints, real.bank) == real.clips.action).float(),
-        "jerk": measures.jerk(joints) / measures.jerk(real.clips.joints).mean(),
+        "jerk": of_real(measures.jerk(joints), measures.jerk(real.clips.joints)),
         "bone_variation": measures.bone_variation(joints, body.parents),
         "fk_error_mm": 1000 * (posed - joints).norm(dim=-1).mean(dim=(1, 2)),
     }
@@ -149,5 +158,5 @@ def of_likeness(video: Tensor, real: Real) -> Columns:
 
 
 def mean_motion(real: Real) -> Tensor:
-    """Joints that know nothing of a clip; phases and paces differ: it is the mean pose, standing still."""
+    """The bank's mean pose in every frame: a guess without the clip."""
     return measures.centred(real.bank.joints).mean(dim=(0, 1)).expand_as(real.clips.joints)

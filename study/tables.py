@@ -3,6 +3,7 @@
 A block begins with the line <!-- NAME --> and ends with <!-- /NAME -->; NAME is one of BLOCKS.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -66,8 +67,8 @@ def networks(results: dict, part: str) -> dict[str, dict]:
 
 
 def cell(found: dict[str, float]) -> str:
-    """Mean ± the larger standard error, over clips or seeds, to the error's two digits: 0.597 ± 0.012."""
-    error = max(found["error"], found.get("error_seeds", 0.0))
+    """Mean ± standard error, over clips and over seeds, to the error's two digits: 0.597 ± 0.012."""
+    error = math.hypot(found["error"], found.get("error_seeds", 0.0))
     if not error:
         return f"{found['mean']:.3g}"
     digits = max(0, 1 - int(f"{error:e}".partition("e")[2]))
@@ -87,15 +88,15 @@ def short(results: dict, part: str) -> str:
 
 
 def table(results: dict, part: str) -> str:
-    """A row a network: its measures, seeds and the clips it was trained on in its last stage."""
+    """A row a network: its measures, its seeds, and the clips that its last stage was trained on."""
     rows = []
     for network, found in networks(results, part).items():
         trained = f"{found['trained_clips']:,}" if found["steps"] else ""
         cells = [cell(found["measures"][column]) for column in COLUMNS[part]]
         rows.append([name_of(part, network), *cells, str(found["seeds"]), trained])
     clips = next(iter(results[part].values()))["clips"]
-    head = ["", *COLUMNS[part].values(), "seeds", "clips trained on"]
-    return markdown(head, rows) + f"\n\nOn {clips} held-out clips, ± the standard error."
+    lines = markdown(["", *COLUMNS[part].values(), "seeds", "clips in its last stage"], rows)
+    return f"{lines}\n\nOn {clips} held-out clips{', ± the standard error' * ('±' in lines)}."
 
 
 def shares(results: dict, part: str) -> str:
@@ -108,7 +109,11 @@ def shares(results: dict, part: str) -> str:
             row.append(cell(found["measures"][f"{side}_{best_layer(results[part], side)}"]))
             row.append(f"{sum(found['measures'][key]['mean'] for key in layers) / len(layers):.3f}")
         rows.append([*row, f"{found['chance']:.3f}", str(found["seeds"])])
-    ways = [f"{way}, {what}" for way in ("motion→video", "video→motion") for what in ("best layer", "mean")]
+    ways = [
+        f"{way}, {what}"
+        for way in ("motion→video", "video→motion")
+        for what in ("MVS-RoPE's best layer", "mean")
+    ]
     return markdown(["", *ways, "chance", "seeds"], rows)
 
 

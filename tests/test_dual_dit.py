@@ -114,6 +114,16 @@ def test_every_input_reaches_both_outputs(model, changed):
         assert ((u - v).flatten(1).abs().amax(dim=1) > 1e-3).all()  # in every sample
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("changed", "own"), [("video", 0), ("t_video", 0), ("motion", 1), ("t_motion", 1)])
+def test_streams_that_never_meet_do_not_cross(changed, own):
+    # catches a head, or a block, that gets the other modality's noise level
+    model, call = randomised(replace(TINY, dual=())), inputs()
+    before, after = model(**call), model(**call | {changed: call[changed] + 0.3})
+    assert not torch.allclose(before[own], after[own], atol=1e-3)
+    assert torch.equal(before[1 - own], after[1 - own])
+
+
 def streams() -> tuple[dict[str, Tensor], dict[str, Context]]:
     """Tokens of both modalities and what a block of TINY is told of them."""
     positions = {"video": video_positions(2, 2, 3), "motion": motion_positions(5, 2, 3)}

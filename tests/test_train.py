@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import TINY, contents, tiny_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import flow
 import train
@@ -193,17 +193,19 @@ STARTS = {  # init's stage, --stage, whether the motion expert starts as the vid
 def test_what_a_stage_of_its_own_starts_from(tmp_path, of, stage, copied):
     # catches a motion expert that was trained and is copied over, or not trained and is not
     init = weights_of(tmp_path / "init.safetensors", of)
-    plan = ("--stage", stage, "--steps", 2, "--frames", 5, "--batch", 1)
+    plan = ("--stage", stage, "--steps", 2, "--frames", 5, "--batch", 1, "--shift", 8)
     (first, last) = run_train(tmp_path / "run", "--init", init, *plan)
+    assert torch.equal(first.draw.t, flow.draw(batches.rng("draw", 0, 0), stage, 1, shift=8.0).t)
     source = load_file(init)
     expected = {name: source[name] for name in first.state}
     assert not differing(expected | (as_video(expected) if copied else {}), first.state)
     _, settings = weights.read_header(tmp_path / "run" / "weights.safetensors")
     assert settings["recipe"]["stage"] == stage
-    assert last.draw.task in flow.STAGES[stage] or last.draw.task in (Task.VIDEO_ONLY, Task.MOTION_ONLY)
+    assert last.draw.task in {x for task in flow.STAGES[stage] for x in (task, task.without_condition)}
     moved = differing(expected, saved(tmp_path / "run", 2))
+    assert moved
     if stage == 0:
-        assert moved and all("video" in name.split(".") for name in moved)
+        assert all("video" in name.split(".") for name in moved)
 
 
 def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path, monkeypatch):
@@ -317,6 +319,20 @@ def test_checkpoints_are_written_by_a_single_thread(tmp_path):
     torch.set_num_threads(usual)
 
 
+def test_the_rate_rises_and_falls_and_is_what_a_step_is_taken_with():
+    # catches no warm-up, a rate that stays or falls to nothing, one that no optimizer gets, no clipping
+    rates = [train.learning_rate(2.0, train.Step(0, i, 1000, 17)) for i in (0, 24, 500, 999)]
+    assert rates == pytest.approx([0.04, 1.0, 1.05, 0.1], rel=0.01)
+    layer = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert distributed.clip_gradients(layer, 1.0).item() == pytest.approx(5)
+    state, ema = layer.state_dict(), {"weight": torch.ones(1, 2)}
+    train.update(state, ema, [torch.optim.SGD(layer.parameters(), lr=7.0)], 0.5, train.Step(0, 0, 1000, 17))
+    torch.testing.assert_close(layer.weight.data, torch.tensor([[-0.3, -0.4]]))
+    torch.testing.assert_close(ema["weight"], torch.tensor([[0.1 - 0.27, 0.1 - 0.36]]))  # mostly the new one
+
+
 # ---------------------------------------------------------------- watching
 
 
@@ -345,6 +361,7 @@ def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained
     model, extra = weights.load_weights(tiny_weights)
     codec = puppet.Codec.from_state(extra)
     samples = validation.read_held_out(held, model, 2, 9, codec, ALONE.device)
+    assert samples.t.tolist() == [*validation.TIMES] * 4
     averaged, _ = weights.load_weights(one_step / "weights.safetensors")
     tasks = Task.JOINT, Task.VIDEO_TO_MOTION
     with validation.averaged(model, averaged.state_dict()):

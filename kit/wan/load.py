@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dual_dit import DualDiT, DualDiTConfig
+from flow import Task
 from kit.files import whole_file
 from kit.wan.names import (
     FIELDS,
@@ -110,13 +111,18 @@ def copy_video_to_motion(model: DualDiT) -> None:
 def save_transformer(
     model: DualDiT, folder: str | Path, layout: str = "diffusers", dtype=torch.float32
 ) -> None:
-    """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json."""
+    """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json.
+
+    The task hint of video alone, which a Wan does not have, is added to the bias of the patch embedding.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any((folder / f"{STEM}.safetensors{end}").exists() for end in ("", ".index.json")):
         raise ValueError(f"{folder} holds a transformer: name another folder")
     c, state = model.config, model.state_dict()
-    names = own_names(model)
+    names, bias = own_names(model), "video.patch_embedding.bias"
+    task = torch.tensor(Task.VIDEO_ONLY, device=state[bias].device)
+    state[bias] = state[bias] + model.task_hint(task).detach()
     if layout == "diffusers":
         names = {ours: diffusers_name(own) for ours, own in names.items()}
         kind = "WanTransformer3DModel"

@@ -1,9 +1,11 @@
 """bench: how it measures, what it plans, and that both sides of a ratio do the same."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,10 +70,10 @@ def test_shape_is_the_first_that_takes_its_time():
 
 
 def test_shapes_keep_the_proportion_of_81_frames_of_480x832():
-    exact = speed.SHAPES[-1].tokens(motion=True)
+    exact = speed.SHAPES[-1].tokens()
     assert exact == flops.tokens_of(PRESETS["wan2.1-1.3b"], 81, (480, 832), 8)
     for shape in speed.SHAPES[-6:]:
-        video, motion, _ = shape.tokens(motion=True)
+        video, motion, _ = shape.tokens()
         assert motion / video == pytest.approx(exact.motion / exact.video, rel=0.01)
 
 
@@ -139,16 +141,22 @@ def test_peer_computes_the_same_and_training_keeps_no_more(dtype, monkeypatch):
     assert 0.9 * kept["peer"] < kept["ours"] <= kept["peer"]
 
 
-def test_training_speed_at_each_length(capsys, monkeypatch):
-    # catches a part of a step that is not timed: shares are of the whole
-    monkeypatch.setattr(puppet, "BATCH", 1)
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(train.run, "CLIP_LENGTHS", ((0.0, 5),))
+def test_training_speed_at_each_length(monkeypatch):
+    # catches a part of a step that is not timed, and shares under another part's name
     monkeypatch.setattr(torch, "compile", lambda block: block)
+    puppet.done(puppet.training_step(1, timing.CPU, False, True, 5))  # a real one
+    clock = [0.0]
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    parts = puppet.Parts(*(functools.partial(wait, seconds) for seconds in (1, 2, 3, 4)))
+    monkeypatch.setattr(puppet, "training_step", lambda *_: parts)
+    monkeypatch.setattr(train.run, "CLIP_LENGTHS", ((0.0, 5),))
     (found,) = puppet.lengths().values()
-    assert found["clips_per_second"] > 0 and found["compiled"] > 0
-    assert sum(found[part] for part in puppet.Parts._fields) == pytest.approx(100)
-    assert "of a compiled step" in capsys.readouterr().out
+    assert [found[part] for part in puppet.Parts._fields] == [10, 20, 30, 40]
+    assert found["clips_per_second"] == found["compiled"] == puppet.BATCH / 10
 
 
 def test_default_run_has_every_key(capsys, monkeypatch):

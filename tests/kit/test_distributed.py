@@ -94,8 +94,8 @@ def test_a_run_goes_on_with_these_ranks_or_others(run, tmp_path, name, step, ran
 
 
 def test_compiled_blocks_compute_the_same(monkeypatch):
-    # a backend that runs what was captured: catches blocks that are not captured whole, or not recomputed,
-    # and graphs of validation and of pictures, 13 of 28: each takes half a minute
+    # a backend that runs what was captured: catches blocks that are captured in pieces, and graphs compiled
+    # for validation and pictures, half a minute each
     graphs, compile_it = [], torch.compile
     backend = lambda graph, _: graphs.append(graph) or graph
     monkeypatch.setattr(torch, "compile", lambda f: compile_it(f, backend=backend, fullgraph=True))
@@ -112,8 +112,8 @@ def test_compiled_blocks_compute_the_same(monkeypatch):
         return found
 
     expected = gradients()
+    distributed.recompute_blocks(model)  # in train.py's order
     distributed.compile_blocks(model)
-    distributed.recompute_blocks(model)
     torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         flow.loss(model, *batch, Draw(Task.VIDEO_ONLY, *drawn))

@@ -391,6 +391,20 @@ def test_diffusers_reads_what_is_exported(folder, tmp_path):
     assert all(torch.equal(back.state_dict()[name], model.state_dict()[name]) for name in own_names(model))
 
 
+@torch.no_grad()
+def test_a_trained_network_makes_the_same_video_once_exported(folder, tmp_path):
+    # catches the task hint left behind, which a Wan does not have
+    model = wan.load_transformer(folder)
+    torch.nn.init.normal_(model.task_hint[-1].weight, std=0.1)
+    wan.save_transformer(model, tmp_path / "transformer")
+    back, t = wan.load_transformer(tmp_path), torch.tensor([0.5])
+    video, text = torch.randn(1, model.config.channels, 2, 4, 6), torch.randn(1, 5, model.config.text_dim)
+    before, after = (x(video, None, t, None, text, Task.VIDEO_ONLY)[0] for x in (model, back))
+    assert relative(after, before) < 1e-5
+    silent = model(video, None, t, None, text, Task.JOINT)[0]  # the hint is heard
+    assert relative(silent, before) > 1e-3
+
+
 def test_wans_own_layout_is_exported_as_published(folder, tmp_path):
     wan.save_transformer(wan.load_transformer(folder), tmp_path / "transformer", "wan")
     expected = wan_folder.original(shutil.copytree(folder, tmp_path / "published"))
