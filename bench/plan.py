@@ -26,10 +26,10 @@ def plan(
 ) -> dict:  # fmt: skip
     """Memory, arithmetic, communication and time of stage 2, counted without allocating anything."""
     published, config = PUBLISHED[preset], PRESETS[preset]
-    _, frames, *size, stride = adjusted(published, frames, size)
+    shape = adjusted(published, frames, size)
+    _, frames, *size, stride = shape
     if batch % gpus:
         raise ValueError(f"--batch {batch} must be a multiple of --gpus {gpus}")
-    grid = ((frames - 1) // 4 + 1, *(side // stride for side in size))
     tokens = tokens_of(config, frames, size, stride)
     parts, count, mine = forward_flops(config, tokens), parameter_count(config), batch // gpus
     print(
@@ -51,7 +51,7 @@ def plan(
     where = f"{gpus} GPUs" + (f", sharded over {node}" if node > 1 else "")
     print(f"{batch} clips a step on {where}; bf16 compute, fp32 state\n")
 
-    plans = {ck: training_memory(config, grid, mine, node, ck) for ck in (False, True)}
+    plans = {ck: training_memory(config, shape.grid, mine, node, ck) for ck in (False, True)}
     print(f"{'GiB a GPU':24}{'stored':>12}{'checkpointed':>14}")
     for name, stored, checkpointed in zip(plans[True]._fields, *plans.values(), strict=True):
         print(f"{name:24}{stored / GIB:12.1f}{checkpointed / GIB:14.1f}")

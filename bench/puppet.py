@@ -82,7 +82,7 @@ def guided(setting: Setting) -> list[Row]:
     text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
     motion = torch.randn(1, puppet.FRAMES, MOTION_DIM)
     call = functools.partial(
-        denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.grid,
+        denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.geometry.grid,
         motion=motion, bf16=backbone.autocast, **backbone.defaults._asdict(),
     )  # fmt: skip
     times = setting.rounds({"sample": call})

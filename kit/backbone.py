@@ -45,12 +45,6 @@ class Backbone(NamedTuple):
     transformer: Callable[[], DualDiT]
     project: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # the camera, where it is known
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(T h w) of the latents."""
-        _, frames, height, width, stride = self.geometry
-        return (frames - 1) // 4 + 1, height // stride, width // stride
-
 
 def open_backbone(
     folder: Path | None, file: Path | None, body: Path | None, frames: int | None,

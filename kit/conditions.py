@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kit.backbone import Backbone
 from kit.body import Body
-from kit.data.clips import motion_vector, resized
+from kit.data.clips import cropped, motion_vector
 from kit.data.datasets import NUMBER
 from kit.data.hmr import read_motion_file, stretches
 from kit.data.motion_files import Motion, at_times, smooth
@@ -108,7 +108,7 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     first = math.ceil(start * fps)
     whole = next(images_at(path, fps))
     images = islice(images_at(path, fps), first, first + frames + 1)  # one more says if any are left
-    pixels = [resized(image, height, width) for image in images]  # at once: a camera's frames are large
+    pixels = [cropped(image, height, width) for image in images]  # at once: a camera's frames are large
     if len(pixels) < frames:
         raise ValueError(
             f"{path} has {len(pixels)} frames at {fps:g} fps from --start on, "

@@ -16,6 +16,11 @@ class Geometry(NamedTuple):
     width: int
     stride: int  # pixels a latent, in height and width; in time it is 4
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T h w) of the latents."""
+        return (self.frames - 1) // 4 + 1, self.height // self.stride, self.width // self.stride
+
 
 PUPPET = Geometry(puppet.FPS, puppet.FRAMES, puppet.SIZE, puppet.SIZE, 8)
 # by the codec's stride: Wan2.1's and Wan2.2-TI2V's published settings

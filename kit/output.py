@@ -141,7 +141,7 @@ def write(
         if smpl:
             joints = smpl["joints"][0]
             project = backbone.project or fitted(joints)
-            rows += [draw_skeleton(joints, backbone.body.parents, project, PICTURE)]
+            rows += [draw_skeleton(joints, project, PICTURE)]
             titles += ["motion"]
         moving = side_by_side(*rows) if smpl else resized(frames, PICTURE)
         write_video(out / f"{job.name}.gif", moving, fps)

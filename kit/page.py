@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from kit.body import JOINT_NAMES
+from kit.body import JOINT_NAMES, PARENTS
 from kit.files import whole_file
-from kit.puppet.skeleton import PARENTS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]

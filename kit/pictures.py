@@ -20,7 +20,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kit.body import JOINT_NAMES
+from kit.body import JOINT_NAMES, PARENTS
 from kit.files import whole_file
 
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
@@ -28,7 +28,7 @@ SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 9
 SUPERSAMPLING = 4
 # found, not imported: matplotlib takes half a second of every sample
 FACE = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-TILE_HEIGHT = 160  # pixels of one frame on a contact sheet
+TILE_HEIGHT, COLUMNS = 160, 6  # of a contact sheet: pixels of a frame, frames in a row
 X264 = {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"}
 BT709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (... 3) -> pixels (... 2), depth (...)
@@ -92,8 +92,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def draw_skeleton(
-    joints: Tensor, parents: Sequence[int], project: Project, size: int, image_size: int = 64,
-    background: Tensor | None = None,
+    joints: Tensor, project: Project, size: int, image_size: int = 64, background: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """Joints (f 24 3) in metres -> frames (f size size 3) uint8: bones and joints, the nearest drawn last.
 
@@ -105,19 +104,18 @@ def draw_skeleton(
         background = torch.tensor(PAPER, dtype=torch.uint8).expand(len(joints), size, size, 3)
     pixels, depth = project(joints)
     pixels = (pixels * (size * SUPERSAMPLING / image_size)).tolist()
-    parents = [int(parent) for parent in parents]
     poses = zip(pixels, depth.tolist(), background.cpu().numpy(), strict=True)
-    return torch.from_numpy(np.stack([_draw_pose(xy, far, parents, ground) for xy, far, ground in poses]))
+    return torch.from_numpy(np.stack([_draw_pose(*pose) for pose in poses]))
 
 
-def _draw_pose(pixels: list, depth: list[float], parents: list[int], background: np.ndarray) -> np.ndarray:
+def _draw_pose(pixels: list, depth: list[float], background: np.ndarray) -> np.ndarray:
     """One frame of `draw_skeleton`, drawn large and shrunk: pillow's own lines have hard edges."""
     size = len(background)
     picture = Image.fromarray(background).resize((size * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     bone = max(1, picture.width // 60)
     strokes = []  # (depth, joint, parent), a joint alone is a dot
-    for joint, parent in enumerate(parents):
+    for joint, parent in enumerate(PARENTS):
         strokes.append((depth[joint] - 1e-3, joint, None))  # at equal depth a joint lies on its bones
         if parent >= 0:
             strokes.append(((depth[joint] + depth[parent]) / 2, joint, parent))
@@ -165,15 +163,15 @@ def side_by_side(video: Tensor, skeleton: Tensor) -> Tensor:
 # ---------------------------------------------------------------- contact sheets
 
 
-def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str], columns: int = 6) -> None:
-    """Write a .png of evenly spaced frames: for each row (f h w 3) its title, then `columns` numbered frames.
+def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str]) -> None:
+    """Write a .png: for each row (f h w 3) its title, then six of its frames, evenly spaced and numbered.
 
     Titles are one per row, such as the prompt; a long one is broken into lines.
     """
     large, small = ImageFont.truetype(FACE, 16), ImageFont.truetype(FACE, 12)
     margin, strip, line = 8, 18, 22  # pixels: between tiles, under a tile, of one line of title
     tile = max(round(TILE_HEIGHT * row.shape[2] / row.shape[1]) for row in rows)
-    width = margin + columns * (tile + margin)
+    width = margin + COLUMNS * (tile + margin)
     room = width - 2 * margin
     letters = [int(len(title) * room / (large.getlength(title) + 1)) for title in titles]  # of a line
     blocks = [textwrap.wrap(title, max(1, n)) for title, n in zip(titles, letters, strict=True)]
@@ -185,7 +183,7 @@ def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str
         for text in block:
             draw.text((margin, y), text, fill=INK, font=large)
             y += line
-        for column, frame in enumerate(torch.linspace(0, len(row) - 1, columns).round().long().tolist()):
+        for column, frame in enumerate(torch.linspace(0, len(row) - 1, COLUMNS).round().long().tolist()):
             x = margin + column * (tile + margin)
             image = Image.fromarray(row[frame].cpu().numpy())
             size = (round(TILE_HEIGHT * image.width / image.height), TILE_HEIGHT)

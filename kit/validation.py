@@ -154,7 +154,7 @@ def picture(
             titles.append(f"{title}: video")
         if motion is not None:
             joints = decode_smpl((motion.float() * model.motion_std + model.motion_mean).cpu())["joints"][0]
-            rows.append(pictures.draw_skeleton(joints, puppet.body().parents, puppet.project, PICTURE))
+            rows.append(pictures.draw_skeleton(joints, puppet.project, PICTURE))
             titles.append(f"{title}: motion")
 
     one, how = held.rows(0, 1), PUPPET_DEFAULTS._asdict()

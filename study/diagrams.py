@@ -69,7 +69,7 @@ def shown_clip(size: int) -> tuple[Tensor, Tensor]:
     """A puppet clip's frames and skeletons, each (f size size 3) uint8, cut to where the person is."""
     clip = puppet.clips([CLIP])
     video = pictures.to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
-    skeletons = pictures.draw_skeleton(clip.joints[0], puppet.body().parents, puppet.project, 64 * SCALE)
+    skeletons = pictures.draw_skeleton(clip.joints[0], puppet.project, 64 * SCALE)
     video = pictures.resized(video, 64 * SCALE)
     return tuple(pictures.resized(frames[:, 82:, :425], size) for frames in (video, skeletons))
 

@@ -25,7 +25,7 @@ from flow import Task
 from kit import files, wan
 from kit.backbone import Backbone, free_memory, open_backbone
 from kit.body import JOINT_NAMES
-from kit.data.clips import resized
+from kit.data.clips import cropped
 from kit.pictures import from_frames
 from kit.untrusted import read_object
 from motion_tokens import decode_smpl
@@ -99,7 +99,7 @@ def latents_of(window: Window, backbone: Backbone, codec: wan.VideoVAE, device: 
     images = [Image.open(picture).convert("RGB") for picture in window.pictures]
     size = backbone.geometry.height, backbone.geometry.width
     size = sorted(size, reverse=images[0].height > images[0].width)
-    video = from_frames(torch.stack([resized(image, *size) for image in images]))
+    video = from_frames(torch.stack([cropped(image, *size) for image in images]))
     return codec.encode(video[None].to(device)).cpu()
 
 

@@ -21,7 +21,6 @@ from kit.data import cache
 from kit.data.clips import Sample, assumed_camera
 from kit.data.datasets import DataSet, open_dataset, parse, read_all, read_item
 from kit.geometry import Geometry, geometry
-from kit.puppet.skeleton import PARENTS
 
 PREVIEWED = 4  # clips in a preview
 HEIGHT = 320  # pixels of a frame while it is drawn on
@@ -41,12 +40,12 @@ def options() -> argparse.Namespace:
     shape.add_argument("--body", type=Path, metavar="FILE", help=what)
     shape.add_argument("--force", action="store_true", help="take motion that no person can do, too")
     verbs.add_parser("check", parents=[shape], help="read everything and say what is wrong")
-    picture = verbs.add_parser("preview", parents=[shape], help="draw skeletons over frames")
-    picture.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    store = verbs.add_parser("cache", parents=[shape], help="make latents and text features once")
-    store.add_argument("--out", type=Path, required=True, metavar="DIR")
-    store.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored")
-    store.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    preview = verbs.add_parser("preview", parents=[shape], help="draw skeletons over frames")
+    preview.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    caching = verbs.add_parser("cache", parents=[shape], help="make latents and text features once")
+    caching.add_argument("--out", type=Path, required=True, metavar="DIR")
+    caching.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored")
+    caching.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
@@ -103,14 +102,14 @@ def overlay(sample: Sample) -> Tensor:
     """The sample's frames (f 320 w 3) uint8, its skeleton drawn over them."""
     joints = rearrange(sample.motion[:, 3:75], "f (j c) -> f j c", c=3)
     if sample.video is None:
-        return pictures.draw_skeleton(joints, PARENTS, pictures.fitted(joints), HEIGHT)
+        return pictures.draw_skeleton(joints, pictures.fitted(joints), HEIGHT)
     height, width = sample.video.shape[1:3]
     project = (sample.camera or assumed_camera(height, width)).project
     ground = pictures.resized(sample.video, HEIGHT)
     rows, columns = ground.shape[1:3]
     side = max(rows, columns)  # skeletons are drawn on squares
     ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
-    drawn = pictures.draw_skeleton(joints, PARENTS, project, side, side * height / rows, ground)
+    drawn = pictures.draw_skeleton(joints, project, side, side * height / rows, ground)
     return drawn[:, :rows, :columns]
 
 

@@ -219,7 +219,7 @@ def open_cache(folder: str | Path) -> Cache:
     return Cache(folder, settings, shape, samples, rejected, null_text, sources)
 
 
-class Cached(NamedTuple):
+class CachedSample(NamedTuple):
     """One sample of a cache, in the dtype it is stored in."""
 
     motion: Tensor  # (f 235) fp32
@@ -227,20 +227,19 @@ class Cached(NamedTuple):
     texts: list[Tensor]  # for each caption (tokens text_dim)
 
 
-def read_sample(cache: Cache, number: int, video: bool) -> Cached:
+def read_sample(cache: Cache, number: int, video: bool) -> CachedSample:
     """The sample of this number, from disk; its latents only if `video`."""
     shard, k, _, captions = cache.samples[number]
     with _opened(shard_file(cache.folder, shard)) as file:
         latents = file.get_tensor(f"{k}.latents") if video else None
         texts = [file.get_tensor(f"{k}.text.{i}") for i in range(captions)]
-        return Cached(file.get_tensor(f"{k}.motion"), latents, texts)
+        return CachedSample(file.get_tensor(f"{k}.motion"), latents, texts)
 
 
 def damaged_samples(cache: Cache) -> list[str]:
     """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
     problems = []
-    frames, height, width, stride = cache.shape[1:]
-    t, h, w = (frames - 1) // 4 + 1, height // stride, width // stride
+    frames, (t, h, w) = cache.shape.frames, cache.shape.grid
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
         motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
         right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (t, h, w))

@@ -113,13 +113,13 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
 # ---------------------------------------------------------------- the crop
 
 
-def resized(image: Image.Image, height: int, width: int) -> Tensor:
+def cropped(image: Image.Image, height: int, width: int) -> Tensor:
     """The largest middle part of these proportions, (h w 3) uint8."""
     return torch.from_numpy(np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)))
 
 
-def resized_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Camera:
-    """The camera of what `resized` makes, from the intrinsics (3 3) of the image."""
+def cropped_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Camera:
+    """The camera of what `cropped` makes, from the intrinsics (3 3) of the image."""
     scale = max(height / image.height, width / image.width)
     left, top = (image.width * scale - width) / 2, (image.height * scale - height) / 2
     to_crop = intrinsics.new_tensor(((scale, 0, -left), (0, scale, -top), (0, 0, 1)))
@@ -151,7 +151,7 @@ def read_clip(
     found = read_motion_file(motion_file, body, clip.track, clip.axes or reading.axes, size)
     parts = _parts(found, clip, video_file, body, reading, size)
     if found.intrinsics is not None:
-        camera = resized_camera(found.intrinsics, first, height, width)
+        camera = cropped_camera(found.intrinsics, first, height, width)
     pixels, longest, current = [], 0, None
     for count, image in enumerate(images_at(video_file, fps)):
         now = count / fps
@@ -159,7 +159,7 @@ def read_clip(
         if part is not current:
             pixels, current = [], part
         if part is not None:
-            pixels.append(resized(image, height, width))
+            pixels.append(cropped(image, height, width))
             longest = max(longest, len(pixels))
         if len(pixels) == frames:
             times = torch.arange(count + 1 - frames, count + 1, dtype=torch.float64) / fps

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from kit.body import JOINT_NAMES, Body
+from kit.body import JOINT_NAMES, PARENTS, Body
 
-PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 # offset of each joint from its parent, metres: SMPL's proportions; right-hand joints mirror the left ones
 OFFSETS = {
     "pelvis": (0, 0.93, 0), "left_hip": (0.08, -0.07, 0), "spine1": (0, 0.11, -0.02),

@@ -161,7 +161,7 @@ class VideoVAE:
         self.vae = vae.to(device)
         config = self.vae.config
         self.channels: int = config.z_dim
-        self.stride = (config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial)
+        self.stride = config.scale_factor_spatial
         self.mean, self.std = (
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
@@ -171,8 +171,8 @@ class VideoVAE:
     def encode(self, video: Tensor) -> Tensor:
         """Pixels (b 3 f h w) in [-1, 1] -> latents (b c t h w) float32, the posterior's mode."""
         f, h, w = video.shape[2:]
-        if f % 4 != 1 or h % self.stride[1] or w % self.stride[2]:
-            expected = f"4n+1 frames, sizes a multiple of {self.stride[1]}"
+        if f % 4 != 1 or h % self.stride or w % self.stride:
+            expected = f"4n+1 frames, sizes a multiple of {self.stride}"
             raise ValueError(f"video of {f} frames, {h}x{w}: expected {expected}")
         self.vae.disable_tiling()  # seams between tiles would be trained on
         latents = self.vae.encode(video.to(self.mean)).latent_dist.mode()

@@ -8,7 +8,6 @@ from PIL import Image
 
 from kit import pictures
 from kit.puppet import body, project
-from kit.puppet.skeleton import PARENTS
 
 
 def moving_picture(frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -54,7 +53,7 @@ def test_gif_plays_every_frame_for_ever(tmp_path):
 
 def test_skeleton():
     joints = standing()
-    frames = pictures.draw_skeleton(joints, PARENTS, project, size=96)
+    frames = pictures.draw_skeleton(joints, project, size=96)
     assert frames.shape == (4, 96, 96, 3) and frames.dtype == torch.uint8
     assert torch.equal(frames[0], frames[3])
     assert tuple(frames[0, 0, 0].tolist()) == pictures.PAPER
@@ -67,9 +66,9 @@ def test_skeleton():
     assert both.shape == (4, 96, 96 + 4 + 96, 3) and torch.equal(both[:, :, 100:], frames)
 
     ground = torch.zeros(4, 96, 96, 3, dtype=torch.uint8)
-    over = pictures.draw_skeleton(joints, torch.tensor(PARENTS), project, size=96, background=ground)
+    over = pictures.draw_skeleton(joints, project, size=96, background=ground)
     assert over[0, 0, 0].tolist() == [0, 0, 0] and over.max() > 100
-    behind = pictures.draw_skeleton(joints + torch.tensor([0.0, 0.0, 100.0]), PARENTS, project, size=96)
+    behind = pictures.draw_skeleton(joints + torch.tensor([0.0, 0.0, 100.0]), project, size=96)
     assert (behind == torch.tensor(pictures.PAPER)).all()
 
 

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from kit import pictures, puppet
 from kit.data.__main__ import overlay
-from kit.data.clips import Clip, read_clip, read_metadata, resized, resized_camera
+from kit.data.clips import Clip, cropped, cropped_camera, read_clip, read_metadata
 from kit.data.motion_files import Motion
 from kit.geometry import Geometry
 
@@ -53,11 +53,11 @@ def test_the_camera_follows_resize_and_crop(target):
     y, x = np.mgrid[:120, :160] + 0.5
     dot = 255 * np.exp(-((x - column) ** 2 + (y - row) ** 2) / 18)
     image = Image.fromarray(np.repeat(dot.round().astype(np.uint8)[..., None], 3, axis=2))
-    pixels = resized(image, *target)[..., 0].double().numpy()
+    pixels = cropped(image, *target)[..., 0].double().numpy()
     assert pixels.shape == target
     y, x = np.mgrid[: target[0], : target[1]] + 0.5
     seen = (pixels * x).sum() / pixels.sum(), (pixels * y).sum() / pixels.sum()
-    projected, depth = resized_camera(intrinsics, image, *target).project(point)
+    projected, depth = cropped_camera(intrinsics, image, *target).project(point)
     np.testing.assert_allclose(projected, seen, atol=0.15)
     assert depth.item() == pytest.approx(2.0)
 
