@@ -18,10 +18,12 @@ import sample
 from flow import Task
 from kit import devices, jobs, output, pictures, puppet, weights
 from kit.attention import attention_to_latents
-from kit.backbone import Backbone, puppet_backbone
+from kit.backbone import Backbone, open_backbone, puppet_backbone
+from kit.body import Body
 from kit.conditions import read_motion, read_video
 from kit.data.batch import rng
 from kit.data.motion_files import Motion, save_amass
+from kit.puppet.skeleton import _body_data
 from motion_tokens import MOTION_DIM, decode_smpl
 
 PLAIN = ("--device", "cpu", "--steps", 2)
@@ -190,6 +192,20 @@ def saved(path: Path, frames: int, fps: float = 16.0, far: float = 0.0) -> None:
 @pytest.fixture
 def backbone(tiny_weights) -> Backbone:
     return puppet_backbone(tiny_weights, "cpu")
+
+
+def test_the_body_of_training_is_asked_for(tiny_weights, tmp_path, capsys):
+    # catches motion of one's own SMPL model written with the puppet's bones
+    data = _body_data()
+    np.savez(tmp_path / "body.npz", **data | {"v_template": 1.1 * data["v_template"]})
+    digest = Body.load(tmp_path / "body.npz").digest()
+    model, extra = weights.load_weights(tiny_weights)
+    weights.save_weights(tmp_path / "w", model.config, model.state_dict(), extra, settings={"body": digest})
+    given = None, None, None, None, "cpu"
+    assert open_backbone(None, tmp_path / "w", None, *given).body.digest() != digest
+    assert "w was trained on another body than that of the puppet" in capsys.readouterr().out
+    assert open_backbone(None, tmp_path / "w", tmp_path / "body.npz", *given).body.digest() == digest
+    assert capsys.readouterr().out == ""
 
 
 def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbone, tmp_path, capsys):

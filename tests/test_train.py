@@ -520,6 +520,7 @@ def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, t
 PLANS = {
     "started anew": ((), "add --resume"),
     "others": (("--resume", "--steps", 2, "--ablate", "unsynced"), "with steps 1, ablate None: resume with"),
+    "another body": (("--resume", "--steps", 1, "--body", "x.npz"), "with body None: resume with"),
 }
 
 

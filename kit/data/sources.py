@@ -17,7 +17,7 @@ from kit.geometry import PUPPET, Geometry
 from kit.pictures import from_frames
 from kit.wan.names import TEXT_TOKENS
 
-PRINTED = 10  # reasons of rejection
+PRINTED = 10  # lines, of what was rejected and of what was assumed
 
 
 class Read(NamedTuple):
@@ -68,9 +68,7 @@ def open_sources(
             source, rejected = _cached_source(where, geometry)
         else:
             source, rejected = _read_source(spec, geometry, body, rank)
-        reasons = rejected[:PRINTED]
-        if len(rejected) > PRINTED:
-            reasons.append(f"... and more, see `python -m kit.data check {spec}`")
+        reasons = _shortened(rejected, spec)
         if source.count == 0:
             raise ValueError(f"{spec}: nothing usable, {len(rejected)} rejected: {'; '.join(reasons)}")
         if rank == 0 and source.count:
@@ -79,6 +77,11 @@ def open_sources(
     if len({source.body for source in sources}) > 1:
         raise ValueError(f"{', '.join(specs)} have joints of different bodies: use one --body for all")
     return sources
+
+
+def _shortened(lines: list[str], spec: str) -> list[str]:
+    more = [f"... and more, see `python -m kit.data check {spec}`"] if len(lines) > PRINTED else []
+    return lines[:PRINTED] + more
 
 
 def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
@@ -107,8 +110,8 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
     """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
     data = open_dataset(spec, geometry, body)
     samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
-    for line in data.reading.said if rank == 0 else ():
-        print(line)
+    if rank == 0 and data.reading.said:  # what was assumed or cut
+        print(*_shortened(data.reading.said, spec), sep="\n")
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]

@@ -15,6 +15,7 @@ from kit import puppet
 from kit.data.clips import Sample, read_clip, read_metadata
 from kit.data.hmr import at_video_times, read_motion_file, stretches
 from kit.data.plausible import Reading
+from kit.data.sources import open_sources
 from kit.geometry import PUPPET
 from motion_tokens import decode_smpl
 
@@ -222,6 +223,14 @@ def test_rows_belong_to_frames_of_the_video(folder, who):
     paired(folder, "motions/0.npz")
     whole, _ = sample_of(folder)
     assert torch.equal(sample.video[:14], whole.video[3:])
+
+
+def test_training_says_what_was_cut(folder, who, capsys):
+    rows = np.arange(1, FRAMES)
+    write_wham(folder / "part.pkl", (0, who.rows(rows), rows))
+    paired(folder, "part.pkl")
+    open_sources([f"clips:{folder}"], PUPPET, puppet.body())
+    assert "0.mp4: the person is in frames 1 to 20 of 0 to 20; the others are cut" in capsys.readouterr().out
 
 
 def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
