@@ -298,6 +298,7 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     if place.type != "cuda":
         print("no GPU: a rehearsal at tiny sizes, its figures mean nothing", flush=True)
     for name in parts or PARTS:
+        found.pop(name, None)
         left = end - time.monotonic() - 5
         if place.type == "cuda":
             left = min(PARTS[name][1], left)

@@ -63,6 +63,9 @@ def test_no_part_spoils_another(monkeypatch, tmp_path):
     assert all(figures["first"] == 1 for name, figures in found.items() if name in gpu.PARTS)
     assert "out of luck" in found["fails"]["error"] and "no_such_module" in found["lacks"]["skipped"]
     assert found["works"]["done"] and found["dies"].keys() == {"first", "took"}
+    gpu.run_parts(["works"], 0, tmp_path, "cpu")  # there is no time: nothing old is left of this part
+    again = json.loads((tmp_path / "gpu.json").read_text())
+    assert again == found | {"works": {"skipped": "no time is left"}}  # and all of the others
 
 
 def test_a_part_ends_with_its_time(monkeypatch, tmp_path):
