@@ -57,7 +57,7 @@ def open_backbone(
     """
     trained = weights.read_header(file)[1] if file else {}
     own = Body.load(body) if body else puppet.body()
-    if (trained.get("body") or own.digest()) != own.digest():
+    if (trained.get("body") or own.digest) != own.digest:
         print(f"{file} was trained on another body than {body or 'that of the puppet'}: name it with --body")
     if not folder:
         given = {"frames": frames, "size": size, "fps": fps, "precision": precision}

@@ -57,6 +57,9 @@ class Body(torch.nn.Module):
         self.register_buffer("joint_template", regressor @ self.smpl.v_template)
         shapes = einsum(regressor, self.smpl.shapedirs, "j v, v xyz k -> j xyz k")
         self.register_buffer("joint_shapes", shapes)
+        template = data["v_template"].astype(np.float32).tobytes()
+        # tells bodies apart, in the record of what was made with one
+        self.digest = hashlib.blake2b(template, digest_size=8).hexdigest()
         self.folder: Path | None = None  # of models of several genders
         self.others: dict[str, Body] = {}  # by gender
 
@@ -95,10 +98,6 @@ class Body(torch.nn.Module):
             transl=transl,
         )
         return out.vertices.reshape(*lead, -1, 3), out.joints[:, :24].reshape(*lead, 24, 3)
-
-    def digest(self) -> str:
-        """Tells bodies apart, in the record of what was made with one."""
-        return hashlib.blake2b(self.smpl.v_template.numpy().tobytes(), digest_size=8).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path, gender: str = "neutral") -> "Body":

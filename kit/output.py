@@ -63,7 +63,7 @@ def save_latents(
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     with whole_file(path) as temporary:
         # one key of metadata: safetensors keeps no order of several
-        record = {"job": job, "fps": backbone.geometry.fps, "body": backbone.body.digest()}
+        record = {"job": job, "fps": backbone.geometry.fps, "body": backbone.body.digest}
         save_file(tensors, temporary, metadata={"sample": json.dumps(record)})
     return path
 
@@ -94,7 +94,7 @@ def write_all(
     codec, samples = None, []
     for file in latents:
         job, fps, body, made, motion, attention = load_latents(file)
-        if motion is not None and body != backbone.body.digest():
+        if motion is not None and body != backbone.body.digest:
             raise ValueError(f"{file} was sampled with another body: name that with --body")
         video = pixels
         if job.task is not Task.VIDEO_TO_MOTION or pixels is None:

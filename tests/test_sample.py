@@ -198,13 +198,13 @@ def test_the_body_of_training_is_asked_for(tiny_weights, tmp_path, capsys):
     # catches motion of one's own SMPL model written with the puppet's bones
     data = _body_data()
     np.savez(tmp_path / "body.npz", **data | {"v_template": 1.1 * data["v_template"]})
-    digest = Body.load(tmp_path / "body.npz").digest()
+    digest = Body.load(tmp_path / "body.npz").digest
     model, extra = weights.load_weights(tiny_weights)
     weights.save_weights(tmp_path / "w", model.config, model.state_dict(), extra, settings={"body": digest})
     given = None, None, None, None, "cpu"
-    assert open_backbone(None, tmp_path / "w", None, *given).body.digest() != digest
+    assert open_backbone(None, tmp_path / "w", None, *given).body.digest != digest
     assert "w was trained on another body than that of the puppet" in capsys.readouterr().out
-    assert open_backbone(None, tmp_path / "w", tmp_path / "body.npz", *given).body.digest() == digest
+    assert open_backbone(None, tmp_path / "w", tmp_path / "body.npz", *given).body.digest == digest
     assert capsys.readouterr().out == ""
 
 

@@ -21,7 +21,6 @@ import train
 from dual_dit import DualDiT
 from kit import pictures, puppet, wan, weights
 from kit.backbone import open_backbone
-from kit.body import Body
 from kit.data import __main__ as commands
 from kit.data.motion_files import Motion, save_amass
 from kit.geometry import geometry
@@ -199,7 +198,7 @@ def test_what_was_trained_on_is_what_is_sampled(folder, trained, tmp_path, capsy
     file = trained / "weights.safetensors"
     assert weights.read_header(file)[1] == {
         "fps": 30, "frames": FRAMES, "height": 64, "width": 64, "text_tokens": 512,
-        "recipe": {"stage": 2, "shift": 8.0, "ablate": None}, "body": puppet.body().digest(),
+        "recipe": {"stage": 2, "shift": 8.0, "ablate": None}, "body": puppet.body().digest,
     }  # fmt: skip
     plain = (folder, tmp_path / "a", "--task", "joint", "--weights", file)
     made = run(*plain, shape=())
@@ -227,7 +226,7 @@ def test_latents_know_their_rate_and_their_body(folder, trained, tmp_path, verb,
     assert verb(*again).code == 0
     found = contents(tmp_path / "b")
     assert all(found[f"joint.{suffix}"] == made[f"joint.{suffix}"] for suffix in ("mp4", "npz", "bvh"))
-    monkeypatch.setattr(Body, "digest", lambda _: "another")
+    monkeypatch.setattr(puppet.body(), "digest", "another")
     ended = verb(*again)
     assert ended.code == 2 and "joint.safetensors was sampled with another body" in ended.err
     assert contents(tmp_path / "b") == found

@@ -176,7 +176,8 @@ def test_the_shipped_file_is_the_average_with_codec_statistics_and_settings(whol
     assert not differing(codec, extra)
     recipe = {"stage": 2, "shift": 1.0, "ablate": None}
     assert weights.read_header(file)[1] == {
-        "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": "", "recipe": recipe,
+        "fps": 16, "frames": 17, "height": 64, "width": 64, "text_tokens": 16, "body": puppet.body().digest,
+        "recipe": recipe,
     }  # fmt: skip
 
 

@@ -68,8 +68,8 @@ def settings_of(
         "dtype": dtype,
         "vae": fingerprint(wan / "vae"),
         "text_encoder": fingerprint(wan / "text_encoder"),
-        "body": body.digest(),
-        **{f"{gender} body": body.of(gender).digest() for gender in sorted(body.genders())},
+        "body": body.digest,
+        **{f"{gender} body": body.of(gender).digest for gender in sorted(body.genders())},
         **({"force": True} if force else {}),
     }
 

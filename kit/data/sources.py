@@ -103,7 +103,7 @@ def _puppet_source(where: str, geometry: Geometry) -> Source:
         return Read(puppet_motion(clips), latents, [[_features(caption)] for caption in clips.caption])
 
     frames = max(geometry.frames, puppet.FRAMES)
-    return Source(None, count, frames, True, puppet.body().digest(), _features(""), read)
+    return Source(None, count, frames, True, puppet.body().digest, _features(""), read)
 
 
 def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
@@ -122,7 +122,7 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
             latents = codec.encode(upload(pixels, device))
         return Read(motion, latents, [[_features(text) for text in sample.captions] for sample in chosen])
 
-    source = Source(None, len(samples), geometry.frames, data.paired, body.digest(), _features(""), read)
+    source = Source(None, len(samples), geometry.frames, data.paired, body.digest, _features(""), read)
     return source, rejected
 
 
