@@ -77,8 +77,9 @@ def load_latents(path: Path) -> Saved:
             record = json.loads(file.metadata()["sample"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         name, task, prompt, seed = record["job"]
-        job, parts = Job(name, Task(task), prompt, seed), ("latents", "motion", "attention")
-        return Saved(job, record["fps"], record["body"], *(tensors.get(part) for part in parts))
+        job, latents = Job(name, Task(task), prompt, seed), tensors["latents"]
+        others = tensors.get("motion"), tensors.get("attention")
+        return Saved(job, record["fps"], record["body"], latents, *others)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
 
