@@ -19,6 +19,7 @@ assets/results.json network by network; what is there and of the same weights is
 import argparse
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -58,6 +59,7 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "echomotion": Network(1, 2),
+    "echomotion-short": Network(1, 2),  # stages 1 and 2 with as much arithmetic as video-tuning
     "video-tuning-quarter": Network(0, 0),  # on a quarter of the clips of echomotion's stage 2
     "video-tuning": Network(0, 0),  # on as many
     "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
@@ -118,16 +120,21 @@ def arithmetic(stage: int, steps: int, frames: int | None) -> float:
 
 
 def steps_of(name: str, plan: Plan) -> int:
-    """Steps of a network's own stage."""
+    """Steps of a network's own stage; ValueError if stage 1 leaves no arithmetic for any."""
     if NETWORKS[name].frames:
         return plan.steps or ABLATION_STEPS
     steps = plan.steps or plan.stages[2]
     if name == "video-tuning-quarter":
         return steps // 4
-    if name == "video-tuning-flops":
+    if name in ("video-tuning-flops", "echomotion-short"):
         flops_of = partial(arithmetic, frames=plan.frames)
-        both = flops_of(1, plan.stages[1]) + flops_of(2, steps)
-        return round(steps * both / flops_of(0, steps))
+        video, motion, pairs = flops_of(0, steps), flops_of(1, plan.stages[1]), flops_of(2, steps)
+        if name == "video-tuning-flops":
+            return round(steps * (motion + pairs) / video)
+        if video <= motion:
+            enough = math.ceil(steps * motion / video) + 1
+            raise ValueError(f"{steps} steps on video are less work than stage 1: --steps {enough} or more")
+        return max(1, round(steps * (video - motion) / pairs))
     return steps
 
 
@@ -216,6 +223,8 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
         "echomotion-redrawn": Task.JOINT,
         "video-tuning-quarter": Task.VIDEO_ONLY,
         "video-tuning": Task.VIDEO_ONLY,
+        "echomotion-short": Task.JOINT,
+        "echomotion-short-redrawn": Task.JOINT,
         "video-tuning-flops": Task.VIDEO_ONLY,
     },
     "table5": {"mean-motion": None, "echomotion": Task.VIDEO_TO_MOTION},

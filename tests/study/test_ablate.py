@@ -82,6 +82,11 @@ def test_video_tuning_sees_as_many_clips_or_costs_as_much_arithmetic(plan):
     spent = ablate.arithmetic(1, 100, None) + by_hand
     steps = ablate.steps_of("video-tuning-flops", plan)
     assert ablate.arithmetic(0, steps, None) == pytest.approx(spent, rel=0.01)
+    steps = ablate.steps_of("echomotion-short", plan)
+    spent = ablate.arithmetic(1, 100, None) + ablate.arithmetic(2, steps, None)
+    assert ablate.arithmetic(0, 700, None) == pytest.approx(spent, rel=0.01)
+    with pytest.raises(ValueError, match=r"less work than stage 1: --steps \d+ or more"):
+        ablate.steps_of("echomotion-short", plan._replace(steps=100))
 
 
 def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan):
@@ -151,7 +156,8 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
     # table 1 comes last. Catches a backbone that is asked for motion, and a row that says redrawn in vain
     joint, redrawn, video = (Task.JOINT, False), (Task.JOINT, True), (Task.VIDEO_ONLY, False)
-    assert asked[-11:] == [video, *[joint] * 2, *[redrawn] * 2, *[video] * 6]
+    echomotion = [joint] * 2 + [redrawn] * 2
+    assert asked[-15:] == [video, *echomotion, *[video] * 4, *echomotion, *[video] * 2]
     # catches work done again, and old numbers kept beside new weights
     measured = []
     for _ in range(2):
@@ -159,7 +165,7 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
             plan._replace(seeds=2), "figure8", "unsynced", lambda paths: measured.append(paths) or {}
         )
         (plan.runs / "unsynced-1" / "weights.safetensors").write_bytes(b"trained again")
-    assert len(measured) == 1 and len(trainings) == 17  # nine networks of two seeds, one the run itself
+    assert len(measured) == 1 and len(trainings) == 19  # ten networks of two seeds, one the run itself
 
 
 def test_calls_side_by_side_keep_each_others_results(trainings, plan):
