@@ -16,7 +16,7 @@ both, concatenated.
 Either stream may be absent. Without motion, and while the task hint is zero, this computes what Wan does.
 
 Axes: b batch, c channels, h w of the latents, T H W token grid, f motion frames, n tokens, l words,
-d width = heads·k.
+d width = heads·head_dim.
 """
 
 import functools
@@ -97,13 +97,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def concatenated(streams: tuple[Tensor, ...]) -> Tensor:
-    """Along n: (b heads n k) each -> the same. In memory n stays before heads: attention needs no copy."""
+    """Along n: (b heads n head_dim) each. In memory n stays before heads: attention needs no copy."""
     return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·k / sqrt(head size))·v: (b heads n k) -> (b n d)."""
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n k -> b n (heads k)")
+    """softmax(q·k / sqrt(head_dim))·v: (b heads n head_dim) -> (b n d)."""
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n head_dim -> b n (heads head_dim)")
 
 
 class Attention(nn.Module):
@@ -117,9 +117,10 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
 
     def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (b n d) -> (b heads n k); keys and values of the source (b l d) -> (b heads l k)."""
+        """Queries of x (b n d) -> (b heads n head_dim); keys and values of source (b l d), with l for n."""
         q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(source), self.norm_k), self.v(source)
-        return tuple(rearrange(y, "b n (heads k) -> b heads n k", heads=self.heads) for y in (q, k, v))
+        pattern = "b n (heads head_dim) -> b heads n head_dim"
+        return tuple(rearrange(y, pattern, heads=self.heads) for y in (q, k, v))
 
 
 # ---------------------------------------------------------------- one block
@@ -130,7 +131,7 @@ class Context(NamedTuple):
 
     level: Tensor  # (b 6 d) the noise level's part of the modulation, float32
     text: Tensor  # (b l d)
-    rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n k/2)
+    rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n head_dim/2)
 
 
 class ExpertBlock(nn.Module):
@@ -147,7 +148,7 @@ class ExpertBlock(nn.Module):
         self.ffn = mlp(d, config.ffn, d)
 
     def before_attention(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n k)."""
+        """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n head_dim)."""
         shift, scale, *_ = (self.modulation + context.level).chunk(6, dim=1)  # each (b 1 d)
         y = modulate(x, shift, scale, self.eps)
         q, k, v = self.self_attn.qkv(y, y)
@@ -178,7 +179,7 @@ class DualBlock(nn.Module):
         if not meet:
             return xs
         parts = [experts[m].before_attention(xs[m], contexts[m]) for m in meet]
-        q, k, v = (concatenated(part) for part in zip(*parts, strict=True))  # (b heads n k), n of both
+        q, k, v = (concatenated(part) for part in zip(*parts, strict=True))  # (b heads n head_dim), n of both
         attended = attention(q, k, v).split([xs[m].shape[1] for m in meet], dim=1)  # each (b n d)
         after = zip(meet, attended, strict=True)
         return xs | {m: experts[m].after_attention(xs[m], y, contexts[m]) for m, y in after}

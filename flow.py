@@ -26,7 +26,7 @@ class Role(Enum):
 
 
 class Task(IntEnum):
-    """What is made from what; the value is the row of the network's task embedding."""
+    """What is made from what; the value is its row in the task hint's embedding."""
 
     JOINT = 0
     MOTION_TO_VIDEO = 1

@@ -31,7 +31,7 @@ def options() -> argparse.Namespace:
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what
-    add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m")
+    add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m; with --prompts, joint")
     add("--prompt", metavar="TEXT", help="may be empty: no text")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes each missing PROMPT-INDEX.mp4")
     add("--count", type=files.count, default=1, metavar="N", help="of each prompt: seeds SEED, SEED+1, ...")

@@ -38,7 +38,7 @@ EMA_DECAY = 0.998
 BAD_STEPS = 10  # not finite, in a row: the run stops
 # options to repeat when a run goes on
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
-ABLATIONS = (*run.NETWORKS, "one-stage")
+ABLATIONS = (*run.CHANGES, "one-stage")
 
 
 def options() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from kit.data import batch as batches
 from kit.data.sources import open_sources
 from kit.distributed import World
 from kit.geometry import PUPPET
+from kit.jobs import PROMPT
 from motion_tokens import MOTION_DIM
 from sample import denoise
 
@@ -79,7 +80,7 @@ def training_step(
 def guided(setting: Setting) -> list[Row]:
     """A sample of the shipped puppet from a motion, as sample.py makes it."""
     backbone = puppet_backbone(SHIPPED, "cpu")
-    text, null_text = puppet.encode_text(["a person in a red shirt waves the left hand", ""]).split(1)
+    text, null_text = puppet.encode_text([PROMPT, ""]).split(1)
     motion = torch.randn(1, puppet.FRAMES, MOTION_DIM)
     call = functools.partial(
         denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.geometry.grid,

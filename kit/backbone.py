@@ -67,7 +67,7 @@ def open_backbone(
     if file:
         check_weights(file, folder)
     else:
-        print("no --weights: the motion expert is untrained, its motion means nothing; try --task video")
+        print("no --weights: the motion expert is untrained, motion it makes means nothing; try --task video")
     if not body:
         print("no --body: joints are the puppet's, not SMPL's")
     if fps and trained.get("fps", fps) != fps:

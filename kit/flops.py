@@ -94,7 +94,7 @@ def kept_bytes(call: Callable[[], object], parameters: Iterable[Tensor]) -> int:
 
 
 def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int) -> int:
-    """Bytes that a joint call keeps for its backward pass, under bf16 autocast; grid (t h w) of the latents.
+    """Bytes that a joint call keeps for its backward pass, under bf16 autocast; grid (T h w) of the latents.
 
     The network itself says so: small ones run on fake tensors, which have shapes but no memory. Attention is
     fused, as on a GPU: no scores are kept.
@@ -139,7 +139,7 @@ def training_memory(
     checkpointing: bool = False,
     text: int = 512,
 ) -> Memory:
-    """Of stage 2 with `batch` samples a GPU, everything sharded over `gpus`; grid (t h w) of the latents."""
+    """Of stage 2 with `batch` samples a GPU, everything sharded over `gpus`; grid (T h w) of the latents."""
     share = 4 * parameter_count(config) // gpus
     none, one = (dataclasses.replace(config, layers=n, dual=None) for n in (0, 1))
     ends = parameter_count(none)

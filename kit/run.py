@@ -24,8 +24,8 @@ STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
-# the ablations that change the network; the first two change positions, no weights
-NETWORKS = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
+# what an ablation changes of the network; the first two change positions, no weights
+CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
 # ---------------------------------------------------------------- the schedule
 
@@ -141,7 +141,7 @@ def build(
         extra = checkpoints.load_whole(found.folder, "codec")
     elif folder and world.rank > 0:
         config = weights.read_header(init)[0] if init else wan.transformer_config(folder)
-        model, extra = _empty(dataclasses.replace(config, **NETWORKS.get(ablate, {}))), {}
+        model, extra = _empty(dataclasses.replace(config, **CHANGES.get(ablate, {}))), {}
     else:
         if init:
             if folder:
@@ -153,15 +153,15 @@ def build(
         else:
             model, extra, recipe = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state(), {}
         other = recipe.get("ablate")
-        if other in NETWORKS and other != ablate:
+        if other in CHANGES and other != ablate:
             raise ValueError(
                 f"{init} was trained with --ablate {other}: add that, or start from other weights"
             )
         if init and ablate == "single-stream" != other and recipe.get("stage") != 0:
             raise ValueError(f"--ablate {ablate} has one set of weights: start from stage 0's, not {init}")
-        if ablate in NETWORKS:
+        if ablate in CHANGES:
             state = model.state_dict()
-            model = DualDiT(dataclasses.replace(model.config, **NETWORKS[ablate]))
+            model = DualDiT(dataclasses.replace(model.config, **CHANGES[ablate]))
             model.load_state_dict({name: state[name] for name in model.state_dict()})
         if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)

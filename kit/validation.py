@@ -28,7 +28,7 @@ PICTURE = 160  # height of a skeleton, pixels
 class HeldOut(NamedTuple):
     """What losses are measured on, n samples; every rank has them all."""
 
-    video: Tensor | None  # (n c t h w) latents
+    video: Tensor | None  # (n c T h w) latents
     motion: Tensor  # (n f 235) normalised
     text: Tensor  # (n l text_dim)
     null_text: Tensor  # (n l text_dim)

@@ -19,7 +19,7 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit.files import whole_file
 
 EXTRA = "extra."  # prefix of tensors that are not the network's
-# parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, statistics
+# parts of names whose tensors stay fp32 in a bf16 network: times, modulation, norms, task hint, statistics
 KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_std")
 
 

@@ -69,7 +69,7 @@ NETWORKS = {
     "one-stage": Network(0, 2, "one-stage", puppet.FRAMES),
     "single-stream": Network(0, 2, "single-stream", puppet.FRAMES),
 }
-STAGES = {"backbone": 0, "stage-1": 1}  # of the run itself
+RUN_STAGES = {"backbone": 0, "stage-1": 1}  # of the run itself
 
 
 class Plan(NamedTuple):
@@ -168,8 +168,8 @@ def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
     """The weights that a row is about, one a seed, and the steps of their last stage."""
     if name in ("real", "mean-motion"):
         return [plan.stage(0)], 0
-    if name in STAGES:
-        return [plan.stage(STAGES[name])], plan.stages[STAGES[name]]
+    if name in RUN_STAGES:
+        return [plan.stage(RUN_STAGES[name])], plan.stages[RUN_STAGES[name]]
     name = name.removesuffix("-redrawn")
     return [trained(name, seed, plan) for seed in range(plan.seeds)], steps_of(name, plan)
 
@@ -314,7 +314,7 @@ def options() -> argparse.Namespace:
     add("--from", dest="start", type=Path, default=train.RUN, metavar="RUN", help=what)
     add("--seeds", type=files.count, default=3, metavar="N", help="networks of each (%(default)s)")
     add("--clips", type=files.count, default=256, metavar="N", help="to measure on (%(default)s)")
-    what = f"of the last stage; default: table 1 and 5 to 6 as RUN, others {ABLATION_STEPS}"
+    what = f"of the last stage; default: in tables 1, 5 and 6 as RUN's, elsewhere {ABLATION_STEPS}"
     add("--steps", type=files.count, metavar="N", help=what)
     add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="of networks (%(default)s)")
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")

@@ -43,7 +43,7 @@ ROWS = {
     "length_variation": ("length variation ↓", "", "codec"),
     "odd_bends": ("odd bends ↓", "", "codec"),
     "plausible_postures": ("plausible postures ↑", "", "codec"),
-    "flicker": ("flicker, of real ↓", "", "codec"),
+    "flicker": ("flicker, of real", "", "codec"),
     "dynamic_degree": ("dynamic degree, of real", "", "codec"),
     "sharpness": ("sharpness, of real", "", "codec"),
     "prompt_following": ("prompt following ↑", "chance", "codec"),

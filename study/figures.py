@@ -24,6 +24,7 @@ from flow import Task
 from kit import files, pictures, plots, puppet
 from kit.backbone import SHIPPED, Backbone, puppet_backbone
 from kit.data.datasets import puppet_motion
+from kit.jobs import CONDITION_CLIP, PROMPT
 from motion_tokens import decode_smpl
 from sample import denoise
 from study import diagrams, tables
@@ -31,8 +32,6 @@ from study.ablate import RESULTS, ROOT
 
 ASSETS = ROOT / "assets"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-CLIP, SEED = 7, 0  # the puppet clip that conditions, and the noise
-PROMPT = "a person in a red shirt waves the left hand"
 TILE = 128  # pixels of a frame
 
 
@@ -40,11 +39,11 @@ TILE = 128  # pixels of a frame
 
 
 def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
-    """One sample -> frames of its video and of its skeleton, (f h w 3); its condition is of the clip CLIP."""
-    clip, codec = puppet.clips([CLIP]), backbone.codec()
+    """One sample -> frames of its video and of its skeleton (f h w 3), given CONDITION_CLIP's."""
+    clip, codec = puppet.clips([CONDITION_CLIP]), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
-    given = backbone.transformer(), task, *text, SEED, backbone.geometry.grid, latents, puppet_motion(clip)
+    given = backbone.transformer(), task, *text, 0, backbone.geometry.grid, latents, puppet_motion(clip)
     made, motion = denoise(*given, **backbone.defaults._asdict(), bf16=backbone.autocast)
     video = pictures.resized(pictures.to_frames(codec.decode(made)[0]), TILE)
     joints = decode_smpl(motion)["joints"][0]
@@ -62,7 +61,7 @@ def titled(frames: Tensor, title: str) -> Tensor:
 
 def tasks(path: Path, weights: Path) -> None:
     """A GIF of six columns: what is given and what is made, for each task."""
-    backbone, caption = puppet_backbone(weights, "cpu"), puppet.clips([CLIP]).caption[0]
+    backbone, caption = puppet_backbone(weights, "cpu"), puppet.clips([CONDITION_CLIP]).caption[0]
     video, motion = sampled(backbone, Task.JOINT, PROMPT)
     columns = [titled(video, "text → video +"), titled(motion, "motion")]
     video, motion = sampled(backbone, Task.MOTION_TO_VIDEO, caption)

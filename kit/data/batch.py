@@ -1,7 +1,7 @@
 """Which clips one training step sees, as a function of (seed, stage, step).
 
 Nothing here depends on how many processes run: the global batch is numbered 0 … batch-1, every sample
-draws from its own (seed, step, sample), and a rank takes its slice of the numbers.
+draws from its own (seed, stage, step, sample), and a rank takes its slice of the numbers.
 """
 
 import functools

@@ -8,7 +8,7 @@ Shards are written whole, one after the other, so that a killed run goes on with
 rank makes its share of them. The index is written by whoever finds that no shard is missing. A shard keeps
 hashes of its items' sources: where a caption or a file has changed since, it is made again.
 
-In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c t h w), and
+In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c T h w), and
 for each caption "k.text.0", "k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of
 the empty prompt.
 """
@@ -51,7 +51,7 @@ def shard_file(folder: Path, shard: int) -> Path:
 class Encoders(NamedTuple):
     """What turns pixels and prompts into what the network sees."""
 
-    video: Callable[[Tensor], Tensor] | None  # (b 3 f h w) in [-1, 1] -> (b c t h w); None for motion alone
+    video: Callable[[Tensor], Tensor] | None  # (b 3 f h w) in [-1, 1] -> (b c T h w); None for motion alone
     text: Callable[[list[str]], Tensor]  # prompts -> (b l text_dim), zeros after each prompt's last token
 
 
@@ -223,7 +223,7 @@ class CachedSample(NamedTuple):
     """One sample of a cache, in the dtype it is stored in."""
 
     motion: Tensor  # (f 235) fp32
-    latents: Tensor | None  # (c t h w)
+    latents: Tensor | None  # (c T h w)
     texts: list[Tensor]  # for each caption (tokens text_dim)
 
 
@@ -239,13 +239,13 @@ def read_sample(cache: Cache, number: int, video: bool) -> CachedSample:
 def damaged_samples(cache: Cache) -> list[str]:
     """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
     problems = []
-    frames, (t, h, w) = cache.shape.frames, cache.shape.grid
+    frames, (T, h, w) = cache.shape.frames, cache.shape.grid
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
         motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
-        right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (t, h, w))
+        right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (T, h, w))
         tensors = [motion, *texts] if latents is None else [motion, latents, *texts]
         if not right or not all(x.isfinite().all() for x in tensors):
-            expected = f"motion ({frames}, {MOTION_DIM}), latents (c, {t}, {h}, {w})"
+            expected = f"motion ({frames}, {MOTION_DIM}), latents (c, {T}, {h}, {w})"
             where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
             problems.append(f"{where} holds NaN or another shape, expected {expected}")
     return problems

@@ -24,7 +24,7 @@ class Read(NamedTuple):
     """n samples of a source, as the network takes them."""
 
     motion: Tensor  # (n f 235) not normalised
-    latents: Tensor | None  # (n c t h w)
+    latents: Tensor | None  # (n c T h w)
     texts: list[list[Tensor]]  # of each sample, of each of its captions: features (tokens text_dim)
 
 

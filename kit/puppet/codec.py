@@ -35,10 +35,10 @@ class Codec:
         shown = map(clips, torch.tensor(seeds).split(64))
         videos = [render(clip.joints, clip.betas, clip.shirt)[0] for clip in shown]
         total = sum(_blocks(video).shape[:-1].numel() for video in videos)
-        mean = sum(reduce(_blocks(video), "b t h w p -> p", "sum") for video in videos) / total
+        mean = sum(reduce(_blocks(video), "b T h w p -> p", "sum") for video in videos) / total
         covariance = 0.0
         for video in videos:
-            block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")
+            block = rearrange(_blocks(video) - mean, "b T h w p -> (b T h w) p")
             covariance = covariance + block.T @ block / total
         variances, components = torch.linalg.eigh(covariance.double())  # ascending
         encode = rearrange(components[:, -LATENT_CHANNELS:].flip(1), "p c -> c p").float().contiguous()
@@ -47,8 +47,8 @@ class Codec:
         codec = cls(encode, torch.zeros(len(mean), LATENT_CHANNELS, 3, 3), mean, scale)
         gram, cross = 0.0, 0.0
         for video in videos:
-            block = rearrange(_blocks(video) - mean, "b t h w p -> (b t h w) p")
-            latents = rearrange(codec.encode(video), "b c t h w -> (b t) c h w")
+            block = rearrange(_blocks(video) - mean, "b T h w p -> (b T h w) p")
+            latents = rearrange(codec.encode(video), "b c T h w -> (b T) c h w")
             around = rearrange(F.unfold(latents, 3, padding=1), "n c hw -> (n hw) c")
             gram, cross = gram + around.T @ around / total, cross + around.T @ block / total
         solution = torch.linalg.solve((gram + RIDGE * torch.eye(len(gram))).double(), cross.double())
@@ -59,18 +59,18 @@ class Codec:
         """Video (b 3 f H W) in [-1, 1], f = 4n+1, H and W multiples of 8 -> latents (b c n+1 H/8 W/8)."""
         self._follow(video)
         latents = (_blocks(video) - self.mean) @ self.weight.T / self.scale
-        return rearrange(latents, "b t h w c -> b c t h w")
+        return rearrange(latents, "b T h w c -> b c T h w")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b c t h w) -> video (b 3 4(t-1)+1 8h 8w), clamped to [-1, 1]."""
+        """Latents (b c T h w) -> video (b 3 4(T-1)+1 8h 8w), clamped to [-1, 1]."""
         if latents.shape[1] != len(self.weight):
             raise ValueError(f"this codec's latents have {len(self.weight)} channels, got {latents.shape[1]}")
         self._follow(latents)
-        flat = rearrange(latents, "b c t h w -> (b t) c h w")
+        flat = rearrange(latents, "b c T h w -> (b T) c h w")
         blocks = F.conv2d(flat, self.kernel, self.mean, padding=1).unflatten(0, (len(latents), -1))
-        video = rearrange(blocks, "b t (c k p q) h w -> b c t k (h p) (w q)", k=4, p=8, q=8)
+        video = rearrange(blocks, "b T (c k p q) h w -> b c T k (h p) (w q)", k=4, p=8, q=8)
         first = reduce(video[:, :, 0], "b c k h w -> b c 1 h w", "mean")
-        rest = rearrange(video[:, :, 1:], "b c t k h w -> b c (t k) h w")
+        rest = rearrange(video[:, :, 1:], "b c T k h w -> b c (T k) h w")
         return torch.cat((first, rest), dim=2).clamp(-1, 1)
 
     def _follow(self, like: Tensor) -> None:
@@ -92,6 +92,6 @@ class Codec:
 
 
 def _blocks(video: Tensor) -> Tensor:
-    """(b 3 f H W) -> (b t h w 768): blocks of 4 frames of 8x8 pixels; the first frame is held for four."""
+    """(b 3 f 8h 8w) -> (b T h w 768): blocks of 4 frames of 8x8 pixels; the first frame is held for four."""
     held = torch.cat((repeat(video[:, :, 0], "b c h w -> b c 4 h w"), video[:, :, 1:]), dim=2)
-    return rearrange(held, "b c (t k) (h p) (w q) -> b t h w (c k p q)", k=4, p=8, q=8)
+    return rearrange(held, "b c (T k) (h p) (w q) -> b T h w (c k p q)", k=4, p=8, q=8)

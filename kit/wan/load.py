@@ -1,6 +1,6 @@
 """Real backbones from a local folder: Wan's transformer, VAE and text encoder.
 
-    load_transformer(folder)    the transformer becomes the video expert; the motion expert is new
+    load_transformer(folder)    the transformer becomes the video expert, and the motion expert its copy
     save_transformer(...)       the video expert back in either of Wan's two layouts
     VideoVAE(folder)            pixels <-> latents, through diffusers' AutoencoderKLWan
     TextEncoder(folder)         prompts -> features, through transformers' umT5
@@ -113,7 +113,8 @@ def save_transformer(
 ) -> None:
     """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json.
 
-    The task hint of video alone, which a Wan does not have, is added to the bias of the patch embedding.
+    Tensors are stored in `dtype`. The task hint of video alone, which a Wan does not have, is added to the
+    bias of the patch embedding.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +170,7 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Pixels (b 3 f h w) in [-1, 1] -> latents (b c t h w) float32, the posterior's mode."""
+        """Pixels (b 3 f h w) in [-1, 1] -> latents (b c T h w) float32, the posterior's mode."""
         f, h, w = video.shape[2:]
         if f % 4 != 1 or h % self.stride or w % self.stride:
             expected = f"4n+1 frames, sizes a multiple of {self.stride}"
@@ -180,9 +181,9 @@ class VideoVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b c t h w) -> pixels (b 3 f h w) in [-1, 1], float32 on the CPU."""
+        """Latents (b c T h w) -> pixels (b 3 f h w) in [-1, 1], float32 on the CPU."""
         if latents.shape[1] != self.channels:
-            raise ValueError(f"latents: expected (b, {self.channels}, t, h, w), got {tuple(latents.shape)}")
+            raise ValueError(f"latents: expected (b, {self.channels}, T, h, w), got {tuple(latents.shape)}")
         self.vae.enable_tiling()  # takes effect above 256 pixels a side only
         return self.vae.decode(latents.to(self.mean) * self.std + self.mean).sample.cpu()
 

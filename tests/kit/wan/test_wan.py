@@ -337,7 +337,7 @@ def test_large_frames_are_decoded_in_tiles_and_encoded_whole(folder, vae, refere
 def test_videos_that_do_not_fit_are_refused(vae, f, h, w):
     with pytest.raises(ValueError, match=rf"{f} frames, {h}x{w}: expected 4n.1 frames, sizes a multiple of"):
         vae.encode(torch.zeros(1, 3, f, h, w))
-    with pytest.raises(ValueError, match=rf"expected \(b, {vae.channels}, t, h, w\), got \(1, 8, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=rf"expected \(b, {vae.channels}, T, h, w\), got \(1, 8, 1, 2, 2\)"):
         vae.decode(torch.zeros(1, 8, 1, 2, 2))
 
 
