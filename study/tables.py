@@ -56,7 +56,9 @@ COLUMNS = {
         "jerk": "jerk, of real",
     },
 }
-SHORT = ("limbs_whole", "flicker", "sharpness", "prompt_following")  # of table 1, for README.md
+# of table 1, for README.md
+SHORT = ("limbs_whole", "flicker", "sharpness", "prompt_following")
+SHORT_ROWS = ("real", "backbone", "video-tuning", "echomotion", "echomotion-redrawn")
 
 
 def name_of(part: str, network: str) -> str:
@@ -83,9 +85,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def short(results: dict, part: str) -> str:
-    """A row a network, and its measures in SHORT alone."""
-    found = networks(results, part).items()
-    rows = [[name_of(part, name), *(cell(of["measures"][column]) for column in SHORT)] for name, of in found]
+    """The networks in SHORT_ROWS, and their measures in SHORT."""
+    found = {name: of["measures"] for name, of in networks(results, part).items() if name in SHORT_ROWS}
+    rows = [[name_of(part, name), *(cell(of[column]) for column in SHORT)] for name, of in found.items()]
     return markdown(["", *(COLUMNS[part][column] for column in SHORT)], rows)
 
 
