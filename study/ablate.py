@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import train
 from dual_dit import PRESETS, DualDiT
@@ -177,16 +178,21 @@ def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(plan: Plan, part: str, name: str, measured: Callable[[list[Path]], dict]) -> None:
-    """results[part][name] in plan.out: measured(weights) and what it is of, unless that is there already."""
+def measure(
+    plan: Plan, part: str, name: str, measured: Callable[[list[Path]], dict], beside: Sequence[Path] = ()
+) -> None:
+    """results[part][name] in plan.out: measured(weights) and what it is of, unless that is there already.
+
+    `beside`: other weights that it depends on.
+    """
     paths, steps = networks(name, plan)
     entry = {
         "seeds": len(paths),
         "clips": plan.clips,
         "steps": steps,
         "trained_clips": steps * plan.batch,
-        "weights": [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths],
-    }
+        "weights": digests(paths),
+    } | ({"beside": digests(beside)} if beside else {})
     there = read(plan.out).get(part, {}).get(name, {})
     if all(there.get(key) == value for key, value in entry.items()):
         print(f"{part}, {name}: as before")
@@ -197,6 +203,10 @@ def measure(plan: Plan, part: str, name: str, measured: Callable[[list[Path]], d
     results.setdefault(part, {})[name] = entry
     with files.whole_file(plan.out) as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def digests(paths: Sequence[Path]) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths]
 
 
 def read(out: Path) -> dict[str, dict]:
@@ -282,17 +292,24 @@ def curve(folder: Path, kinds: Sequence[str]) -> tuple[list[int], list[float]]:
 
 
 def curves(part: str, names: Sequence[str], kinds: Sequence[str], plan: Plan) -> None:
-    """A part that compares networks by their losses over training."""
+    """A part that compares networks by their losses over training, the first with the others."""
+
+    def read_all(paths: list[Path]) -> tuple[list[int], Tensor]:
+        steps, losses = zip(*(curve(path.parent, kinds) for path in paths), strict=True)
+        return steps[0], torch.tensor(losses)  # (seeds steps)
 
     def measured(paths: list[Path]) -> dict:
-        steps, losses = zip(*(curve(path.parent, kinds) for path in paths), strict=True)
-        points = [summary(at[:, None]) for at in torch.tensor(losses).T]  # of a step, over the seeds
+        (steps, losses), (_, base) = read_all(paths), read_all(first_row)
+        points = [summary(at[:, None]) for at in losses.T]  # of a step, over the seeds
+        behind = summary((losses - base)[:, -1:])  # networks of one seed see the same clips and noise
         shown = {key: [point.get(key) for point in points] for key in ("mean", "error_seeds")}
         first, *_, last = points
-        return {"measures": {"loss": last, "first_loss": first}, "curve": {"steps": steps[0], **shown}}
+        measures = {"first_loss": first, "loss": last, "behind": behind}
+        return {"measures": measures, "curve": {"steps": steps, **shown}}
 
+    first_row, _ = networks(names[0], plan)
     for name in names:
-        measure(plan._replace(clips=validation.SAMPLES), part, name, measured)
+        measure(plan._replace(clips=validation.SAMPLES), part, name, measured, beside=first_row)
 
 
 PARTS: dict[str, Callable[[Plan], None]] = {  # the cheapest first

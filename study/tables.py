@@ -32,7 +32,7 @@ OTHER_NAMES = {
     ("a83", "one-stage"): "two experts",
     ("table6", "real"): "other real motions",
 }
-LOSS = {"first_loss": "at the start", "loss": "at the end ↓"}
+LOSS = {"first_loss": "at the start", "loss": "at the end ↓", "behind": "behind the first row by ↓"}
 COLUMNS = {
     "table1": {
         "limbs_whole": "limbs whole ↑",

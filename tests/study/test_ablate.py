@@ -187,3 +187,28 @@ def test_curves_are_losses_a_task(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert ablate.curve(tmp_path, ablate.STAGE_2) == ([0], [4.0])
     assert ablate.curve(tmp_path, ("joint/video",)) == ([0], [1.0])
+
+
+def test_networks_are_compared_seed_by_seed(plan, monkeypatch):
+    # catches one network's seed beside another's: seeds differ more than networks do
+    ends = {"one-stage": (1.0, 3.0), "single-stream": (1.5, 3.5)}
+
+    def networks(name: str, plan: ablate.Plan) -> tuple[list[Path], int]:
+        folders = [plan.runs / f"{name}-{seed}" for seed in range(2)]
+        for folder, end in zip(folders, ends[name], strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [{"step": s, "validation": {"joint/video": loss}} for s, loss in ((0, 9.0), (4, end))]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            (folder / "weights.safetensors").write_bytes(str(end).encode())
+        return [folder / "weights.safetensors" for folder in folders], 4
+
+    monkeypatch.setattr(ablate, "networks", networks)
+    ablate.curves("a83", tuple(ends), ("joint/video",), plan)
+    first, second = (ablate.read(plan.out)["a83"][name]["measures"] for name in ends)
+    assert first["loss"]["error_seeds"] == second["loss"]["error_seeds"] == 1
+    assert first["behind"]["mean"] == first["behind"]["error_seeds"] == 0
+    assert (second["behind"]["mean"], second["behind"]["error_seeds"]) == (0.5, 0)
+    # the first row's network trained again: the second, itself as before, is measured again
+    ends["one-stage"] = (1.0, 3.5)
+    ablate.curves("a83", tuple(ends), ("joint/video",), plan)
+    assert ablate.read(plan.out)["a83"]["single-stream"]["measures"]["behind"]["mean"] == 0.25
