@@ -117,7 +117,8 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(d, eps=config.eps) for _ in range(2))
 
     def qkv(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x (b n d) -> (b heads n head_dim); keys and values of source (b l d), with l for n."""
+        """Queries of x (b n d) -> (b heads n head_dim); keys and values of the source (b l d)
+        -> (b heads l head_dim)."""
         q, k, v = rms_norm(self.q(x), self.norm_q), rms_norm(self.k(source), self.norm_k), self.v(source)
         pattern = "b n (heads head_dim) -> b heads n head_dim"
         return tuple(rearrange(y, pattern, heads=self.heads) for y in (q, k, v))

@@ -39,7 +39,7 @@ TILE = 128  # pixels of a frame
 
 
 def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
-    """One sample -> frames of its video and of its skeleton (f h w 3), given CONDITION_CLIP's."""
+    """Frames (f h w 3) of a sample's video and of its skeleton; CONDITION_CLIP is its condition."""
     clip, codec = puppet.clips([CONDITION_CLIP]), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])

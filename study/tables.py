@@ -13,7 +13,7 @@ NAMES = {  # in the order of rows
     "backbone": "backbone (stage 0)",
     "video-tuning-quarter": "video tuning, a quarter of the clips",
     "video-tuning": "video tuning, as many clips",
-    "echomotion-short": "EchoMotion, as much arithmetic",
+    "echomotion-short": "EchoMotion, video tuning's arithmetic",
     "echomotion-short-redrawn": "the same, video redrawn",
     "video-tuning-flops": "video tuning, EchoMotion's arithmetic",
     "mean-motion": "mean motion",
