@@ -161,8 +161,8 @@ def train(args: argparse.Namespace) -> None:
     plan = {name: getattr(args, name) for name in PLAN} | {"body": args.body and str(args.body)}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
-    sources, shape = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
-    steps = schedule(stages, shape.frames if args.wan else args.frames)
+    sources, geometry = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
+    steps = schedule(stages, geometry.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # even if never looked at: training data depend on it
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
@@ -172,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         distributed.compile_blocks(model)
     bf16 = found.record["bf16"] if found else devices.use_bf16(args.precision, device)
-    settings = run.settings(sources[0], shape, shift, args.ablate)
+    settings = run.settings(sources[0], geometry, shift, args.ablate)
     extra = codec.state() if codec else {}
     kept = {"bf16": bf16, "plan": plan, "config": dataclasses.asdict(model.config)}
     writer = checkpoints.Writer(args.out, args.keep, world)
@@ -180,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
     if rank == 0:
         run.save_record(args.out, vars(args), model, world, bf16, first)
         words = len(sources[0].null_text)
-        log = monitor.Log(args.out, first, len(steps), model.config, shape, words, world, bf16)
+        log = monitor.Log(args.out, first, len(steps), model.config, geometry, words, world, bf16)
     stopping, done, bad = distributed.terminated(), first, 0
     # a generator: it starts at the first step, when the model is on its device
     clips = batches.stream(
@@ -204,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
                 hand_over(model, ema, steps[step - 1].stage)
             state = model.state_dict()
             held_out = validation.read_held_out(
-                held if args.validate_every else [], model, now.stage, shape.frames, codec, device
+                held if args.validate_every else [], model, now.stage, geometry.frames, codec, device
             )
         if held_out and step % args.validate_every == 0:
             validation.watch(args.out, step, now.stage, model, ema, held_out, codec, chunk, bf16, log)

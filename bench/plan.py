@@ -26,8 +26,8 @@ def plan(
 ) -> dict:  # fmt: skip
     """Memory, arithmetic, communication and time of stage 2, counted without allocating anything."""
     published, config = PUBLISHED[preset], PRESETS[preset]
-    shape = adjusted(published, frames, size)
-    _, frames, *size, stride = shape
+    geometry = adjusted(published, frames, size)
+    _, frames, *size, stride = geometry
     if batch % gpus:
         raise ValueError(f"--batch {batch} must be a multiple of --gpus {gpus}")
     tokens = tokens_of(config, frames, size, stride)
@@ -51,7 +51,7 @@ def plan(
     where = f"{gpus} GPUs" + (f", sharded over {node}" if node > 1 else "")
     print(f"{batch} clips a step on {where}; bf16 compute, fp32 state\n")
 
-    plans = {ck: training_memory(config, shape.grid, mine, node, ck) for ck in (False, True)}
+    plans = {ck: training_memory(config, geometry.grid, mine, node, ck) for ck in (False, True)}
     print(f"{'GiB a GPU':24}{'stored':>12}{'checkpointed':>14}")
     for name, stored, checkpointed in zip(plans[True]._fields, *plans.values(), strict=True):
         print(f"{name:24}{stored / GIB:12.1f}{checkpointed / GIB:14.1f}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from dual_dit import DualDiT
 from kit import devices, puppet, wan, weights
 from kit.body import Body
-from kit.geometry import PUPPET, Geometry, geometry
+from kit.geometry import PUPPET, Geometry, geometry_of
 
 
 class Defaults(NamedTuple):
@@ -85,7 +85,7 @@ def open_backbone(
         return wan.load_transformer(folder, dtype, device)
 
     return Backbone(
-        geometry(folder, frames, size, fps),
+        geometry_of(folder, frames, size, fps),
         Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False),
         False,
         own,

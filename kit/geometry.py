@@ -27,7 +27,7 @@ PUPPET = Geometry(puppet.FPS, puppet.FRAMES, puppet.SIZE, puppet.SIZE, 8)
 WAN = {8: Geometry(16, 81, 480, 832, 8), 16: Geometry(24, 121, 704, 1280, 16)}
 
 
-def geometry(
+def geometry_of(
     folder: Path | None,
     frames: int | None = None,
     size: tuple[int, int] | None = None,

@@ -35,13 +35,13 @@ class Log:
         first_step: int,
         steps: int,
         config: DualDiTConfig,
-        shape: Geometry,
+        geometry: Geometry,
         words: int,
         world: World,
         bf16: bool,
     ):
         """Drops lines from `first_step` on: a resumed run repeats them. `words`: tokens of a text."""
-        self.config, self.shape, self.words = config, shape, words
+        self.config, self.geometry, self.words = config, geometry, words
         peak = peak_flops(world.device, bf16)
         self.peak = peak and peak * world.ranks
         path = run / "metrics.jsonl"
@@ -80,8 +80,8 @@ class Log:
 
     def speed(self, frames: int, roles: dict[str, Role], clips: int, seconds: float) -> dict[str, float]:
         """Tokens a second; MFU, of all ranks' peak FLOP/s."""
-        size = self.shape.height, self.shape.width
-        tokens = tokens_of(self.config, frames, size, self.shape.stride, self.words)
+        size = self.geometry.height, self.geometry.width
+        tokens = tokens_of(self.config, frames, size, self.geometry.stride, self.words)
         absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
         tokens = tokens._replace(**absent)
         rates = {"tokens_per_second": clips * (tokens.video + tokens.motion) / seconds}

@@ -18,7 +18,7 @@ from kit.data import batch as batches
 from kit.data.sources import Source, cached_geometry, open_sources
 from kit.distributed import World
 from kit.files import whole_file, write_record
-from kit.geometry import Geometry, geometry
+from kit.geometry import Geometry, geometry_of
 
 STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}  # Wan's are the paper's
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
@@ -113,11 +113,11 @@ def open_data(
             "then add --data cache:DIR"
         )
     own_body = Body.load(body) if body else puppet.body()
-    shape = cached_geometry(specs[0], frames) if wan else geometry(None, frames)
-    sources = open_sources(specs or ["puppet"], shape, own_body, wan=bool(wan), rank=rank)
+    geometry = cached_geometry(specs[0], frames) if wan else geometry_of(None, frames)
+    sources = open_sources(specs or ["puppet"], geometry, own_body, wan=bool(wan), rank=rank)
     if (0 in stages or 2 in stages) and not any(source.paired for source in sources):
         raise ValueError("stages 0 and 2 need video, and no data set has any: add paired clips, or --stage 1")
-    return sources, shape
+    return sources, geometry
 
 
 def build(
@@ -189,9 +189,10 @@ def _empty(config: DualDiTConfig) -> DualDiT:
 # ---------------------------------------------------------------- records
 
 
-def settings(source: Source, shape: Geometry, shift: float, ablate: str | None) -> dict[str, object]:
+def settings(source: Source, geometry: Geometry, shift: float, ablate: str | None) -> dict[str, object]:
     """What training depended on, but for the stage; it goes with the weights (kit/weights.py)."""
-    clip = {"fps": shape.fps, "frames": shape.frames, "height": shape.height, "width": shape.width}
+    fps, frames, height, width, _ = geometry
+    clip = {"fps": fps, "frames": frames, "height": height, "width": width}
     recipe = {"shift": shift, "ablate": ablate}
     return clip | {"text_tokens": len(source.null_text), "body": source.body, "recipe": recipe}
 

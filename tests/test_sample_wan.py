@@ -23,7 +23,7 @@ from kit import pictures, puppet, wan, weights
 from kit.backbone import open_backbone
 from kit.data import __main__ as commands
 from kit.data.motion_files import Motion, save_amass
-from kit.geometry import geometry
+from kit.geometry import geometry_of
 
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
 SHAPE = ("--frames", FRAMES, "--size", f"{HEIGHT}x{WIDTH}")
@@ -48,7 +48,7 @@ def run(folder: Path, out: Path, *arguments: object, shape: tuple = SHAPE) -> di
 
 @pytest.fixture
 def motion_file(tmp_path, folder) -> Path:
-    clip, fps = puppet.clips([0], frames=17), geometry(folder).fps
+    clip, fps = puppet.clips([0], frames=17), geometry_of(folder).fps
     motion = Motion(clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0], fps, "neutral")
     save_amass(tmp_path / "motion.npz", motion, puppet.body())
     return tmp_path / "motion.npz"
@@ -57,7 +57,7 @@ def motion_file(tmp_path, folder) -> Path:
 @pytest.fixture
 def video_file(tmp_path, folder) -> Path:
     pixels = torch.randint(255, (FRAMES, HEIGHT // 8, WIDTH // 8, 3), dtype=torch.uint8)
-    pictures.write_video(tmp_path / "video.mp4", pictures.resized(pixels, HEIGHT), geometry(folder).fps)
+    pictures.write_video(tmp_path / "video.mp4", pictures.resized(pixels, HEIGHT), geometry_of(folder).fps)
     return tmp_path / "video.mp4"
 
 
@@ -248,7 +248,7 @@ def test_a_damaged_or_foreign_vae_is_named(folder, tmp_path, text, words):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"vae/config\.json.* {words}"):
-        geometry(tmp_path)
+        geometry_of(tmp_path)
 
 
 def test_weights_of_another_layout_are_refused(folder, trained, tmp_path, verb):

@@ -20,7 +20,7 @@ from kit.body import Body
 from kit.data import cache
 from kit.data.clips import Sample, assumed_camera
 from kit.data.datasets import DataSet, open_dataset, parse, read_all, read_item
-from kit.geometry import Geometry, geometry
+from kit.geometry import Geometry, geometry_of
 
 PREVIEWED = 4  # clips in a preview
 HEIGHT = 320  # pixels of a frame while it is drawn on
@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
+def check(spec: str, geometry: Geometry, body: Body, force: bool = False) -> int:
     """Read a whole data set and print all that is wrong with it -> how many samples are usable."""
     kind, where, _ = parse(spec)
     if kind == "cache":
@@ -58,7 +58,7 @@ def check(spec: str, shape: Geometry, body: Body, force: bool = False) -> int:
         rejected, count = cached.rejected + damaged, len(cached.samples) - len(damaged)
         print(*cache.compared(cached, body), sep="\n")
     else:
-        data = open_dataset(spec, shape, body, force)
+        data = open_dataset(spec, geometry, body, force)
         names, rejected = read_all(data, lambda sample: sample.name, title=spec)
         count = len(names)
         say(data)
@@ -80,9 +80,9 @@ def say(data: DataSet) -> None:
         )
 
 
-def picture(spec: str, shape: Geometry, body: Body, out: Path, force: bool = False) -> int:
+def picture(spec: str, geometry: Geometry, body: Body, out: Path, force: bool = False) -> int:
     """Draw a contact sheet (.png): the first sample of a few items, spread over the data set -> how many."""
-    data, samples, titles = open_dataset(spec, shape, body, force), [], []
+    data, samples, titles = open_dataset(spec, geometry, body, force), [], []
     rejected = list(data.problems)
     for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():
         samples += read_item(data, item, lambda sample: sample, rejected, most=1)
@@ -113,15 +113,16 @@ def overlay(sample: Sample) -> Tensor:
     return drawn[:, :rows, :columns]
 
 
-def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
+def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | None:
     """Make one rank's share of a cache -> how many samples it has, None if another rank is still at it."""
     rank, ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = f"cuda:{local}" if args.device == "cuda" else args.device
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    data = open_dataset(args.spec, shape, body, args.force)
+    data = open_dataset(args.spec, geometry, body, args.force)
     if not data.names:
         raise ValueError(f"{args.spec}: nothing usable; {'; '.join(data.problems) or 'it is empty'}")
-    cache.prepare(args.out, cache.settings_of(args.spec, data, shape, args.dtype, args.wan, body, args.force))
+    settings = cache.settings_of(args.spec, data, geometry, args.dtype, args.wan, body, args.force)
+    cache.prepare(args.out, settings)
     encoders = cache.Encoders(
         wan.VideoVAE(args.wan, device=device).encode if data.paired else None,
         wan.TextEncoder(args.wan, dtype, device),
@@ -137,16 +138,16 @@ def store(args: argparse.Namespace, shape: Geometry, body: Body) -> int | None:
 
 def main() -> None:
     args = options()
-    shape = geometry(args.wan, args.frames, args.size, args.fps)
+    geometry = geometry_of(args.wan, args.frames, args.size, args.fps)
     body = Body.load(args.body) if args.body else puppet.body()
     if args.verb == "check":
-        usable = check(args.spec, shape, body, args.force)
+        usable = check(args.spec, geometry, body, args.force)
     elif args.verb == "preview":
-        usable = picture(args.spec, shape, body, args.out, args.force)
+        usable = picture(args.spec, geometry, body, args.out, args.force)
     elif args.wan is None:
         raise ValueError("cache needs --wan FOLDER, the Wan whose latents and text features are wanted")
     else:
-        usable = store(args, shape, body)
+        usable = store(args, geometry, body)
     sys.exit(1 if usable == 0 else 0)
 
 

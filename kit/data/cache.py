@@ -56,7 +56,7 @@ class Encoders(NamedTuple):
 
 
 def settings_of(
-    spec: str, data: DataSet, shape: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
+    spec: str, data: DataSet, geometry: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
 ) -> dict:
     """All that a cache's content depends on but its sources, which are hashed item by item (`hashes`)."""
     return {
@@ -64,7 +64,7 @@ def settings_of(
         "data": spec,
         "items": items_of(data),
         "paired": data.paired,
-        **shape._asdict(),
+        **geometry._asdict(),
         "dtype": dtype,
         "vae": fingerprint(wan / "vae"),
         "text_encoder": fingerprint(wan / "text_encoder"),
@@ -187,7 +187,7 @@ class Cache(NamedTuple):
 
     folder: Path
     settings: dict
-    shape: Geometry  # of its samples
+    geometry: Geometry  # of its samples
     samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
     rejected: list[str]
     null_text: Tensor  # (tokens text_dim)
@@ -215,8 +215,8 @@ def open_cache(folder: str | Path) -> Cache:
             sources += record["sources"]
             if shard == 0:
                 null_text = file.get_tensor("null_text")
-    shape = Geometry(*(settings[name] for name in Geometry._fields))
-    return Cache(folder, settings, shape, samples, rejected, null_text, sources)
+    geometry = Geometry(*(settings[name] for name in Geometry._fields))
+    return Cache(folder, settings, geometry, samples, rejected, null_text, sources)
 
 
 class CachedSample(NamedTuple):
@@ -239,7 +239,7 @@ def read_sample(cache: Cache, number: int, video: bool) -> CachedSample:
 def damaged_samples(cache: Cache) -> list[str]:
     """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
     problems = []
-    frames, (T, h, w) = cache.shape.frames, cache.shape.grid
+    frames, (T, h, w) = cache.geometry.frames, cache.geometry.grid
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
         motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
         right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (T, h, w))
@@ -255,7 +255,7 @@ def compared(cached: Cache, body: Body) -> list[str]:
     """A cache beside its data set as that is now -> what to print: what changed, or why that is unknown."""
     spec = cached.settings["data"]
     try:
-        data = open_dataset(spec, cached.shape, body)
+        data = open_dataset(spec, cached.geometry, body)
     except (ValueError, OSError) as error:
         return [f"not compared with what it was made of: {error}"]
     if items_of(data) != cached.settings["items"]:

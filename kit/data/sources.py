@@ -89,7 +89,7 @@ def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
     kind, where, _ = parse(spec)
     if kind != "cache":
         return PUPPET  # open_sources says that Wan needs a cache
-    made = cache.open_cache(where).shape
+    made = cache.open_cache(where).geometry
     return made._replace(frames=frames or made.frames)
 
 
@@ -129,7 +129,7 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
 def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
     """What kit.data.cache wrote -> the source, and what was rejected when it was written."""
     cached = cache.open_cache(folder)
-    made, settings = cached.shape, cached.settings
+    made, settings = cached.geometry, cached.settings
     if made._replace(frames=geometry.frames) != geometry or made.frames < geometry.frames:
         raise ValueError(f"{folder} has {made}, asked for is {geometry}: ask for the same, or cache again")
 

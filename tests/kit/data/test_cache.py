@@ -18,7 +18,7 @@ from kit.data import cache
 from kit.data.clips import Sample
 from kit.data.datasets import DataSet, open_dataset
 from kit.data.sources import open_sources
-from kit.geometry import Geometry, geometry
+from kit.geometry import Geometry, geometry_of
 from kit.pictures import from_frames
 
 FAKE = Geometry(16, 9, 64, 64, 8)
@@ -113,9 +113,9 @@ def test_two_ranks_make_the_cache_of_one(folder, made, tmp_path, verb, monkeypat
 def test_a_cache_holds_what_the_networks_make(folder, made):
     from kit import wan
 
-    shape = geometry(folder, 5, (64, 64))
+    geometry = geometry_of(folder, 5, (64, 64))
     tensors = load_file(made / "shard-00001.safetensors")
-    sample = next(open_dataset(f"puppet:{FEW}", shape, puppet.body()).read(16))
+    sample = next(open_dataset(f"puppet:{FEW}", geometry, puppet.body()).read(16))
     latents = wan.VideoVAE(folder).encode(from_frames(sample.video)[None])[0]
     torch.testing.assert_close(tensors["0.latents"], latents.bfloat16(), atol=0.02, rtol=0.02)
     torch.testing.assert_close(tensors["0.motion"], sample.motion, atol=1e-6, rtol=0)
@@ -134,8 +134,8 @@ def _null_text(out: Path) -> torch.Tensor:
 def test_training_from_a_cache_loads_no_encoder(folder, made, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # importing them is an error now
     monkeypatch.setitem(sys.modules, "transformers", None)
-    shape = geometry(folder, 5, (64, 64))
-    sources = open_sources([f"cache:{made}"], shape, puppet.body(), wan=True)
+    geometry = geometry_of(folder, 5, (64, 64))
+    sources = open_sources([f"cache:{made}"], geometry, puppet.body(), wan=True)
     wanted = [batches.Wanted(2, 0, 5, range(FEW))]
     where = {"seed": 0, "batch": FEW, "device": CPU}
     (part,) = batches.read(sources, torch.zeros(235), torch.ones(235), wanted, **where)
@@ -232,8 +232,8 @@ def test_memory_does_not_grow_with_the_number_of_clips(tmp_path):
 def test_shorter_clips_are_the_beginning_of_longer_ones(tmp_path):
     # catches latents cut at the motion's frame numbers: latent 0 holds one frame, the others four
     write(tmp_path / "a", made_up())
-    shape, spec = FAKE._replace(frames=5), f"cache:{tmp_path / 'a'}"
-    source = open_sources([spec], shape, puppet.body(), wan=True)[0]
+    geometry, spec = FAKE._replace(frames=5), f"cache:{tmp_path / 'a'}"
+    source = open_sources([spec], geometry, puppet.body(), wan=True)[0]
     short, whole = (source.read([7], frames, True, None, CPU) for frames in (5, 9))
     assert short.motion.shape == (1, 5, 235) and short.latents.shape == (1, 2, 2, 8, 8)
     torch.testing.assert_close(short.latents, whole.latents[:, :, :2])

@@ -12,7 +12,7 @@ from kit.data.datasets import open_dataset, parse, parse_reading, puppet_motion,
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import Motion, save_amass
 from kit.data.sources import open_sources
-from kit.geometry import PUPPET, Geometry, geometry
+from kit.geometry import PUPPET, Geometry, geometry_of
 from motion_tokens import decode_smpl
 
 CPU = torch.device("cpu")
@@ -219,11 +219,11 @@ def test_what_cannot_be_trained_on(specs, wan, reason):
 def test_geometry_of_the_published_wans_and_what_they_cannot_make(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text('{"z_dim": 16}')
-    assert geometry(tmp_path) == (16, 81, 480, 832, 8)
+    assert geometry_of(tmp_path) == (16, 81, 480, 832, 8)
     (tmp_path / "vae/config.json").write_text('{"scale_factor_spatial": 16}')
-    assert geometry(tmp_path) == (24, 121, 704, 1280, 16)
-    assert geometry(tmp_path, 5, (32, 64), 12.5) == (12.5, 5, 32, 64, 16)
-    assert geometry(None) == PUPPET
+    assert geometry_of(tmp_path) == (24, 121, 704, 1280, 16)
+    assert geometry_of(tmp_path, 5, (32, 64), 12.5) == (12.5, 5, 32, 64, 16)
+    assert geometry_of(None) == PUPPET
     for asked, reason in (({"size": (48, 70)}, "nearest is 64x64"), ({"fps": 0.5}, "expected 1 to 240")):
         with pytest.raises(ValueError, match=reason):
-            geometry(tmp_path, **asked)
+            geometry_of(tmp_path, **asked)
