@@ -1,10 +1,10 @@
 """The dual-modality diffusion transformer (paper, section 3.1): Wan's, with a second expert beside it.
 
-Video and motion are two streams of tokens. Each has an expert of its own: an embedding and, in every
-block (motion's, in the 5B, in every second one), Wan's layers: norms, modulation, query/key/value and
-output projections, cross-attention to the text and a feed-forward network. Wan's embeddings of noise level
-and text, before the blocks, serve both. The streams meet in one place only: self-attention runs once over
-both, concatenated.
+Video and motion are two streams of tokens. Each has an expert of its own: an embedding, a head and, in every
+block, Wan's layers (norms, modulation, query/key/value and output projections, cross-attention to the text, a
+feed-forward network). In the 5B only every second block has a motion expert. Wan's embeddings of noise level
+and text, before the blocks, serve both experts. The streams meet in one place only: self-attention runs once
+over both, concatenated.
 
           video tokens                          motion tokens
     norm, modulate, q k v, rope           norm, modulate, q k v, rope
@@ -97,7 +97,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def concatenated(streams: tuple[Tensor, ...]) -> Tensor:
-    """Along n: (b heads n head_dim) each. In memory n stays before heads: attention needs no copy."""
+    """torch.cat along n of streams (b heads n head_dim). In memory n stays before heads, so that attention's
+    result need not be copied to become (b n d), and training does not keep that copy."""
     return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
 
 

@@ -4,6 +4,7 @@ A straight path runs from data x0 at t = 0 to noise ε at t = 1; the network lea
 
     x_t = (1 - t)·x0 + t·ε          u = d x_t / d t = ε - x0
 
+The paper's t runs the other way: there x0 is the noise and x1 the data, and the velocity x1 - x0 is -u.
 A task says what each modality is: noise to be denoised, a clean condition, or absent. One network
 trained on all of them is a model of p(video, motion | text) and of each given the other.
 """
@@ -20,9 +21,9 @@ Network = Callable[..., tuple[Tensor | None, Tensor | None]]  # dual_dit.DualDiT
 
 
 class Role(Enum):
-    NOISY = "noise, to be denoised"
-    CLEAN = "a condition: enters without noise, at t = 0; its velocity is not used"
-    ABSENT = "absent: has no tokens in the sequence"
+    NOISY = "noise"  # to be denoised
+    CLEAN = "a clean condition"  # enters at t = 0; its velocity is not used
+    ABSENT = "None"  # no tokens in the sequence
 
 
 class Task(IntEnum):
@@ -44,7 +45,7 @@ class Task(IntEnum):
 
     @property
     def without_condition(self) -> "Task":
-        """The same output with the condition absent; the text is another matter."""
+        """The task that makes the same modality with its condition absent."""
         without = {Task.MOTION_TO_VIDEO: Task.VIDEO_ONLY, Task.VIDEO_TO_MOTION: Task.MOTION_ONLY}
         return without.get(self, self)
 
@@ -84,12 +85,12 @@ class Draw(NamedTuple):
 
 
 def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> Draw:
-    """A step of b samples: a pure function of the generator.
+    """A step of b samples; all that is random comes from the generator.
 
-    Dropped at random, the text of a sample, the condition of the whole step:
-    no condition     text
-    motion to video  text, or text and motion
-    video to motion  video; text always
+    Text is dropped sample by sample, a condition for the whole step:
+        joint, stages 0 and 1   text at random
+        motion to video         text, or text and motion, at random
+        video to motion         video at random, text always
     """
     tasks = STAGES[stage]
     task = tasks[int(torch.randint(len(tasks), (1,), generator=generator))]
@@ -191,7 +192,7 @@ def guided(
 
     if task is Task.MOTION_TO_VIDEO:
         u_xmy, u_x = u(x, m, y), u(x, None, null)
-        u_xm = u(x, m, null) if w1 != w2 else u_x  # at equal weights u_xm cancels
+        u_xm = u(x, m, null) if w1 != w2 else u_x  # at equal weights u_xm cancels: a call saved
         return u_x + w1 * (u_xmy - u_xm) + w2 * (u_xm - u_x)  # (5)
     if task is Task.VIDEO_TO_MOTION:
         u_xm, u_m = u(x, m, null), u(None, m, null)
@@ -202,6 +203,7 @@ def guided(
 
 # ---------------------------------------------------------------- sampling
 
+# paper is silent: the solver, and whether its guidance scale 6.0 is ω1, ω2 or both
 SOLVERS = {"euler": 1, "ab2": 2}  # Euler and Adams-Bashforth: their orders
 
 
@@ -223,14 +225,13 @@ def sample(
     """Follow the guided velocity from t = 1 to t = 0 -> video and motion.
 
     `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
-    condition comes back as it went in. `progress` wraps the list of steps, as tqdm does. The defaults
-    are the paper's, but for ab2. ValueError where inputs do not fit the task.
+    condition comes back as it went in. Shapes are as in `loss`. `progress` wraps the list of steps, as tqdm
+    does. Steps, guidance and shift are the paper's. ValueError where inputs do not fit the task.
     """
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
-            raise ValueError(
-                f"{task.name}: {name} is {role.value}; got {'none' if x is None else 'a tensor'}"
-            )
+            got = "None" if x is None else "a tensor"
+            raise ValueError(f"{task.name}: {name} must be {role.value}, got {got}")
     order = SOLVERS[solver]
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     previous, previous_step = None, 0.0
@@ -288,6 +289,7 @@ if __name__ == "__main__":
         m = torch.randn_like(motion) if task.motion is Role.NOISY else motion
         x, m = sample(toy, x, m, text, 0 * text, task, 20, guidance_text=1.5, guidance_condition=1.5, shift=1)
         distance = (x - circle(m)).norm(dim=1).mean()
-        right = (x[:, 1].sign() == text[:, 0, 0]).float().mean()
-        name = task.name.lower().replace("_", " ")
-        print(f"{name:16} {distance:.3f}, {right:.0%} in the half the text says")
+        line = f"{task.name.lower().replace('_', ' '):16} {distance:.3f}"
+        if task is Task.JOINT:  # in the others the condition decides the half
+            line += f", {(x[:, 1].sign() == text[:, 0, 0]).float().mean():.0%} in the half the text says"
+        print(line)

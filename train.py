@@ -30,6 +30,7 @@ from kit.run import Step, schedule, stage_steps
 from kit.wan import copy_video_to_motion
 
 RUN = Path("runs/puppet")
+# paper is silent: the schedule of the learning rate, clipping of gradients, averaging of weights
 WARMUP = 50  # steps
 LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
