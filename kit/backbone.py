@@ -55,15 +55,17 @@ def open_backbone(
     Where frames, size and rate are not given they are what the weights were trained on, else the
     published defaults.
     """
+    file = file or (None if folder else SHIPPED)
     trained = weights.read_header(file)[1] if file else {}
     own = Body.load(body) if body else puppet.body()
-    if (trained.get("body") or own.digest) != own.digest:
+    known = trained.get("body") or (own if folder else puppet.body()).digest
+    if known != own.digest:
         print(f"{file} was trained on another body than {body or 'that of the puppet'}: name it with --body")
     if not folder:
         given = {"frames": frames, "size": size, "fps": fps, "precision": precision}
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size and one rate")
-        return puppet_backbone(file or SHIPPED, device)._replace(body=own)
+        return puppet_backbone(file, device)._replace(body=own)
     if file:
         check_weights(file, folder)
     else:

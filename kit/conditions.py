@@ -84,7 +84,7 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
 
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
     """The motion, moved before the camera if its first frame cannot be seen from there."""
-    pelvis = backbone.body.rest_joints(motion.betas)[0] + motion.transl[0]
+    pelvis = backbone.body.of(motion.gender).rest_joints(motion.betas)[0] + motion.transl[0]
     if backbone.project is None:
         if pelvis[2] < 0:  # the camera stands at the origin and looks along -z
             return motion

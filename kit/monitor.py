@@ -40,14 +40,17 @@ class Log:
         world: World,
         bf16: bool,
     ):
-        """Drops lines from `first_step` on: a resumed run repeats them. `words`: tokens of a text."""
+        """Drops lines from `first_step` on: a resumed run repeats them, but for one that had ended.
+
+        `words`: tokens of a text.
+        """
         self.config, self.geometry, self.words = config, geometry, words
         peak = peak_flops(world.device, bf16)
         self.peak = peak and peak * world.ranks
         path = run / "metrics.jsonl"
         with whole_file(path) as temporary:
-            earlier = [json.dumps(line) for line in read_log(path) if line["step"] < first_step]
-            temporary.write_text("".join(f"{line}\n" for line in earlier))
+            kept = [line for line in read_log(path) if line["step"] < first_step or first_step == steps]
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
         self.file = open(path, "a")  # noqa: SIM115, close() closes it
         self.board = None
         with contextlib.suppress(ImportError):

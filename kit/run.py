@@ -83,12 +83,12 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
 
     FileNotFoundError if there must be one and is none, ValueError if it is of another plan or would be lost.
     """
-    found = checkpoints.newest(out)
-    if not resume:
-        there = [found.folder] if found else list(out.glob("weights.safetensors"))
-        if there:
-            raise ValueError(f"{there[0]} exists: add --resume to go on, or choose another --out")
-    elif resume == "must" and not found:
+    found, weights = checkpoints.newest(out), out / "weights.safetensors"
+    if found and not resume:
+        raise ValueError(f"{found.folder} exists: add --resume to go on, or choose another --out")
+    if not found and weights.is_file():
+        raise ValueError(f"{weights} exists, and no checkpoint to go on from: choose another --out")
+    if not found and resume == "must":
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
@@ -112,6 +112,8 @@ def open_data(
             "--wan trains on latents: make some with `python -m kit.data cache SPEC --wan FOLDER --out DIR`, "
             "then add --data cache:DIR"
         )
+    if wan and body:
+        raise ValueError("--body: a cache is made with its own body; leave it out")
     own_body = Body.load(body) if body else puppet.body()
     geometry = cached_geometry(specs[0], frames) if wan else geometry_of(None, frames)
     sources = open_sources(specs or ["puppet"], geometry, own_body, wan=bool(wan), rank=rank)

@@ -101,9 +101,15 @@ def check_start(folder: Path) -> dict[str, object]:
             )
     options = json.loads((folder / "run.json").read_text())["options"]
     steps = train.stage_steps("puppet", None, options["steps"], False)
-    if (folder / "checkpoints").is_dir() and not checkpoints.folder_of(folder, sum(steps.values())).is_dir():
+    if not ended(folder, sum(steps.values())):
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
     return {"stages": steps} | {name: options[name] for name in ("batch", "frames", "compile")}
+
+
+def ended(run: Path, steps: int) -> bool:
+    """Whether a run has come to its last step; its checkpoints may have been deleted since."""
+    last = checkpoints.folder_of(run, steps)
+    return (run / "weights.safetensors").is_file() and (last.is_dir() or not last.parent.is_dir())
 
 
 # ---------------------------------------------------------------- training
@@ -151,7 +157,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
             raise ValueError(f"{out} was trained with {other}, expected {options}: choose another --runs")
-    if not checkpoints.folder_of(out, steps).is_dir():
+    if not ended(out, steps):
         every = max(1, steps // VALIDATIONS) if network.frames else 0
         options |= {"validate-every": every, "keep": 1, "device": plan.device, "resume": "auto", "out": out}
         command = [sys.executable, str(ROOT / "train.py")]
@@ -160,7 +166,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         command += ["--compile"] * plan.compile
         print(f"{name}, seed {seed}: {steps} steps", flush=True)
         code = subprocess.run(command).returncode
-        if code or not checkpoints.folder_of(out, steps).is_dir():
+        if code or not ended(out, steps):
             raise ValueError(f"training stopped; the same command goes on: {' '.join(command)}")
     return out / "weights.safetensors"
 

@@ -152,6 +152,8 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
+    if args.docs and not args.results.is_file():
+        raise FileNotFoundError(f"no {args.results}: measure it, `python -m study.ablate all`")
     results = json.loads(args.results.read_text()) if args.results.is_file() else {}
     if args.docs:
         for page in PAGES:

@@ -206,6 +206,8 @@ def test_the_body_of_training_is_asked_for(tiny_weights, tmp_path, capsys):
     assert "w was trained on another body than that of the puppet" in capsys.readouterr().out
     assert open_backbone(None, tmp_path / "w", tmp_path / "body.npz", *given).body.digest == digest
     assert capsys.readouterr().out == ""
+    open_backbone(None, None, tmp_path / "body.npz", *given)
+    assert "puppet.safetensors was trained on another body than" in capsys.readouterr().out
 
 
 def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbone, tmp_path, capsys):

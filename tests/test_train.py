@@ -411,6 +411,9 @@ def test_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
     log.validation(4, {"joint/video": 0.25})
     log.close()
     lines = metrics(tmp_path)
+    for first, kept in ((5, 4), (4, 3)):  # a run that has ended, whose last validation is not made again
+        monitor.Log(tmp_path, first, 5, TINY, PUPPET, 16, ALONE, False).close()
+        assert metrics(tmp_path) == lines[:kept]
     motion, joint, video, validation = lines
     assert [line["tokens_per_second"] for line in (motion, joint, video)] == [4 * n for n in tokens.values()]
     assert 0 < video["mfu"] < motion["mfu"] < joint["mfu"] < 1
@@ -482,6 +485,7 @@ MISUSE = {
     "shift is no number": (("--shift", "nan"), "--shift: expected a number above 0, got 'nan'"),
     "two streams in one": (("--ablate", "single-stream"), "single-stream has one set of weights: start from"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
+    "a body of no use": (("--wan", "folder", "--data", "cache:x", "--body", "x"), "--body: a cache"),
     "Wan without data": (("--wan", "folder"), "--wan trains on latents"),
 }
 
@@ -532,7 +536,8 @@ def test_a_finished_run_is_not_overwritten(verb, tiny_weights, one_step, argumen
 
 def test_weights_are_not_overwritten_where_checkpoints_are_gone(verb, tiny_weights, tmp_path):
     shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
-    refused(verb, tmp_path, r"weights\.safetensors exists", "--init", tiny_weights)
+    for resume in ((), ("--resume",), ("--resume", "auto")):
+        refused(verb, tmp_path, r"weights\.safetensors exists", "--init", tiny_weights, *resume)
 
 
 def test_export_writes_the_average_and_says_what_the_run_was(whole, tmp_path, verb):

@@ -69,6 +69,8 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     if not match:
         raise ValueError(f"data set {spec!r}: expected KIND:WHERE or KIND:WHERE@WEIGHT, such as puppet:100")
     kind, where, weight = match.groups()
+    if kind in ("puppet", "cache") and rest != spec:
+        raise ValueError(f"data set {spec!r}: @axes= and @smooth= are for amass, humanml3d and clips")
     if weight is not None and float(weight) == 0:
         raise ValueError(f"data set {spec!r}: its weight must be above 0; leave it out instead")
     return kind, where or "", None if weight is None else float(weight)
@@ -179,7 +181,8 @@ def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> 
 
     def read(item: int) -> Iterator[Sample]:
         entry = entries[item]
-        motion = checked(humanml3d.read_entry(entry, body, geometry.fps), body, entry.name, reading)
+        motion = humanml3d.read_entry(entry, body, geometry.fps, reading)
+        motion = checked(motion, body, entry.name, reading, floor=True)
         yield from _windows(entry.name, entry.captions, motion, geometry, body)
 
     def sources(item: int) -> dict[str, str | Path]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from kit.body import Body
 from kit.data.hmr import NOT_SMPL, read_motion_file
 from kit.data.motion_files import Motion, at_times, mirror, times_between
+from kit.data.plausible import Reading
 
 FPS = 20  # of the frame numbers in index.csv
 COLUMNS = ("source_path", "start_frame", "end_frame", "new_name")
@@ -85,7 +86,7 @@ def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[st
     return found, problems
 
 
-def read_entry(entry: Entry, body: Body, fps: float) -> Motion:
+def read_entry(entry: Entry, body: Body, fps: float, reading: Reading) -> Motion:
     """The motion of an entry at `fps`, mirrored if the entry is. FileNotFoundError or ValueError, naming it.
 
     HumanML3D takes every int(rate / 20)-th frame of a file for 1/20 s. Right for rates such as 60, 100 and
@@ -94,7 +95,8 @@ def read_entry(entry: Entry, body: Body, fps: float) -> Motion:
     other = entry.source.with_name(entry.source.name.replace("_poses.npz", "_stageii.npz"))
     if other.is_file() and not entry.source.is_file():
         raise ValueError(f"{other} is of AMASS's SMPL-X release; HumanML3D's frames are those of SMPL+H G")
-    found = read_motion_file(entry.source, body)
+    found = read_motion_file(entry.source, body, axes=reading.axes)
+    reading.say(entry.name, found.notes)
     motion = found.motion
     if found.frames is not None or motion.fps < FPS:
         raise ValueError(f"{entry.source} has {motion.fps:g} frames a second, expected at least {FPS}")

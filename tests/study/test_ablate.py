@@ -99,6 +99,9 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
     folder_of(out, ablate.ABLATION_STEPS).rename(folder_of(out, 1))
     ablate.trained("unsynced", 3, plan)
     assert len(trainings) == 2 and trainings[1].resume == "auto"
+    shutil.rmtree(out / "checkpoints")  # to save disk; it had ended
+    ablate.trained("unsynced", 3, plan)
+    assert len(trainings) == 2
     with pytest.raises(ValueError, match=r"trained with \{'steps': 500\}, expected .*choose another --runs"):
         ablate.trained("unsynced", 3, plan._replace(steps=9))
 

@@ -74,6 +74,7 @@ def test_a_name_its_weight_and_its_options(spec, expected):
         ("clips:.@axes=up", "axes 'up', expected one of"),
         ("clips:.@smooth=x", "expected seconds"),
         ("clips:.@smooth=60", "expected seconds"),
+        ("cache:.@smooth=0.1", "are for amass, humanml3d and clips"),
         ("puppet:3@fps=0", "no option @fps=0, expected @axes=, @smooth= or @WEIGHT"),
         ("movies:x", r"expected one of puppet:\.\.\., amass"),
         ("puppet:many", "expected a number of clips"),

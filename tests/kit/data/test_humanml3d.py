@@ -7,6 +7,7 @@ import torch
 from kit.data.hmr import read_motion_file
 from kit.data.humanml3d import entries, read_entry
 from kit.data.motion_files import mirror
+from kit.data.plausible import Reading
 from motion_tokens import axis_angle_to_matrix
 
 HEADER = "source_path,start_frame,end_frame,new_name\n"
@@ -94,7 +95,7 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
     (whole, part), _ = entries(tmp_path, tmp_path / "amass")
     for entry, frames in ((whole, kept), (part, kept[10:26])):
         # at the rate that HumanML3D's 20 frames a second really are, its frames come out untouched
-        motion = read_entry(entry, body, fps / step)
+        motion = read_entry(entry, body, fps / step, Reading())
         assert torch.equal(motion.transl, original.transl[frames])
         assert torch.equal(motion.body_pose, original.body_pose[frames])
         assert torch.equal(motion.global_orient, original.global_orient[frames])
@@ -120,13 +121,13 @@ def test_amass_may_have_its_folders_of_today(tmp_path, old, new):
 def test_other_rates_and_the_mirror(folder, body):
     write_amass(folder / "amass/KIT/3/kick high_left02_poses.npz", frames=600, fps=100.0)
     (kick, mirrored, *_), _ = entries(folder, folder / "amass")
-    original, motion = read_motion_file(kick.source, body).motion, read_entry(kick, body, fps=16.0)
+    original, motion = read_motion_file(kick.source, body).motion, read_entry(kick, body, 16.0, Reading())
     times = 0.1 + np.arange(66) / 16  # to the 83rd frame, at 0.1 + 82/20 s
-    assert len(motion.transl) == 66 and len(read_entry(kick, body, 20).transl) == 83
+    assert len(motion.transl) == 66 and len(read_entry(kick, body, 20, Reading()).transl) == 83
     for axis in range(3):
         expected = np.interp(times, np.arange(600) / 100, original.transl[:, axis])
         np.testing.assert_allclose(motion.transl[:, axis], expected, atol=1e-6)
-    reflected, expected = read_entry(mirrored, body, fps=16.0), mirror(motion, body)
+    reflected, expected = read_entry(mirrored, body, 16.0, Reading()), mirror(motion, body)
     matrices = (axis_angle_to_matrix(x.body_pose) for x in (reflected, expected))
     torch.testing.assert_close(*matrices, atol=1e-5, rtol=0)
     torch.testing.assert_close(reflected.transl, expected.transl, atol=1e-6, rtol=0)
@@ -136,20 +137,20 @@ def test_a_motion_that_does_not_fit_its_entry(folder, body):
     file = folder / "amass/KIT/3/kick high_left02_poses.npz"
     kick = entries(folder, folder / "amass")[0][0]
     with pytest.raises(FileNotFoundError, match=r"kick high_left02_poses\.npz"):
-        read_entry(kick, body, 20)
+        read_entry(kick, body, 20, Reading())
     # whoever has AMASS's SMPL-X release has them all, but with other frames
     write_amass(file.with_name("kick high_left02_stageii.npz"), frames=900, fps=100.0)
     with pytest.raises(ValueError, match=r"kick high_left02_stageii\.npz is of AMASS's SMPL-X release"):
-        read_entry(kick, body, 20)
+        read_entry(kick, body, 20, Reading())
     # the 85th of HumanML3D's frames is missing, by one of AMASS's
     write_amass(file, frames=5 * 84, fps=100.0)
     with pytest.raises(ValueError, match=r"000000 ends at 4\.20 s of .*which lasts 4\.19 s"):
-        read_entry(kick, body, 20)
+        read_entry(kick, body, 20, Reading())
     write_amass(file, frames=5 * 84 + 1, fps=100.0)
-    assert len(read_entry(kick, body, 20).transl) == 83
+    assert len(read_entry(kick, body, 20, Reading()).transl) == 83
     write_amass(file, frames=100, fps=15.0)
     with pytest.raises(ValueError, match="at least 20"):
-        read_entry(kick, body, 20)
+        read_entry(kick, body, 20, Reading())
 
 
 GOOD = f"{KICK},2,85,000000.npy"

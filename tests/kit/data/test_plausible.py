@@ -98,6 +98,27 @@ def test_axes_named_in_the_spec(tmp_path, capsys):
     assert count == 3 and "lies" not in said
 
 
+def test_humanml3d_is_read_and_checked_as_amass_is(tmp_path, capsys):
+    """Catches: @axes passed over, and metres that are centimetres, of someone who hardly moves."""
+    body, motion = puppet.body(), puppet_motion(fps=20)
+    far = motion._replace(transl=motion.transl + torch.tensor((0, 90.0, 0)))
+    motions = {"yup": turn(motion, AXES["zup"], body), "far": far}
+    lines = ["source_path,start_frame,end_frame,new_name"]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "amass/CMU").mkdir(parents=True)
+    for name, moves in motions.items():
+        save_amass(tmp_path / f"amass/CMU/{name}.npz", moves, body)
+        lines.append(f"./pose_data/CMU/{name}.npy,0,40,{name}.npy")
+        (tmp_path / f"texts/{name}.txt").write_text("a man walks#a/DET#0#0")
+    (tmp_path / "index.csv").write_text("\n".join(lines))
+    (tmp_path / "train.txt").write_text("\n".join(motions))
+    spec = f"humanml3d:{tmp_path}"
+    count, said = check(spec, capsys)
+    assert count == 0 and "yup: the person lies" in said and "from the floor: is trans in centim" in said
+    count, said = check(f"{spec}@axes=yup", capsys)
+    assert count == 1 and "yup: " not in said
+
+
 def test_check_says_what_smoothing_did(tmp_path, capsys):
     """Catches: smoothing that is not done, done unasked, or whose effect is not said."""
     shaky, generator = puppet_motion(), torch.Generator().manual_seed(0)
