@@ -22,16 +22,12 @@ from kit.output import Job
 from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT
 
-TASKS = {
-    "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
-}  # fmt: skip
-
 
 def options() -> argparse.Namespace:
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what
-    add("--task", choices=TASKS, help="default: one sample each of joint, m2v and v2m; with --prompts, joint")
+    add("--task", choices=jobs.TASKS, help="default: joint, m2v and v2m, one each; with --prompts, joint")
     add("--prompt", metavar="TEXT", help="may be empty: no text")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes each missing PROMPT-INDEX.mp4")
     add("--count", type=files.count, default=1, metavar="N", help="of each prompt: seeds SEED, SEED+1, ...")
@@ -136,9 +132,7 @@ def main() -> None:
     pictures = not args.prompts
 
     # what is to be made, and from which conditions
-    wanted = jobs.jobs(
-        TASKS, args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video
-    )
+    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video)
     todo = [] if args.decode else jobs.missing(out, wanted, keep=not pictures)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):

@@ -34,15 +34,15 @@ from typing import NamedTuple
 import torch
 
 import flow
+from bench.memory import training_memory
 from bench.plan import price_of_motion
 from bench.speed import SHAPES, Shape, Sides, inputs
 from bench.timing import device_name, interleaved, random_model, seconds
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit import distributed, flops
+from kit import distributed, flops, monitor
 from kit.data.batch import CLIPS_AT_ONCE
 from kit.files import whole_file
-from kit.monitor import peak_flops
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -82,7 +82,7 @@ def tests(sizes: Sizes, device: torch.device, out: Path, left: float, report: Re
 def train(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
     config, shape = sizes.small, sizes.shape
     grid = shape.latents(config)
-    counted = flops.training_memory(config, grid, 1, checkpointing=True, text=shape.text)
+    counted = training_memory(config, grid, 1, checkpointing=True, text=shape.text)
     report(planned_gib=sum(counted) / GIB)
     model = random_model(config, device, torch.float32).train().requires_grad_(True)
     distributed.recompute_blocks(model)
@@ -185,8 +185,7 @@ def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Repo
         export = (sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors")
         subprocess.run(export, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(folder / "checkpoints")  # the largest part, of no more use
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in monitor.read_log(folder / "metrics.jsonl") if "loss" in line]
     report(exit_code=process.returncode, steps=len(steps), last=steps[-1])
 
 
@@ -228,11 +227,11 @@ def _rates(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     took, tokens = seconds(step, device), shape.tokens()
-    useful = flops.step_flops(config, tokens, checkpointing=False)
+    useful = flops.step_flops(config, tokens)
     found = {"seconds": took, "tokens_per_second": (tokens.video + tokens.motion) / took}
     found |= {"tflops": useful / took / 1e12}
     if device.type == "cuda":
-        peak = peak_flops(device, bf16=True)
+        peak = monitor.peak_flops(device, bf16=True)
         found |= {"mfu": peak and useful / took / peak}
         found |= {"peak_gib": torch.cuda.max_memory_allocated(device) / GIB}
         found |= {"reserved_gib": torch.cuda.max_memory_reserved(device) / GIB}

@@ -1,7 +1,8 @@
 """What a training run will need: memory, arithmetic, communication and time, counted from its options."""
 
+from bench.memory import parameter_count, training_memory
 from dual_dit import PRESETS, DualDiTConfig
-from kit.flops import Tokens, forward_flops, parameter_count, step_flops, tokens_of, training_memory
+from kit.flops import Tokens, forward_flops, step_flops, tokens_of
 from kit.geometry import WAN, adjusted
 
 GIB = 2**30
@@ -57,20 +58,19 @@ def plan(
         print(f"{name:24}{stored / GIB:12.1f}{checkpointed / GIB:14.1f}")
     print(f"{'sum':24}{sum(plans[False]) / GIB:12.1f}{sum(plans[True]) / GIB:14.1f}\n")
 
-    total = {ck: batch * step_flops(config, tokens, ck) for ck in (False, True)}
+    total = batch * step_flops(config, tokens)
     print("TFLOP of one clip's forward call: " + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in parts.items()))
     # bf16 weights are gathered twice and fp32 gradients scattered; their slices are then summed over nodes
     inside, across = 8 * count * (node - 1) / node, 8 * count / node * (nodes - 1) / nodes
     if gpus > 1:
         print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB to those {node}, {across / 1e9:.1f} GB beyond")
-    # MFU counts useful work: what is recomputed is not
-    seconds = total[False] / (peak_tflops * 1e12 * mfu * gpus)
+    seconds = total / (peak_tflops * 1e12 * mfu * gpus)
     days = steps * seconds / 86400
     print(
         f"a step at an MFU of {mfu:g}, of {peak_tflops:g} TFLOP/s: {seconds:.1f} s; "
         f"{steps} steps: {days:.1f} days, {24 * days * gpus:.0f} GPU hours"
     )
-    paper = hours * 3600 * A100 * mfu / total[False]
+    paper = hours * 3600 * A100 * mfu / total
     print(f"the paper's {hours} GPU hours on A100 would do {paper:.0f} such steps")
     return {
         "parameters": count,

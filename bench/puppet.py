@@ -54,8 +54,7 @@ def training_step(
     sources = open_sources(["puppet"], PUPPET, puppet.body())
     opts = train.optimizers(model, "puppet")
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    micro = batch // devices.microbatches(batch, device)
-    parts, made = [range(i, i + micro) for i in range(0, batch, micro)], []
+    parts, made = train.run.microbatches(batch, World(device, 0, 1), None), []
     drawn = flow.draw(batches.rng("bench"), STAGE, batch)._replace(task=Task.JOINT)
     codec = puppet.Codec.from_state(extra)
     steps = itertools.repeat(train.Step(STAGE, 0, 1, frames))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dual_dit import DualDiT, DualDiTConfig
-from kit.weights import stored_dtype
+from kit.weights import empty, stored_dtype
 
 ROUNDS = 15  # more make no figure better
 CPU = torch.device("cpu")
@@ -78,8 +78,7 @@ def random_model(config: DualDiTConfig, device: torch.device, dtype: torch.dtype
 
     As in a fresh one the task hint is zero: a video-only call is Wan's.
     """
-    with torch.device("meta"):
-        model = DualDiT(config)
+    model = empty(config)
     state = {
         name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device=device)
         for name, tensor in model.state_dict().items()

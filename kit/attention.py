@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 import dual_dit
@@ -72,15 +72,15 @@ def weights(q: Tensor, k: Tensor) -> Tensor:
 def motion_to_video(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
-    """Attention of motion tokens to each latent -> (layers f i T), mean over heads and clips.
+    """Attention of a frame's tokens to each latent -> (layers f T), mean over tokens, heads and clips.
 
-    Arguments as in `record`. A token's sum over T is below 1: the rest falls on motion.
+    Arguments as in `record`. A frame's sum over T is below 1: the rest falls on motion.
     """
 
     def read(q: Tensor, k: Tensor, n: int) -> Tensor:
         parts = [weights(rows, k)[:, :n] for rows in q[:, :, n:].split(ROWS, dim=2)]
         parts = [reduce(part, "rows (T hw) -> rows T", "sum", T=video.shape[2]) for part in parts]
-        return rearrange(torch.cat(parts), "(f i) T -> f i T", i=TOKENS_PER_FRAME)
+        return reduce(torch.cat(parts), "(f i) T -> f T", "mean", i=TOKENS_PER_FRAME)
 
     return record(model, video, motion, text, task, seed, read)
 
@@ -88,7 +88,7 @@ def motion_to_video(
 def video_to_motion(
     model: DualDiT, video: Tensor, motion: Tensor, text: Tensor, task: Task, seed: int = 0
 ) -> Tensor:
-    """Attention of a latent's tokens to each motion frame -> (layers T f), mean over tokens, as above."""
+    """Attention of a latent's tokens to each motion frame -> (layers T f), else as above."""
 
     def read(q: Tensor, k: Tensor, n: int) -> Tensor:
         parts = [weights(rows, k)[:, n:] for rows in q[:, :, :n].split(ROWS, dim=2)]
@@ -106,16 +106,8 @@ def holds(f: int) -> Tensor:
     return F.one_hot(latent_of(torch.arange(f))).bool()
 
 
-def frame_map(mass: Tensor) -> Tensor:
-    """How each frame's attention to video is shared out: (layers f i T) -> (layers f T), rows sum to 1.
-
-    A token's weight is its attention to video in all.
-    """
-    return F.normalize(mass.sum(dim=2), p=1, dim=-1)
-
-
-def latent_map(mass: Tensor) -> Tensor:
-    """How each latent's attention to motion is shared out: (layers T f) -> the same, rows sum to 1."""
+def shared_out(mass: Tensor) -> Tensor:
+    """How a frame's attention to video, or a latent's to motion, is shared out: the last axis sums to 1."""
     return F.normalize(mass, p=1, dim=-1)
 
 
@@ -132,11 +124,12 @@ def latent_share(maps: Tensor) -> Tensor:
 def attention_to_latents(
     model: DualDiT, latents: Tensor | None, motion: Tensor | None, text: Tensor, task: Task
 ) -> Tensor | None:
-    """frame_map of one sample: (layers f T) on the CPU; None where video or motion is absent.
+    """How the frames of one sample share out their attention to its video: (layers f T), on the CPU.
 
+    None where video or motion is absent.
     latents (b c T h w) and motion (b f 235), not normalised, as sample.denoise gives them.
     """
     if latents is None or motion is None:
         return None
     motion = (motion.to(model.motion_mean) - model.motion_mean) / model.motion_std
-    return frame_map(motion_to_video(model, latents, motion, text.to(motion.device), task)).cpu()
+    return shared_out(motion_to_video(model, latents, motion, text.to(motion.device), task)).cpu()

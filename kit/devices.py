@@ -1,4 +1,4 @@
-"""What a machine's processor is: the precision, the attention and the number of clips that suit it."""
+"""What a machine's processor is: the precision and the attention that suit it."""
 
 import functools
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 import dual_dit
 
-CPU_CLIPS = 8  # that a CPU trains on at a time
 CACHE = 2**23  # bytes of a CPU's cache for the scores of attention
 
 
@@ -65,9 +64,3 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def constant(numbers: tuple, device: torch.device) -> Tensor:
     """Numbers that never change, uploaded once: the host waits for each upload."""
     return torch.tensor(numbers, device=device)
-
-
-def microbatches(share: int, device: torch.device) -> int:
-    """Into how many microbatches a rank's share of a batch is split."""
-    # the tensors of more clips outgrow a CPU's cache, and every pass over them waits for memory
-    return max(1, share // CPU_CLIPS) if device.type == "cpu" and share % CPU_CLIPS == 0 else 1

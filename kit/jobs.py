@@ -14,6 +14,9 @@ from kit.conditions import read_motion, read_video
 from kit.data.datasets import puppet_motion
 from kit.output import Job
 
+TASKS = {
+    "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
+}  # fmt: skip
 SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
@@ -21,7 +24,7 @@ LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may 
 
 
 def jobs(
-    tasks: dict[str, Task], name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
+    name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
     motion: Path | None, video: Path | None,
 ) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
@@ -34,13 +37,13 @@ def jobs(
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
-        task, seeds, made = tasks[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
+        task, seeds, made = TASKS[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
         for file, text in read_prompts(prompts):  # a repeated prompt goes on with other seeds
             made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
         return made
     made = []
     for shown in [name] if name else SHOWN:
-        task, text = tasks[shown], prompt
+        task, text = TASKS[shown], prompt
         if task is Task.VIDEO_TO_MOTION:
             text = ""
         elif text is None and task is Task.MOTION_TO_VIDEO:  # the caption of the puppet's own condition

@@ -88,8 +88,8 @@ class Log:
         absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
         tokens = tokens._replace(**absent)
         rates = {"tokens_per_second": clips * (tokens.video + tokens.motion) / seconds}
-        if self.peak:  # recomputed blocks are no useful work
-            rates["mfu"] = clips * step_flops(self.config, tokens, checkpointing=False) / seconds / self.peak
+        if self.peak:
+            rates["mfu"] = clips * step_flops(self.config, tokens) / seconds / self.peak
         return rates
 
     def validation(self, step: int, losses: dict[str, float]) -> None:

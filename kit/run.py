@@ -10,7 +10,7 @@ import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit import checkpoints, devices, monitor, plots, puppet, wan, weights
+from kit import checkpoints, monitor, plots, puppet, wan, weights
 from kit.backbone import check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
@@ -24,6 +24,7 @@ STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
+CPU_CLIPS = 8  # that a CPU trains on at a time
 # what an ablation changes of the network; the first two change positions, no weights
 CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
@@ -67,7 +68,10 @@ def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool
 
 def microbatches(batch: int, world: World, accumulate: int | None) -> list[range]:
     """This rank's samples of a step, parted; ValueError if the batch cannot be shared out evenly."""
-    accumulate = accumulate or devices.microbatches(batch // world.ranks, world.device)
+    share, on_cpu = batch // world.ranks, world.device.type == "cpu"
+    if not accumulate:
+        # the tensors of more clips outgrow a CPU's cache, and every pass over them waits for memory
+        accumulate = max(1, share // CPU_CLIPS) if on_cpu and share % CPU_CLIPS == 0 else 1
     parts = world.ranks * accumulate
     if batch % parts:
         nearest = max(1, round(batch / parts)) * parts
@@ -139,11 +143,11 @@ def build(
     reads a Wan: a node's memory need not hold it once a GPU.
     """
     if found:
-        model = _empty(DualDiTConfig(**found.record["config"]))
+        model = weights.empty(DualDiTConfig(**found.record["config"]))
         extra = checkpoints.load_whole(found.folder, "codec")
     elif folder and world.rank > 0:
         config = weights.read_header(init)[0] if init else wan.transformer_config(folder)
-        model, extra = _empty(dataclasses.replace(config, **CHANGES.get(ablate, {}))), {}
+        model, extra = weights.empty(dataclasses.replace(config, **CHANGES.get(ablate, {}))), {}
     else:
         if init:
             if folder:
@@ -181,11 +185,6 @@ def build(
                 raise ValueError(f"{has}: cache the data with this Wan")
     codec = None if folder else puppet.Codec.from_state({k: v.to(world.device) for k, v in extra.items()})
     return model, codec
-
-
-def _empty(config: DualDiTConfig) -> DualDiT:
-    with torch.device("meta"):
-        return DualDiT(config)
 
 
 # ---------------------------------------------------------------- records
@@ -257,5 +256,5 @@ def leave(out: Path, done: int, complete: bool) -> None:
         print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
         return
     checkpoints.export(checkpoints.folder_of(out, done), out / "weights.safetensors")
-    plots.loss_picture(out / "metrics.jsonl", out / "loss.png")
+    plots.loss_picture(out / "loss.png", monitor.read_log(out / "metrics.jsonl"))
     print(f"wrote {out}/weights.safetensors, metrics.jsonl and loss.png")

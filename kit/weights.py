@@ -47,6 +47,12 @@ def save_weights(
         save_file(file, temporary, metadata={"config": json.dumps(record)})
 
 
+def empty(config: DualDiTConfig) -> DualDiT:
+    """A network on the meta device, without memory: its weights are still to come."""
+    with torch.device("meta"):
+        return DualDiT(config)
+
+
 def load_weights(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[DualDiT, dict[str, Tensor]]:
@@ -56,8 +62,7 @@ def load_weights(
     """
     with _opened(Path(path)) as (file, config, _):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    with torch.device("meta"):
-        model = DualDiT(config)
+    model = empty(config)
     extra = {k.removeprefix(EXTRA): v.to(device) for k, v in tensors.items() if k.startswith(EXTRA)}
     state = {k: v.to(device, stored_dtype(k, dtype)) for k, v in tensors.items() if not k.startswith(EXTRA)}
     try:

@@ -34,7 +34,7 @@ from torch import Tensor
 import train
 from dual_dit import PRESETS, DualDiT
 from flow import Task
-from kit import checkpoints, files, flops, puppet, validation, weights
+from kit import checkpoints, files, flops, monitor, puppet, validation, weights
 from kit.attention import frame_share, latent_share
 from motion_tokens import decode_smpl
 from study import scores
@@ -122,7 +122,7 @@ def arithmetic(stage: int, steps: int, frames: int | None) -> float:
     lengths = Counter(step.frames for step in train.schedule({stage: steps}, frames))
     for length, count in lengths.items():
         tokens = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)._replace(**absent)
-        total += count * flops.step_flops(config, tokens, checkpointing=False)
+        total += count * flops.step_flops(config, tokens)
     return total
 
 
@@ -291,7 +291,7 @@ def figure8(plan: Plan) -> None:
 
 def curve(folder: Path, kinds: Sequence[str]) -> tuple[list[int], list[float]]:
     """Steps, and the loss of stage 2 on held-out clips at each: of some of STAGE_2, the mean over tasks."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = monitor.read_log(folder / "metrics.jsonl")
     rows = {line["step"]: line["validation"] for line in lines if "validation" in line}
     tasks = len({kind.partition("/")[0] for kind in kinds})
     return list(rows), [sum(row[kind] for kind in kinds) / tasks for row in rows.values()]

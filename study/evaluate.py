@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dual_dit import DualDiT
 from flow import Task
@@ -92,6 +93,25 @@ def print_table(numbers: Numbers) -> None:
             print(line.rstrip())
 
 
+def attention_picture(path: Path, attention: Tensor) -> None:
+    """Write a .png of motion -> video attention (layers f T), one panel a layer; the line is k = f/4."""
+    layers, frames, latents = attention.shape
+    figure = plots.blank_figure(2.3 * layers + 1.2, 2.7)
+    panels = figure.subplots(1, layers, sharex=True, sharey=True)
+    for layer, (panel, share) in enumerate(zip(panels, frame_share(attention), strict=True)):
+        shown, most = attention[layer].T.numpy(), attention.max()
+        heat = panel.imshow(shown, cmap="magma", vmin=0, vmax=most, origin="lower", aspect="auto")
+        panel.plot([0, frames - 1], [0, (frames - 1) / 4], color="white", linewidth=1, linestyle=(0, (2, 3)))
+        panel.set(xticks=range(0, frames, 4), yticks=range(latents))
+        panel.set_title(f"layer {layer}: {100 * share:.0f}% on own latent", fontsize=8)
+        panel.tick_params(labelsize=7)
+    figure.suptitle(f"motion → video attention (chance {100 / latents:.0f}%)", fontsize=10)
+    figure.supxlabel("motion frame f", fontsize=8)
+    figure.supylabel("latent k", fontsize=8)
+    figure.colorbar(heat, ax=panels, fraction=0.06 / layers, pad=0.02).ax.tick_params(labelsize=7)
+    plots.save_figure(figure, path)
+
+
 def options() -> argparse.Namespace:
     parser = files.Parser(prog="python -m study.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -131,7 +151,7 @@ def main() -> None:
         numbers["attention"] = shares | {"chance": chance}
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
     if args.attention:
-        plots.attention_picture(args.attention, to_video, there, "motion → video attention")
+        attention_picture(args.attention, to_video)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from dual_dit import DualDiT
 from flow import Task
 from kit import devices, puppet
-from kit.attention import frame_map, latent_map, motion_to_video, video_to_motion
+from kit.attention import motion_to_video, shared_out, video_to_motion
 from kit.backbone import PUPPET_DEFAULTS
 from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
@@ -88,7 +88,7 @@ def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tenso
         share = len(motion) / len(real.video)
         to_video += share * motion_to_video(*given, no_text, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
         to_motion += share * video_to_motion(*given, text, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
-    return frame_map(to_video), latent_map(to_motion)
+    return shared_out(to_video), shared_out(to_motion)
 
 
 # ---------------------------------------------------------------- what the measures say

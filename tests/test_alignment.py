@@ -18,15 +18,7 @@ from torch import Tensor
 
 from flow import Task
 from kit import puppet, weights
-from kit.attention import (
-    frame_map,
-    frame_share,
-    holds,
-    latent_map,
-    latent_share,
-    motion_to_video,
-    video_to_motion,
-)
+from kit.attention import frame_share, holds, latent_share, motion_to_video, shared_out, video_to_motion
 from kit.backbone import SHIPPED
 from kit.data.datasets import puppet_motion
 from rope import TOKENS_PER_FRAME, apply_rope, latent_of, motion_positions, rope_table, video_positions
@@ -119,8 +111,8 @@ def test_the_shipped_weights_have_learned_it_both_ways():
     motion = (puppet_motion(clips) - model.motion_mean) / model.motion_std
     no_text = puppet.encode_text([""] * 4)  # video to motion has none
     given = model, video, motion, no_text, Task.VIDEO_TO_MOTION
-    to_latents = frame_map(motion_to_video(*given))  # (layers f T)
-    to_frames = latent_map(video_to_motion(*given))  # (layers T f)
+    to_latents = shared_out(motion_to_video(*given))  # (layers f T)
+    to_frames = shared_out(video_to_motion(*given))  # (layers T f)
     chance = 1 / video.shape[2]
     assert frame_share(to_latents).max() >= 3 * chance
     assert latent_share(to_frames).max() >= 2.5 * chance

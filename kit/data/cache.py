@@ -194,14 +194,22 @@ class Cache(NamedTuple):
     sources: list[dict[str, str]]  # hashes of each item's
 
 
+def geometry_in(folder: str | Path) -> Geometry:
+    """What the clips of a cache are like, finished or not; FileNotFoundError or ValueError if it is none."""
+    file = Path(folder) / SETTINGS
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}: expected what `python -m kit.data cache` wrote")
+    settings = _read_json(file)
+    return Geometry(*(settings[name] for name in Geometry._fields))
+
+
 def open_cache(folder: str | Path) -> Cache:
     """Read what belongs to the whole cache, and see that every shard is there and whole.
 
     FileNotFoundError or ValueError if it is not finished, is damaged, or of another version.
     """
     folder = Path(folder)
-    if not (folder / SETTINGS).is_file():
-        raise FileNotFoundError(f"no {folder / SETTINGS}: expected what `python -m kit.data cache` wrote")
+    geometry = geometry_in(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
     settings, index = _read_json(folder / SETTINGS), _read_json(folder / INDEX)
@@ -215,7 +223,6 @@ def open_cache(folder: str | Path) -> Cache:
             sources += record["sources"]
             if shard == 0:
                 null_text = file.get_tensor("null_text")
-    geometry = Geometry(*(settings[name] for name in Geometry._fields))
     return Cache(folder, settings, geometry, samples, rejected, null_text, sources)
 
 

@@ -135,16 +135,13 @@ def motion_vector(motion: Motion, body: Body) -> Tensor:
     return encode_smpl(*(field[None] for field in fields), body.of(motion.gender))[0]
 
 
-def read_clip(
-    folder: Path, clip: Clip, geometry: Geometry, body: Body, reading: Reading | None = None
-) -> Iterator[Sample]:
+def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading: Reading) -> Iterator[Sample]:
     """The clip's samples one after the other, each `geometry.frames` long, at its rate and size.
 
     What remains at the end, or before a long gap in the motion, is left out. Raises ValueError or
     FileNotFoundError, possibly after the last sample, if the clip cannot be used: none of it counts then.
     """
     fps, frames, height, width, _ = geometry
-    reading = reading or Reading()
     motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
     first = next(images_at(video_file, fps))
     size, camera = (first.height, first.width), None

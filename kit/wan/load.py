@@ -39,7 +39,7 @@ from kit.wan.names import (
     shard_files,
     transformer_folder,
 )
-from kit.weights import stored_dtype
+from kit.weights import empty, stored_dtype
 
 # ---------------------------------------------------------------- the transformer
 
@@ -55,8 +55,7 @@ def load_transformer(
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
     shapes, own_name, fp8 = read_header(files)
-    with torch.device("meta"):
-        model = DualDiT(config_of(shapes, read_config(folder)))
+    model = empty(config_of(shapes, read_config(folder)))
     video = own_names(model)
     expected = {own: tuple(model.state_dict()[name].shape) for name, own in video.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):

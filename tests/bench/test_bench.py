@@ -13,7 +13,7 @@ import torch
 import dual_dit
 import train
 from bench import __main__ as commands
-from bench import plan, puppet, speed, timing
+from bench import memory, plan, puppet, speed, timing
 from dual_dit import PRESETS
 from kit import flops
 from kit.devices import fused_attention
@@ -84,7 +84,7 @@ def planned(preset: str = "wan2.1-1.3b", gpus: int = 1, node: int = 8) -> dict:
     return plan.plan(preset, gpus, node, 2 * gpus, 5, (64, 64), steps=10, peak_tflops=312.0, mfu=0.4)
 
 
-MEMORY = flops.Memory(*range(1, 1 + len(flops.Memory._fields)))  # where another is long to count
+MEMORY = memory.Memory(*range(1, 1 + len(memory.Memory._fields)))  # where another is long to count
 
 
 @pytest.mark.parametrize(("gpus", "node", "shards"), ((4, 8, 4), (16, 8, 8), (16, 1, 16)))
@@ -137,7 +137,7 @@ def test_peer_computes_the_same_and_training_keeps_no_more(dtype, monkeypatch):
     assert (ours - theirs).norm() / theirs.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
     sides.train(shape)
     models, calls = {"ours": sides.ours, "peer": sides.peer}, sides.forward(shape)
-    kept = {side: flops.kept_bytes(calls[side], models[side].parameters()) for side in models}
+    kept = {side: memory.kept_bytes(calls[side], models[side].parameters()) for side in models}
     assert 0.9 * kept["peer"] < kept["ours"] <= kept["peer"]
 
 

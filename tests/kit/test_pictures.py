@@ -1,4 +1,4 @@
-"""kit/pictures.py and kit/plots.py: what is written can be read, and the same input gives the same bytes."""
+"""kit/pictures.py: what is written can be read, and the same input gives the same bytes."""
 
 import numpy as np
 import pytest

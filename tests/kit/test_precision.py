@@ -12,8 +12,9 @@ from processes import forking
 
 import dual_dit
 import flow
+from bench import memory
 from flow import Task
-from kit import devices, flops
+from kit import devices
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -42,7 +43,7 @@ def test_attention_by_products_is_attention(monkeypatch, cache):
 def test_scores_are_kept_once():
     # catches scores kept beside their softmax
     q, k, v = qkv(b=2, heads=3)
-    kept = flops.kept_bytes(lambda: devices.attention_by_products(q, k, v), (k, v))
+    kept = memory.kept_bytes(lambda: devices.attention_by_products(q, k, v), (k, v))
     assert kept == 2 * (2 * 3) * (12 * 10 + 12 * 8)  # the softmax, and the scaled queries
 
 

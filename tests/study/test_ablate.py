@@ -75,7 +75,7 @@ def test_video_tuning_sees_as_many_clips_or_costs_as_much_arithmetic(plan):
     assert ablate.steps_of("video-tuning", plan) == ablate.steps_of("echomotion", plan) == 700
     lengths = [step.frames for step in train.schedule({2: 700}, None)]
     by_hand = sum(
-        flops.step_flops(PRESETS["puppet"], flops.Tokens(16 * (f + 3), 51 * f, puppet.TEXT_LEN), False)
+        flops.step_flops(PRESETS["puppet"], flops.Tokens(16 * (f + 3), 51 * f, puppet.TEXT_LEN))
         for f in lengths  # a latent of 8x8 tokens for the first frame, then for each four
     )
     assert ablate.arithmetic(2, 700, None) == pytest.approx(by_hand)

@@ -14,6 +14,7 @@ from kit import pictures, puppet
 from kit.data.__main__ import overlay
 from kit.data.clips import Clip, cropped, cropped_camera, read_clip, read_metadata
 from kit.data.motion_files import Motion
+from kit.data.plausible import Reading
 from kit.geometry import Geometry
 
 
@@ -28,7 +29,7 @@ def test_motion_is_taken_at_the_frames_moments(tmp_path, fps):
     clip_folder.write_motion(tmp_path / "a.npz", motion, None)
     ramp(tmp_path / "a.mp4", at_rate(20, 21))
     shape, clip = Geometry(fps, 5, 32, 32, 8), Clip("a.mp4", "text", "a.npz")
-    samples = list(read_clip(tmp_path, clip, shape, puppet.body()))
+    samples = list(read_clip(tmp_path, clip, shape, puppet.body(), Reading()))
     assert len(samples) == (fps + 1) // 5
     seconds = np.arange(5 * len(samples)) / fps
     expected = np.stack([np.interp(seconds, np.arange(31) / 30, transl[:, i]) for i in range(3)], axis=1)
@@ -85,7 +86,7 @@ def on_the_body(sample) -> float:
 @pytest.mark.parametrize("shape", (Geometry(16, 17, 64, 64, 8), Geometry(12, 13, 64, 112, 8)), ids=str)
 def test_the_skeleton_lies_on_the_limbs(tmp_path, shape):
     folder = clip_folder.write(tmp_path / "a", [1], frames=17)
-    sample = next(read_clip(folder, read_metadata(folder)[0][0], shape, puppet.body()))
+    sample = next(read_clip(folder, read_metadata(folder)[0][0], shape, puppet.body(), Reading()))
     assert on_the_body(sample) > 0.99
     # a mirrored camera frame, a shifted one and a late motion are seen to be off
     mirrored, shifted = sample.motion.clone(), torch.tensor((0.3, 0, 0))

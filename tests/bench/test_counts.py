@@ -1,4 +1,4 @@
-"""kit/flops.py: counted FLOPs against torch's own counter, counted memory against what autograd keeps."""
+"""kit/flops.py against torch's own counter, bench/memory.py against what autograd keeps."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import memory
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import distributed, flops
@@ -41,26 +42,22 @@ def test_flops_are_torchs_own_count(config, video, motion):
     assert counter.get_total_flops() - counted == pytest.approx(hint, rel=0.01)
 
 
-def test_a_step_is_three_forwards_and_a_recomputation():
+def test_a_step_is_three_forwards():
     tokens = flops.tokens_of(PRESETS["wan2.1-1.3b"], 81, (480, 832), 8)
     assert tokens == (21 * 30 * 52, 51 * 81, 512)
     forward = sum(flops.forward_flops(PRESETS["wan2.1-1.3b"], tokens).values())
-    stored, recomputed = (flops.step_flops(PRESETS["wan2.1-1.3b"], tokens, ck) for ck in (False, True))
-    # by hand: projections and feed-forward of all tokens, and the text's keys and values, in 30 blocks
-    d, ffn, n, words = 1536, 8960, 21 * 30 * 52 + 51 * 81, 2 * 512
-    again = 30 * (n * 12 * d * d + words * 4 * d * d + n * 4 * d * ffn)
-    assert stored == 3 * forward and recomputed - stored == again
+    assert flops.step_flops(PRESETS["wan2.1-1.3b"], tokens) == 3 * forward
 
 
 @pytest.mark.parametrize("dual", (None, (2,), (0, 2)), ids=str)
 def test_counted_activations_are_what_a_real_call_keeps(dual):
     # catches motion's share counted in blocks that have no motion expert
     config = dataclasses.replace(SMALL, layers=3, width=192, ffn=400, dual=dual)
-    counted = flops.saved_bytes(config, GRID, 2, TEXT)
-    assert counted == flops.saved_bytes(config, GRID, 2, TEXT)  # and leaves nothing behind
+    counted = memory.saved_bytes(config, GRID, 2, TEXT)
+    assert counted == memory.saved_bytes(config, GRID, 2, TEXT)  # and leaves nothing behind
     model = DualDiT(config)
     with torch.autocast("cpu", torch.bfloat16):
-        real = flops.kept_bytes(lambda: call(model, 2), model.parameters())
+        real = memory.kept_bytes(lambda: call(model, 2), model.parameters())
     assert counted == pytest.approx(real, rel=0.01)
 
 
@@ -100,13 +97,13 @@ def test_a_checkpointed_block_keeps_what_is_counted(dual):
     shallow = dataclasses.replace(SMALL, dual=None if dual is None else ())
     deep = dataclasses.replace(SMALL, layers=6, dual=dual)
     how = {"checkpointing": True, "text": TEXT}
-    counts = [flops.training_memory(c, GRID, 2, **how).activations for c in (deep, shallow)]
+    counts = [memory.training_memory(c, GRID, 2, **how).activations for c in (deep, shallow)]
     assert counts[0] - counts[1] == pytest.approx(alive_bytes(deep) - alive_bytes(shallow), rel=0.02)
 
 
 def test_sharding_divides_state_and_checkpointing_saves_activations():
-    one = flops.training_memory(SMALL, GRID, 2, text=TEXT)
-    four = flops.training_memory(SMALL, GRID, 2, gpus=4, checkpointing=True, text=TEXT)
+    one = memory.training_memory(SMALL, GRID, 2, text=TEXT)
+    four = memory.training_memory(SMALL, GRID, 2, gpus=4, checkpointing=True, text=TEXT)
     assert one.parameters == 4 * sum(p.numel() for p in DualDiT(SMALL).parameters())
     for name in ("parameters", "gradients", "optimizer", "average"):
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, abs=4)
