@@ -17,6 +17,7 @@ from dual_dit import DualDiT
 from kit import devices, puppet, wan, weights
 from kit.body import Body
 from kit.geometry import PUPPET, Geometry, geometry_of
+from kit.pictures import Project
 
 
 class Defaults(NamedTuple):
@@ -43,7 +44,7 @@ class Backbone(NamedTuple):
     text_encoder: Callable[[], Callable[[list[str]], Tensor]]  # loads prompts -> (b l text_dim)
     codec: Callable[[], puppet.Codec | wan.VideoVAE]  # loads (b 3 f h w) in [-1, 1] <-> (b c T h w)
     transformer: Callable[[], DualDiT]
-    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # the camera, where it is known
+    project: Project | None  # the camera, where it is known
 
 
 def open_backbone(

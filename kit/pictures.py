@@ -31,7 +31,8 @@ FACE = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf
 TILE_HEIGHT, COLUMNS = 160, 6  # of a contact sheet: pixels of a frame, frames in a row
 X264 = {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"}
 BT709 = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-Project = Callable[[Tensor], tuple[Tensor, Tensor]]  # points (... 3) -> pixels (... 2), depth (...)
+# a camera: points (... 3), metres -> pixels (... 2) as (column, row), and depth from the camera (...)
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # ---------------------------------------------------------------- frames and files
 

@@ -17,6 +17,8 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit import devices, files, puppet, weights
 from kit.body import Body
 from kit.data.datasets import puppet_motion
+from kit.puppet.codec import LATENT_CHANNELS
+from kit.puppet.text import TEXT_DIM
 from kit.video import shown_frames
 from motion_tokens import motion_statistics
 
@@ -28,8 +30,8 @@ TINY = DualDiTConfig(
     width=48,
     heads=2,
     ffn=64,
-    channels=puppet.LATENT_CHANNELS,
-    text_dim=puppet.TEXT_DIM,
+    channels=LATENT_CHANNELS,
+    text_dim=TEXT_DIM,
     patch=(1, 1, 1),
     freq_dim=16,
 )

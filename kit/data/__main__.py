@@ -89,7 +89,7 @@ def picture(spec: str, geometry: Geometry, body: Body, out: Path, force: bool = 
     say(data)
     for sample in samples:
         title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
-        if sample.video is not None and sample.camera is None:
+        if sample.video is not None and sample.project is None:
             title += " (no camera in the file: a usual one is assumed)"
         titles.append(title)
     if samples:
@@ -104,7 +104,7 @@ def overlay(sample: Sample) -> Tensor:
     if sample.video is None:
         return pictures.draw_skeleton(joints, pictures.fitted(joints), HEIGHT)
     height, width = sample.video.shape[1:3]
-    project = (sample.camera or assumed_camera(height, width)).project
+    project = sample.project or assumed_camera(height, width)
     ground = pictures.resized(sample.video, HEIGHT)
     rows, columns = ground.shape[1:3]
     side = max(rows, columns)  # skeletons are drawn on squares

@@ -28,25 +28,13 @@ from kit.data.hmr import Recovered, Stretch, at_video_times, read_motion_file, s
 from kit.data.motion_files import Motion
 from kit.data.plausible import Reading, checked
 from kit.geometry import Geometry
+from kit.pictures import Project
 from kit.video import SAME_TIME, images_at, shown_frames
 from motion_tokens import encode_smpl
 
 COLUMNS = ("video", "prompt", "motion")
 APART = 0.25  # seconds by which the ends of a video and of its motion may differ
 TINY = 0.02  # of the picture's height: a person who is smaller is not what the picture shows
-
-
-class Camera(NamedTuple):
-    """A pinhole that looks along -z, y up. Pixels count from the image's top left corner."""
-
-    intrinsics: Tensor  # (3 3) pixels: focal lengths on the diagonal, principal point in the last column
-    position: Tensor  # (3,) metres
-
-    def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Points (... 3), metres -> pixels (... 2) as (column, row), and depth from the camera (...)."""
-        offset = (points - self.position) * points.new_tensor((1.0, -1.0, -1.0))  # y down, z away from it
-        pixels = offset @ self.intrinsics.T
-        return pixels[..., :2] / pixels[..., 2:], offset[..., 2]
 
 
 class Sample(NamedTuple):
@@ -56,7 +44,7 @@ class Sample(NamedTuple):
     captions: tuple[str, ...]  # each describes it; none: no text
     motion: Tensor  # (f 235) metres and radians, not normalised
     video: Tensor | None  # (f h w 3) uint8
-    camera: Camera | None  # of the video, where it is known
+    project: Project | None  # the video's camera, where it is known
 
 
 class Clip(NamedTuple):
@@ -118,12 +106,26 @@ def cropped(image: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)))
 
 
-def cropped_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Camera:
+def camera_of(intrinsics: Tensor) -> Project:
+    """A camera at the origin that looks along -z, y up; pixels count from the image's top left corner.
+
+    intrinsics (3 3) in pixels: focal lengths on the diagonal, principal point in the last column.
+    """
+
+    def project(points: Tensor) -> tuple[Tensor, Tensor]:
+        ahead = points * points.new_tensor((1.0, -1.0, -1.0))  # y down, z away from the camera
+        pixels = ahead @ intrinsics.T
+        return pixels[..., :2] / pixels[..., 2:], ahead[..., 2]
+
+    return project
+
+
+def cropped_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Project:
     """The camera of what `cropped` makes, from the intrinsics (3 3) of the image."""
     scale = max(height / image.height, width / image.width)
     left, top = (image.width * scale - width) / 2, (image.height * scale - height) / 2
     to_crop = intrinsics.new_tensor(((scale, 0, -left), (0, scale, -top), (0, 0, 1)))
-    return Camera(to_crop @ intrinsics, torch.zeros(3))
+    return camera_of(to_crop @ intrinsics)
 
 
 # ---------------------------------------------------------------- the pair
@@ -144,11 +146,11 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading:
     fps, frames, height, width, _ = geometry
     motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
     first = next(images_at(video_file, fps))
-    size, camera = (first.height, first.width), None
+    size, project = (first.height, first.width), None
     found = read_motion_file(motion_file, body, clip.track, clip.axes or reading.axes, size)
     parts = _parts(found, clip, video_file, body, reading, size)
     if found.intrinsics is not None:
-        camera = cropped_camera(found.intrinsics, first, height, width)
+        project = cropped_camera(found.intrinsics, first, height, width)
     pixels, longest, current = [], 0, None
     for count, image in enumerate(images_at(video_file, fps)):
         now = count / fps
@@ -161,8 +163,8 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading:
         if len(pixels) == frames:
             times = torch.arange(count + 1 - frames, count + 1, dtype=torch.float64) / fps
             vector = motion_vector(at_video_times(part, times), body)
-            reading.refuse(unseen(vector, camera, height, width), clip.motion)
-            yield Sample(clip.video, (clip.prompt,), vector, torch.stack(pixels), camera)
+            reading.refuse(unseen(vector, project, height, width), clip.motion)
+            yield Sample(clip.video, (clip.prompt,), vector, torch.stack(pixels), project)
             pixels = []
     end = float(parts[-1].times[-1])
     if found.frames is None and abs(now - end) > APART:
@@ -192,7 +194,7 @@ def _parts(
     return [p._replace(motion=checked(p.motion, body, clip.motion, reading, depth=depth)) for p in parts]
 
 
-def unseen(motion: Tensor, camera: Camera | None, height: int, width: int) -> list[str]:
+def unseen(motion: Tensor, project: Project | None, height: int, width: int) -> list[str]:
     """Why a person who moves like this (f 235) cannot be in the picture; nothing of one who can."""
     depth = -motion[:, 5]  # of the pelvis
     if not (depth > 0).all():
@@ -200,16 +202,17 @@ def unseen(motion: Tensor, camera: Camera | None, height: int, width: int) -> li
             f"the person is {-depth.min():.2f} m behind the camera; expected the camera's frame: "
             "x right, z up, the camera at the origin looking along +y; or name the axes, @axes=opencv"
         ]
-    pixels, _ = (camera or assumed_camera(height, width)).project(motion[:, 3:75].unflatten(-1, (24, 3)))
+    joints = motion[:, 3:75].unflatten(-1, (24, 3))
+    pixels, _ = (project or assumed_camera(height, width))(joints)
     tall = (pixels[..., 1].amax(-1) - pixels[..., 1].amin(-1)).median()
     if tall < TINY * height:
         return [f"the person is {tall / height:.1%} of the picture tall: is trans in centimetres?"]
-    if camera and not ((pixels > 0) & (pixels < pixels.new_tensor((width, height)))).all(-1).any():
+    if project and not ((pixels > 0) & (pixels < pixels.new_tensor((width, height)))).all(-1).any():
         return ["no joint is ever in the picture; is camera in pixels of the video, metres in trans?"]
     return []
 
 
-def assumed_camera(height: int, width: int) -> Camera:
+def assumed_camera(height: int, width: int) -> Project:
     """A pinhole at the origin that sees 53 degrees along the longer side."""
     focal = float(max(height, width))
-    return Camera(torch.tensor(((focal, 0, width / 2), (0, focal, height / 2), (0, 0, 1))), torch.zeros(3))
+    return camera_of(torch.tensor(((focal, 0, width / 2), (0, focal, height / 2), (0, 0, 1))))

@@ -21,14 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from kit import puppet
 from kit.body import Body
 from kit.data import humanml3d
-from kit.data.clips import Camera, Sample, inside, motion_vector, read_clip, read_metadata
+from kit.data.clips import Sample, inside, motion_vector, read_clip, read_metadata
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import AXES, Motion, canonical, resample
 from kit.data.plausible import Reading, checked
@@ -42,10 +41,6 @@ OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
 NUMBER = r"\d+\.?\d*|\.\d+"
 LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
-PUPPET_CAMERA = Camera(
-    torch.tensor(((puppet.FOCAL, 0, puppet.SIZE / 2), (0, puppet.FOCAL, puppet.SIZE / 2), (0, 0, 1))),
-    torch.tensor((0.0, puppet.CAMERA_HEIGHT, puppet.CAMERA_DISTANCE)),
-)
 
 
 class DataSet(NamedTuple):
@@ -148,7 +143,7 @@ def _puppets(where: str, geometry: Geometry, body: Body, reading: Reading) -> Da
     def read(item: int) -> Iterator[Sample]:
         clip = puppet.clips([PUPPET_SEED + item], geometry.frames)
         video = to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
-        yield Sample(names[item], tuple(clip.caption), puppet_motion(clip)[0], video, PUPPET_CAMERA)
+        yield Sample(names[item], tuple(clip.caption), puppet_motion(clip)[0], video, puppet.project)
 
     return DataSet(names, read, paired=True, problems=[])
 

@@ -5,23 +5,13 @@ smplx, so that a real SMPL file is a drop-in. 16 frames a second, 64x64 pixels, 
 stands in front of the body and looks along -z.
 """
 
-from kit.puppet.codec import FIT_SEEDS, LATENT_CHANNELS, Codec
-from kit.puppet.drawing import (
-    BACKGROUND,
-    CAMERA_DISTANCE,
-    CAMERA_HEIGHT,
-    FOCAL,
-    SIZE,
-    project,
-    render,
-    silhouette,
-)
+from kit.puppet.codec import Codec
+from kit.puppet.drawing import SIZE, project, render, silhouette
 from kit.puppet.skeleton import body
-from kit.puppet.text import TEXT_DIM, TEXT_LEN, encode_text
-from kit.puppet.world import ACTIONS, COLOURS, FPS, FRAMES, JOINT, Clips, clips
+from kit.puppet.text import TEXT_LEN, encode_text
+from kit.puppet.world import ACTIONS, FPS, FRAMES, Clips, clips
 
 __all__ = [
-    "ACTIONS", "BACKGROUND", "CAMERA_DISTANCE", "CAMERA_HEIGHT", "COLOURS", "FIT_SEEDS", "FOCAL", "FPS",
-    "FRAMES", "JOINT", "LATENT_CHANNELS", "SIZE", "TEXT_DIM", "TEXT_LEN", "Clips", "Codec", "body", "clips",
-    "encode_text", "project", "render", "silhouette",
+    "ACTIONS", "FPS", "FRAMES", "SIZE", "TEXT_LEN", "Clips", "Codec", "body", "clips", "encode_text",
+    "project", "render", "silhouette",
 ]  # fmt: skip

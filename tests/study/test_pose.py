@@ -6,11 +6,12 @@ import torch
 from kit import puppet, weights
 from kit.backbone import SHIPPED
 from kit.body import JOINT_NAMES
+from kit.puppet.drawing import BACKGROUND
 from study.pose import POINTS, SEGMENTS, Pose, anatomy, read_pose
 
 # pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free
 ERRORS = {"elbow": 4.2, "hand": 3.4, "knee": 6.0, "ankle": 2.5}
-GROUND = torch.tensor(puppet.BACKGROUND) * 2 - 1
+GROUND = torch.tensor(BACKGROUND) * 2 - 1
 
 
 def test_points_are_where_joints_project_to():

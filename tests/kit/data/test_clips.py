@@ -16,6 +16,7 @@ from kit.data.clips import Clip, cropped, cropped_camera, read_clip, read_metada
 from kit.data.motion_files import Motion
 from kit.data.plausible import Reading
 from kit.geometry import Geometry
+from kit.puppet.drawing import BACKGROUND
 
 
 @pytest.mark.parametrize("fps", (10, 16, 25))
@@ -58,7 +59,7 @@ def test_the_camera_follows_resize_and_crop(target):
     assert pixels.shape == target
     y, x = np.mgrid[: target[0], : target[1]] + 0.5
     seen = (pixels * x).sum() / pixels.sum(), (pixels * y).sum() / pixels.sum()
-    projected, depth = cropped_camera(intrinsics, image, *target).project(point)
+    projected, depth = cropped_camera(intrinsics, image, *target)(point)
     np.testing.assert_allclose(projected, seen, atol=0.15)
     assert depth.item() == pytest.approx(2.0)
 
@@ -78,7 +79,7 @@ def on_the_body(sample) -> float:
     some = sample._replace(motion=sample.motion[::4], video=sample.video[::4])
     plain = pictures.resized(some.video, 320)
     drawn = (overlay(some).int() - plain.int()).abs().amax(-1) > 60
-    background = torch.tensor(puppet.BACKGROUND) * 255
+    background = torch.tensor(BACKGROUND) * 255
     person = (plain - background).abs().amax(-1) > 12
     return (drawn & person).sum().item() / drawn.sum().item()
 
@@ -93,7 +94,7 @@ def test_the_skeleton_lies_on_the_limbs(tmp_path, shape):
     mirrored[:, 3:75:3] *= -1
     wrong = {
         "mirrored": sample._replace(motion=mirrored),
-        "shifted": sample._replace(camera=sample.camera._replace(position=shifted)),
+        "shifted": sample._replace(project=lambda points: sample.project(points - shifted)),
         "late": sample._replace(motion=sample.motion.roll(4, 0)),
     }
     for name, changed in wrong.items():

@@ -87,7 +87,7 @@ def test_joints_are_on_the_pixels_where_the_tool_sees_them(folder, who, tool):
     getattr(hmr_files, tool)(folder / name, who)
     paired(folder, name)
     sample, said = sample_of(folder)
-    found, depth = sample.camera.project(sample.motion[:, 3:75].reshape(17, 24, 3))
+    found, depth = sample.project(sample.motion[:, 3:75].reshape(17, 24, 3))
     x, y, z = np.moveaxis(who.joints()[:17], -1, 0)
     expected = np.stack([32 + focal * x / z, 32 + focal * y / z], axis=-1)
     kept = slice(0, 22 if tool == "gvhmr" else 24)  # SMPL-X has no hand joints of SMPL's

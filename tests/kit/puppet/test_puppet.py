@@ -6,14 +6,16 @@ import torch
 from kit import puppet
 from kit.body import JOINT_NAMES
 from kit.puppet.actions import SIDED
-from kit.puppet.world import _move, _own_time
+from kit.puppet.codec import FIT_SEEDS, LATENT_CHANNELS
+from kit.puppet.text import TEXT_DIM
+from kit.puppet.world import COLOURS, JOINT, _move, _own_time
 
 HELD_OUT = range(7_000_000, 7_000_012)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return puppet.Codec.fit(puppet.FIT_SEEDS[:48])
+    return puppet.Codec.fit(FIT_SEEDS[:48])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_left_is_the_mirror_of_right():
         (right_pose, right_path), (left_pose, left_path) = (
             _move(torch.tensor([a]), cycles, torch.ones(1)) for a in (right, left)
         )
-        swap = [puppet.JOINT[other.get(joint[0], str)(joint)] for joint in JOINT_NAMES]
+        swap = [JOINT[other.get(joint[0], str)(joint)] for joint in JOINT_NAMES]
         reflect = torch.tensor((-1.0, 1.0, 1.0))
         torch.testing.assert_close(left_path, right_path * reflect)
         expected = right_pose[:, :, swap] * reflect[:, None] * reflect
@@ -55,12 +57,12 @@ def test_left_is_the_mirror_of_right():
 def test_every_action_is_shown_named_and_stands_on_the_floor():
     clips = puppet.clips(range(300))
     for caption, action, shirt in zip(clips.caption, clips.action, clips.shirt, strict=True):
-        assert caption == f"a person in a {puppet.COLOURS[shirt]} shirt {puppet.ACTIONS[action]}"
+        assert caption == f"a person in a {COLOURS[shirt]} shirt {puppet.ACTIONS[action]}"
     assert set(clips.action.tolist()) == set(range(len(puppet.ACTIONS)))
-    assert set(clips.shirt.tolist()) == set(range(len(puppet.COLOURS)))
+    assert set(clips.shirt.tolist()) == set(range(len(COLOURS)))
     # a joint that never turns has nothing to be looked for; the spine turns in some actions only
     assert clips.body_pose.std(dim=1).mean(dim=(0, 2)).min() > 0.01
-    height = clips.joints[:, :, [puppet.JOINT["left_foot"], puppet.JOINT["right_foot"]], 1]
+    height = clips.joints[:, :, [JOINT["left_foot"], JOINT["right_foot"]], 1]
     assert height.min() > -0.1 and height.amin(-1).max() < 0.4
 
 
@@ -92,7 +94,7 @@ def test_render():
     assert video.abs().max() <= 1 and (cover - 0.5).abs().max() <= 0.5 + 1e-5
     shown, drawn = puppet.silhouette(video), cover > 0.5
     assert (shown & drawn).sum() / (shown | drawn).sum() > 0.94
-    pixels, depth = puppet.project(clips.joints[:, :, puppet.JOINT["spine3"]])
+    pixels, depth = puppet.project(clips.joints[:, :, JOINT["spine3"]])
     column, row = pixels.long().unbind(-1)
     b, f = torch.meshgrid(torch.arange(6), torch.arange(17), indexing="ij")
     assert cover[b, f, row, column].min() > 0.9 and depth.min() > 3
@@ -111,7 +113,7 @@ def test_sides_and_front_are_visible():
 def test_codec_reconstructs_held_out_clips(codec, held_out):
     video, cover = held_out
     latents = codec.encode(video)
-    assert latents.shape == (len(HELD_OUT), puppet.LATENT_CHANNELS, 5, 8, 8)
+    assert latents.shape == (len(HELD_OUT), LATENT_CHANNELS, 5, 8, 8)
     decoded = codec.decode(latents)
     psnr = 10 * torch.log10(4 / (decoded - video).square().flatten(1).mean(1))
     assert psnr.mean() > 27.5
@@ -141,7 +143,7 @@ def test_codec_is_causal(codec, held_out):
 
 def test_text():
     text = puppet.encode_text(["a red shirt", "A shirt red.", "", "red"])
-    assert text.shape == (4, puppet.TEXT_LEN, puppet.TEXT_DIM)
+    assert text.shape == (4, puppet.TEXT_LEN, TEXT_DIM)
     assert not text[2].any() and not text[0, 3:].any() and text[0, :3].abs().sum(-1).min() > 0
     torch.testing.assert_close(text[0, 0], text[1, 0])
     assert not torch.allclose(text[0], text[1])  # the order of words shows
