@@ -221,3 +221,16 @@ def test_autocast_leaves_the_noise_level_in_fp32(model):
 def test_motion_of_another_length_than_the_video_is_refused(model):
     with pytest.raises(ValueError, match="3 video latents span 9 frames, but motion has 8"):
         model(**inputs() | {"motion": torch.zeros(3, 8, MOTION_DIM)})
+
+
+def test_a_fresh_model_tells_tokens_and_frames_apart():
+    # catches embeddings that start at zero: joints share an MLP, and RoPE knows no f mod 4
+    encoder = DualDiT(TINY).motion["encoder"]
+    assert all(torch.pdist(rows.detach()).min() > 1 for rows in (encoder.token, encoder.phase))
+
+
+def test_modulation_starts_as_wans():
+    # randn / sqrt(width): catches gates that let six times too much through
+    for name, p in DualDiT(TINY).named_parameters():
+        if name.endswith("modulation"):
+            assert p.std().item() == pytest.approx(TINY.width**-0.5, rel=0.3), name

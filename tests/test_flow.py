@@ -254,3 +254,22 @@ def test_inputs_that_do_not_fit_the_task_are_refused(task, absent, message):
     roles = (Role.ABSENT if name == absent else Role.NOISY for name in ("video", "motion"))
     with pytest.raises(ValueError, match=message):
         solve(None, randn(*roles), task)
+
+
+def test_velocities_of_a_bf16_network_are_weighted_in_fp32():
+    # catches guidance of 6 in bf16: a difference of two near numbers, six times their rounding
+    velocities = [randn(Role.NOISY, Role.ABSENT)[0].bfloat16() for _ in range(2)]
+    answers = iter([(u, None) for u in velocities])
+    given = torch.zeros(B, 2, 1, 2, 2), None, torch.ones(1), TEXT, NULL
+    got = flow.guided(lambda *_: next(answers), *given, Task.VIDEO_ONLY, 6.0, 6.0)
+    u_xy, u_x = (u.float().flatten(1) for u in velocities)
+    torch.testing.assert_close(got, u_x + 6.0 * (u_xy - u_x))
+
+
+def test_times_stay_fp32_beside_bf16_text():
+    # catches times in the text's dtype: a Wan's text is bf16 on a GPU, in which 0.996 and 0.998 are the same
+    asked = []
+    network = lambda video, motion, t, *_: asked.append(t) or (video, None)
+    start = randn(Role.NOISY, Role.ABSENT)
+    flow.sample(network, *start, TEXT.bfloat16(), NULL.bfloat16(), Task.VIDEO_ONLY, steps=50)
+    assert len({t.item() for t in asked}) == 50 and {t.dtype for t in asked} == {torch.float32}

@@ -312,3 +312,25 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert re.search(f"^sample.py: error: .*{words}", ended.err.splitlines()[-1])
     assert ended.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_is_guided_against_no_text(verb, tiny_weights, tmp_path, monkeypatch):
+    # catches the prompt as its own null text: guidance would do nothing, and every sample still look right
+    asked = []
+    listen = lambda *given, progress, **how: asked.append(given[3:5]) or given[1:3]
+    monkeypatch.setattr(sample.flow, "sample", listen)
+    for module, name in ((sample, "attention_to_latents"), (output, "write_all")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    call = ("--device", "cpu", "--weights", tiny_weights, "--out", tmp_path, "--task", "joint", "--no-redraw")
+    assert verb(sample, *call, "--prompt", "a person jumps").code == 0
+    ((text, null_text),) = asked
+    assert torch.equal(text, puppet.encode_text(["a person jumps"]))
+    assert torch.equal(null_text, puppet.encode_text([""]))
+
+
+def test_the_video_reaches_the_network_as_the_codec_makes_it(made, tiny_weights, tmp_path, backbone):
+    # catches a condition that is shown as it was given, and is another one to the network
+    out = run_sample(tiny_weights, tmp_path, "--task", "v2m", "--video", made / "joint.mp4")
+    latents = output.load_latents(out / "latents" / "v2m.safetensors")[3]
+    expected = backbone.codec().encode(read_video(made / "joint.mp4", backbone.geometry))
+    torch.testing.assert_close(latents, expected)

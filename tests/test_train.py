@@ -559,3 +559,63 @@ def test_export_writes_the_average_and_says_what_the_run_was(whole, tmp_path, ve
         torch.testing.assert_close(half[name].float(), x, rtol=2**-8, atol=0, msg=name)
         if any(part in name for part in ("time_", "norm", "modulation", "extra.", "motion_", "task_hint")):
             assert torch.equal(half[name], x), name
+
+
+def test_the_average_is_over_hundreds_of_steps_however_long_the_stage():
+    # catches weights from the beginning of a stage that its average never forgets
+    state, ema = {"weight": torch.ones(1)}, {"weight": torch.zeros(1)}
+    train.update(state, ema, [], 0.5, train.Step(2, 20_000, 30_000, 17))
+    assert ema["weight"].item() == pytest.approx(0.002)
+
+
+def test_a_seed_decides_weights_clips_and_noise(tmp_path, monkeypatch):
+    # catches an option that is recorded and not used: networks of several seeds would be one
+    monkeypatch.setitem(train.run.PRESETS, "puppet", TINY)
+    monkeypatch.setattr(batches, "STATISTICS_CLIPS", 8)
+    codec = puppet.Codec.fit(range(8))
+    monkeypatch.setattr(puppet.Codec, "fit", lambda: codec)
+    plan = ("--stage", 1, "--steps", 1, "--frames", 5, "--batch", 1)
+    (call,) = run_train(tmp_path, *plan, "--seed", 5)
+    torch.manual_seed(5)
+    name = "blocks.0.motion.ffn.0.weight"
+    assert torch.equal(call.state[name], DualDiT(TINY).state_dict()[name])
+    assert torch.equal(call.draw.seeds, flow.draw(batches.rng("draw", 5, 0), 1, 1).seeds)
+    clip = puppet.clips(
+        [int(torch.randint(2**62, (1,), generator=batches.rng("clip", 5, 1, 0, 0)))], frames=5
+    )
+    motion = (puppet_motion(clip) - call.state["motion_mean"]) / call.state["motion_std"]
+    torch.testing.assert_close(call.motion, motion)
+
+
+def test_gradients_are_clipped_in_training(tiny_weights, tmp_path, monkeypatch):
+    # catches a norm that is only looked at
+    norms, update = [], train.update
+
+    def noted(state, ema, opts, rate, now):
+        gradients = [
+            p.grad.flatten() for o in opts for g in o.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norms.append(torch.cat(gradients).norm().item())
+        update(state, ema, opts, rate, now)
+
+    monkeypatch.setattr(train, "update", noted)
+    run_train(tmp_path, "--init", tiny_weights, "--stage", 2, "--steps", 1, "--frames", 5, "--batch", 1)
+    assert metrics(tmp_path)[0]["grad_norm"] > 1 and norms == pytest.approx([1.0], rel=1e-3)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(whole, tmp_path):
+    # catches half of a run in bf16 because it was moved to another machine
+    out = tmp_path / "run"
+    shutil.copytree(whole.out, out)
+    for later in range(11, 13):
+        shutil.rmtree(checkpoints.folder_of(out, later))
+    run_train(out, *RUN, "--resume", "--precision", "bf16")
+    assert curve(out) == curve(whole.out)
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    # catches halves of checkpoints that fill the disk, one a kill
+    for name in (".step-00000002", "step-00000001"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    checkpoints.Writer(tmp_path, 1, ALONE)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

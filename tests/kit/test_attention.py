@@ -81,3 +81,16 @@ def test_shares_by_hand():
     own, even = torch.tensor([[1.0, 0, 0, 0, 0], [0, 0.25, 0.25, 0.25, 0.25]]), torch.full((2, 5), 0.2)
     shares = attention.latent_share(torch.stack((own, even)))
     torch.testing.assert_close(shares, torch.tensor([1.0, 0.5]))  # chance is 1/T, as for frames
+
+
+def test_a_samples_map_normalises_the_motion_and_is_none_without_a_modality():
+    # catches motion in metres given to the network, which knows it normalised
+    video, motion = randn(1, TINY.channels, LATENTS, ROWS, COLUMNS), randn(1, FRAMES, 235, seed=1)
+    text, model = randn(1, 3, TINY.text_dim, seed=2), tiny_model()
+    model.motion_mean.fill_(0.5)
+    model.motion_std.fill_(2.0)
+    expected = attention.motion_to_video(model, video, motion, text, Task.JOINT)
+    found = attention.attention_to_latents(model, video, 2 * motion + 0.5, text, Task.JOINT)
+    torch.testing.assert_close(found, attention.shared_out(expected))
+    assert (found - attention.attention_to_latents(model, video, motion, text, Task.JOINT)).abs().max() > 1e-4
+    assert attention.attention_to_latents(model, video, None, text, Task.VIDEO_ONLY) is None

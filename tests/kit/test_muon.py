@@ -3,9 +3,10 @@
 import copy
 
 import torch
+from conftest import tiny_model
 from torch import nn
 
-from kit.muon import Muon
+from kit.muon import Muon, optimizers
 
 SHAPES = ((24, 64), (64, 24), (40, 40), (24, 64), (64, 24))
 
@@ -42,3 +43,14 @@ def test_steps_are_those_of_torchs_muon():
     # what it remembers has torch's names: a checkpoint of the one is a checkpoint of the other
     assert all(list(mine.state[p]) == ["momentum_buffer"] for p in ours)
     other.load_state_dict(copy.deepcopy(mine.state_dict()))
+
+
+def test_muon_has_the_matrices_within_blocks_and_both_decay():
+    # catches embeddings and heads, whose rows are no directions of one space, trained by Muon
+    model = tiny_model()
+    names = {p: name for name, p in model.named_parameters()}
+    muon, adamw = optimizers(model, "puppet")
+    of_muon, others = ({names[p] for g in o.param_groups for p in g["params"]} for o in (muon, adamw))
+    assert of_muon == {n for p, n in names.items() if n.startswith("blocks.") and p.ndim == 2}
+    assert of_muon | others == {*names.values()} and not of_muon & others
+    assert {g["weight_decay"] for o in (muon, adamw) for g in o.param_groups} == {1e-2}

@@ -103,3 +103,13 @@ def test_failed_save_leaves_the_old_file_and_nothing_else(saved, model, monkeypa
     with pytest.raises(OSError, match="no space"):
         save_weights(saved, TINY, model.state_dict(), {})
     assert contents(saved.parent) == before
+
+
+def test_a_bf16_network_keeps_in_fp32_what_needs_it(saved, model):
+    # catches statistics, noise levels and norms that are rounded on the way in
+    state = load_weights(saved, dtype=torch.bfloat16)[0].state_dict()
+    assert {name: x.dtype for name, x in state.items()} == {
+        name: weights.stored_dtype(name, torch.bfloat16) for name in state
+    }
+    assert torch.equal(state["motion_mean"], model.motion_mean)
+    assert {x.dtype for x in state.values()} == {torch.bfloat16, torch.float32}

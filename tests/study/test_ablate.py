@@ -73,6 +73,7 @@ def test_ablations_differ_in_one_thing(trainings, plan):
 def test_video_tuning_sees_as_many_clips_or_costs_as_much_arithmetic(plan):
     plan = plan._replace(stages={0: 400, 1: 100, 2: 700})
     assert ablate.steps_of("video-tuning", plan) == ablate.steps_of("echomotion", plan) == 700
+    assert ablate.steps_of("video-tuning-quarter", plan) == 175
     lengths = [step.frames for step in train.schedule({2: 700}, None)]
     by_hand = sum(
         flops.step_flops(PRESETS["puppet"], flops.Tokens(16 * (f + 3), 51 * f, puppet.TEXT_LEN))
@@ -157,6 +158,11 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     maps = torch.tensor(results["figure8"]["unsynced"]["motion_to_video"])
     assert maps.shape == (2, 17, 5) and results["figure8"]["unsynced"]["chance"] == 0.2
     assert (maps.sum(-1) - 1).abs().max() < 1e-3
+    measures = results["figure8"]["unsynced"]["measures"]
+    shares = [measures[f"motion_to_video_{layer}"]["mean"] for layer in range(2)]
+    assert shares == pytest.approx(ablate.frame_share(maps).tolist(), abs=1e-4)  # each layer's own
+    mean, ours = (results["table5"][name]["measures"] for name in ("mean-motion", "echomotion"))
+    assert all(mean[key]["mean"] != ours[key]["mean"] for key in mean)
     # table 1 comes last. Catches a backbone that is asked for motion, and a row that says redrawn in vain
     joint, redrawn, video = (Task.JOINT, False), (Task.JOINT, True), (Task.VIDEO_ONLY, False)
     echomotion = [joint] * 2 + [redrawn] * 2

@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import TINY
 
-from kit import puppet
+from flow import Task
+from kit import puppet, weights
+from kit.attention import motion_to_video, shared_out, video_to_motion
+from kit.data.datasets import puppet_motion
 from study import evaluate, measures, scores
 
 
@@ -52,7 +55,9 @@ def test_real_clips_are_as_good_as_real(few):
     assert found["jerk"].tolist() == pytest.approx([1] * 4, rel=1e-2)
     assert found["iou"].min() > 0.99 and found["bone_variation"].max() < 1e-5
     assert found["fk_error_mm"].max() < 0.1 and found["usual_poses"].mean() > 0.9
-    there = real._replace(bank=real.clips, outlines=measures.outlines(puppet.silhouette(real.video)))
+    bank = real.clips._replace(action=real.clips.action.flip(0))  # in another order than the clips
+    outlines = measures.outlines(puppet.silhouette(real.video)).flip(0)
+    there = real._replace(bank=bank, outlines=outlines)
     assert scores.of_video(real.video, there)["prompt_following"].mean() == 1
     noise = torch.randn(real.video.shape, generator=torch.Generator().manual_seed(0))
     noisy = scores.of_video((real.video + 0.5 * noise).clamp(-1, 1), real)
@@ -82,3 +87,77 @@ def test_one_clip_is_refused_for_want_of_a_shuffled_pair(verb, tiny_weights):
     ended = verb(evaluate, "--weights", tiny_weights, "--clips", 1)
     assert ended.code == 2
     assert "--clips must be at least 2" in ended.err and ended.err.count("\n") == 1
+
+
+def test_each_clip_is_asked_for_its_own_text_against_none_and_with_noise_of_its_own(
+    few, tiny_weights, monkeypatch
+):
+    # catches the same noise in every chunk, and a caption as null text, for which guidance does nothing
+    asked = []
+    listen = lambda model, task, text, null_text, seed, latents, motion, **_: (
+        asked.append((text, null_text, seed)) or (latents, motion)
+    )
+    monkeypatch.setattr(scores, "denoise", listen)
+    model, extra = weights.load_weights(tiny_weights)
+    real = scores.held_out(3)
+    _, motion = scores.generate(model, puppet.Codec.from_state(extra), real, Task.JOINT)
+    texts, nulls, seeds = zip(*asked, strict=True)
+    assert torch.equal(motion, real.motion) and seeds == (0, 2)
+    assert torch.equal(torch.cat(texts), puppet.encode_text(real.clips.caption))
+    assert all(torch.equal(null.expand(1, -1, -1), puppet.encode_text([""])) for null in nulls)
+
+
+def test_maps_are_of_the_networks_own_inputs(few, tiny_weights):
+    # catches motion that is not normalised, text where there is none, a short chunk counted as a whole one
+    model, extra = weights.load_weights(tiny_weights)
+    codec, real = puppet.Codec.from_state(extra), scores.held_out(3)
+    latents, motion = codec.encode(real.video), (real.motion - model.motion_mean) / model.motion_std
+    text, no_text = (puppet.encode_text(words) for words in (real.clips.caption, [""] * 3))
+    to_video, to_motion = 0, 0
+    for part, share in ((slice(0, 2), 2 / 3), (slice(2, 3), 1 / 3)):
+        given = (model, latents[part], motion[part])
+        to_video += share * motion_to_video(*given, no_text[part], Task.VIDEO_TO_MOTION, part.start)
+        to_motion += share * video_to_motion(*given, text[part], Task.MOTION_TO_VIDEO, part.start)
+    found = scores.maps(model, codec, real)
+    torch.testing.assert_close(found, (shared_out(to_video), shared_out(to_motion)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("late", (2, -2))
+def test_a_motion_that_is_late_or_early_is_out_of_step_and_fits_less(few, late):
+    # catches the best IoU of all offsets for that of now, and a lag that counts to one side only
+    real = scores.held_out(4)
+    found = scores.of_pair(real.video, real.motion.roll(late, 1), real)
+    assert found["in_step"].tolist() == [0] * 4
+    assert found["iou"].max() < 0.95 and scores.of_pair(real.video, real.motion, real)["iou"].min() > 0.99
+
+
+def test_known_faults_of_a_motion_are_measured(few):
+    # catches measures of a motion against itself, and a baseline that has seen the clips
+    real = scores.held_out(4)
+    moved = real.motion.clone()
+    moved[..., 3:75:3] += 0.1  # joints, not the rotations that they should follow from
+    assert scores.of_motion(moved, real)["fk_error_mm"].tolist() == pytest.approx([100] * 4, rel=1e-2)
+    bent = puppet_motion(real.clips._replace(body_pose=4 * real.clips.body_pose))
+    usual = [scores.of_motion(motion, real)["usual_poses"].mean() for motion in (real.motion, bent)]
+    assert usual[1] < usual[0] - 0.1
+    mean = measures.centred(real.bank.joints).flatten(0, 1).mean(0)
+    torch.testing.assert_close(scores.mean_motion(real), mean.expand_as(real.clips.joints))
+
+
+def test_likeness_is_to_the_clips_own_video(few):
+    real = scores.held_out(2)
+    found = scores.of_likeness(0.8 * real.video, real)
+    torch.testing.assert_close(found["psnr"], measures.psnr(0.8 * real.video, real.video))
+    assert scores.of_likeness(real.video.roll(1, 0), real)["iou"].max() < 0.8
+
+
+def test_baseline_and_ceiling_are_not_ours(few, tiny_weights, monkeypatch):
+    # a network that makes each clip of another's caption. Catches pairs that are not shuffled, its own motion
+    # in the ceiling
+    model, extra = weights.load_weights(tiny_weights)
+    real = scores.held_out(4)
+    made = real.video.roll(1, 0), real.motion.roll(1, 0)
+    monkeypatch.setattr(scores, "generate", lambda *_, **__: made)
+    joint = evaluate.measured(model, puppet.Codec.from_state(extra), real)["joint"]
+    iou = {side: found["iou"]["mean"] for side, found in joint.items()}
+    assert iou["ours"] > 0.9 and iou["baseline"] < 0.7 and iou["ceiling"] > iou["baseline"] + 0.2

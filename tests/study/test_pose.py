@@ -7,7 +7,7 @@ from kit import puppet, weights
 from kit.backbone import SHIPPED
 from kit.body import JOINT_NAMES
 from kit.puppet.drawing import BACKGROUND
-from study.pose import POINTS, SEGMENTS, Pose, anatomy, read_pose
+from study.pose import POINTS, SEGMENTS, Pose, anatomy, joined, read_pose
 
 # pixels of 64, mean: hips and shoulders are hidden and knees covered, hands and feet are free
 ERRORS = {"elbow": 4.2, "hand": 3.4, "knee": 6.0, "ankle": 2.5}
@@ -70,7 +70,7 @@ def test_anatomy_is_each_clips_own():
 
 
 def test_a_bend_beyond_the_real_ones_is_odd_and_its_frame_no_plausible_posture():
-    bend = torch.tensor([[[0.1, torch.nan, 3.0, torch.nan], [0.1, 0.1, torch.nan, 0.1]]])
+    bend = torch.tensor([[[0.97, torch.nan, 0.995, torch.nan], [0.97, -0.97, torch.nan, 0.1]]])
     pose = Pose(torch.zeros(1, 2, 8, 2), torch.ones(1, 2, 8, dtype=torch.bool), bend, torch.ones(1, 2, 8))
     found = anatomy(pose, torch.linspace(-1, 1, 201)[:, None].expand(-1, 4))
     assert found["odd_bends"].item() == pytest.approx(1 / 5)
@@ -82,3 +82,27 @@ def test_a_bend_beyond_the_real_ones_is_odd_and_its_frame_no_plausible_posture()
 def test_an_empty_video_has_no_limbs():
     pose = read_pose(GROUND.view(1, 3, 1, 1, 1).expand(1, 3, 5, 64, 64))
     assert not pose.seen.any() and (pose.pieces == 0).all() and pose.bend.isnan().all()
+
+
+def test_a_limb_bends_to_one_side_or_the_other():
+    # catches an angle without its sign: a knee that bends forwards would be as usual as one that bends back
+    upper = torch.tensor([[0.0, 0], [10, 0]]).expand(2, 2, 2)
+    lower = torch.tensor([[[10.0, 0], [10, 9]], [[10, 0], [10, -9]]])
+    joint, tip, bend = joined(upper, lower)
+    assert joint.tolist() == [[10, 0], [10, 0]] and tip.tolist() == [[10, 9], [10, -9]]
+    assert bend.tolist() == pytest.approx([torch.pi / 2, -torch.pi / 2])
+
+
+def test_length_variation_by_hand():
+    # catches pixels for a share of the length, another segment's ends, points that were not seen
+    pose = Pose(
+        torch.zeros(1, 3, 8, 2),
+        torch.zeros(1, 3, 8, dtype=torch.bool),
+        torch.zeros(1, 3, 4),
+        torch.ones(1, 3, 8),
+    )
+    elbow, hand = POINTS.index("left_elbow"), POINTS.index("left_hand")
+    pose.points[0, :, elbow] = torch.tensor([20.0, 30.0])
+    pose.points[0, :, hand] = torch.tensor([[20.0, 34.0], [26.0, 30.0], [20.0, 38.0]])  # 4, 6 and 8 long
+    pose.seen[..., elbow] = pose.seen[..., hand] = True
+    assert anatomy(pose, torch.randn(9, 4))["length_variation"].item() == pytest.approx(1 / 3)

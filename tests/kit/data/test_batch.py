@@ -131,3 +131,18 @@ def test_text_is_a_caption_of_its_own_sample_padded_with_zeros():
     # where there is no caption the null text stands
     silent = numbered(4)._replace(read=lambda *given: numbered(4).read(*given)._replace(texts=[[], []]))
     assert (read([silent], 2, range(2)).text == 0.5).all()
+
+
+def test_stage_1_draws_from_motion_alone_as_well():
+    # catches motion without video that is never trained on, which is what stage 1 is for
+    sources = [numbered(10, weight=9, paired=False, offset=1000), numbered(10)]
+    numbers = drawn(sources, range(4))
+    assert max(numbers) >= 1000 > min(numbers)
+
+
+def test_statistics_are_of_all_sources_in_their_shares():
+    # catches the first data set's statistics taken for all
+    sources = [numbered(64, weight=3), numbered(64, weight=1, offset=1000)]
+    mean, std = batches.statistics(sources, 0)
+    torch.testing.assert_close(mean, torch.full((235,), 31.5 + 250))
+    torch.testing.assert_close(std, torch.full((235,), 433.5), atol=1, rtol=0)

@@ -317,3 +317,15 @@ def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
     assert compared()[0] == f"{spec} lists other items now: cache it again, into another --out"
     shutil.rmtree(folder)
     assert compared()[0].startswith("not compared with what it was made of: no folder")
+
+
+def test_a_cache_of_other_encoders_is_refused(folder, made, verb, tmp_path):
+    # catches features of two text encoders, or latents of two VAEs, in one cache: their files are as large
+    for part in ("vae", "text_encoder"):
+        other = shutil.copytree(folder, tmp_path / part)
+        file = next((other / part).glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        ended = verb(commands, *arguments(other, made))
+        assert ended.code == 2 and f"({part} was " in ended.err

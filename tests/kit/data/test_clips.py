@@ -12,7 +12,15 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from kit import pictures, puppet
 from kit.data.__main__ import overlay
-from kit.data.clips import Clip, cropped, cropped_camera, read_clip, read_metadata
+from kit.data.clips import (
+    Clip,
+    assumed_camera,
+    cropped,
+    cropped_camera,
+    read_clip,
+    read_metadata,
+    unseen,
+)
 from kit.data.motion_files import Motion
 from kit.data.plausible import Reading
 from kit.geometry import Geometry
@@ -102,3 +110,17 @@ def test_the_skeleton_lies_on_the_limbs(tmp_path, shape):
     alone = overlay(sample._replace(video=None, motion=sample.motion[::8])).int()
     for colour in (pictures.SIDE_COLOURS["left"], pictures.SIDE_COLOURS["right"]):
         assert ((alone - torch.tensor(colour)).abs().amax(-1) < 25).sum((1, 2)).min() > 50
+
+
+@pytest.mark.parametrize(("place", "seen"), ((100, True), (30, True), (140, False)))
+def test_a_person_is_looked_for_in_the_whole_of_a_picture_that_is_not_square(place, seen):
+    # catches height and width exchanged, in the bounds and in the lens that is assumed
+    camera = assumed_camera(64, 128)
+    middle, _ = camera(torch.tensor([0.0, 0.0, -4.0]))
+    assert middle.tolist() == [64, 32]
+    joints = torch.tensor([0.0, 0.0, -4.0]).expand(5, 24, 3).clone()
+    joints[..., 0] = 4 * (place - 64) / 128  # the column, by a focal length of 128
+    joints[..., 1] = torch.linspace(-0.5, 0.5, 24)
+    motion = torch.zeros(5, 235)
+    motion[:, 3:75] = joints.flatten(1)
+    assert bool(unseen(motion, camera, 64, 128)) is not seen

@@ -362,3 +362,58 @@ def test_tracks_that_cannot_be(folder, who):
         ("pose", who.matrices * np.array([1, 1, -1.0]), "the matrices of its pose are no rotations"),
     ):
         assert reason in lines_of(pickled(folder / "a.pkl", {0: track | {name: value}}))
+
+
+def test_a_distance_from_a_long_lens_may_sway(folder, who, tmp_path):
+    """Seen from 450 m: catches a lens that is not asked, so that good clips are left out as impossible."""
+    found = who.transl * [1, 1, 1] + np.array([0, 0, 445.5])
+    found[:, 2] += 2 * (np.arange(FRAMES) % 2)
+    camera = clip_folder.CAMERA * np.array([[100, 1, 1], [1, 100, 1], [1, 1, 1]])
+    far = who._replace(transl=found)
+    np.savez(
+        folder / "far.npz", global_orient=far.matrices[:, :1], body_pose=far.matrices[:, 1:],
+        betas=hmr_files.by_frame(far), cam_trans=far.transl, cam_int=np.tile(camera, (FRAMES, 1, 1)),
+    )  # fmt: skip
+    paired(folder, "far.npz")
+    sample, _ = sample_of(folder)
+    assert sample.motion[:, 5].diff().abs().min() > 1
+
+
+def test_a_video_that_does_not_begin_at_zero(tmp_path, who):
+    """Catches: moments counted from the file's zero, so that the motion is late or not there at all."""
+    black = [np.zeros((64, 64, 3), np.uint8)] * FRAMES
+    clip_folder.write_video(tmp_path / "0.mkv", black, [2 + t for t in clip_folder.at_rate(16, FRAMES)])
+    write_wham(tmp_path / "a.pkl", (0, who, range(FRAMES)))
+    (tmp_path / "metadata.csv").write_text("video,prompt,motion\n0.mkv,a person moves,a.pkl\n")
+    sample, _ = sample_of(tmp_path)
+    assert hmr_files.apart(decode_smpl(sample.motion[None])["body_pose"][0], who.pose[:17]) < 1e-2
+
+
+def test_gender_in_one_letter(tmp_path, who):
+    """Catches: letters exchanged or not known, so that another gender's body is put on the motion."""
+    track = hmr_files.wham_track(who, np.arange(FRAMES))
+    for given, meant in (("f", "female"), ("M", "male"), (b"n", "neutral"), (np.array(["f"]), "female")):
+        file = pickled(tmp_path / "a.pkl", {0: track | {"gender": given}})
+        assert read(file).motion.gender == meant
+
+
+def test_the_size_that_the_file_states_is_height_first(tmp_path, who):
+    """Catches: width taken for height where no video says better."""
+    fields = {
+        "global_orient": who.orient, "body_pose": who.pose.reshape(-1, 69), "betas": who.betas,
+        "pred_cam": np.tile([0.9, 0.1, -0.2], (FRAMES, 1)), "box_center": np.full((FRAMES, 2), 50.0),
+        "box_size": np.full(FRAMES, 40.0), "focal_length": np.array(500.0),
+    }  # fmt: skip
+    np.savez(tmp_path / "a.npz", **fields)
+    asked = read(tmp_path / "a.npz", size=(90, 160))
+    np.savez(tmp_path / "b.npz", **fields, size=np.array([90, 160]))
+    found = read(tmp_path / "b.npz", size=None)
+    assert torch.equal(found.motion.transl, asked.motion.transl)
+    assert found.intrinsics[:2, 2].tolist() == [80, 45]
+
+
+def test_phalps_frames_are_those_that_it_names(tmp_path, who):
+    """Catches: frames numbered as they come, where the file begins later or has a gap."""
+    hmr_files.phalp(tmp_path / "a.pkl", who)
+    content = dict(list(pickle.loads((tmp_path / "a.pkl").read_bytes()).items())[3:])
+    assert read(pickled(tmp_path / "a.pkl", content)).frames.tolist() == list(range(3, FRAMES))
