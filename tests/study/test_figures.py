@@ -20,7 +20,8 @@ def test_the_shipped_pictures_are_todays(tiny_weights, tmp_path, verb, monkeypat
     for name, path in drawn.items():
         both = path, figures.ASSETS / path.name
         ours, shipped = (np.asarray(Image.open(p).convert("L"), float) for p in both)
-        assert ours.shape == shipped.shape and np.abs(ours - shipped).mean() < 1, name
+        # a letter more makes pixels as dark as the paper is light; the shipped ones have few colours, for size
+        assert ours.shape == shipped.shape and np.abs(ours - shipped).max() < 64, name
 
 
 def test_blocks_are_filled_between_their_markers():
