@@ -20,7 +20,7 @@ def test_the_shipped_pictures_are_todays(tiny_weights, tmp_path, verb, monkeypat
     for name, path in drawn.items():
         both = path, figures.ASSETS / path.name
         ours, shipped = (np.asarray(Image.open(p).convert("L"), float) for p in both)
-        # a letter more makes pixels as dark as the paper is light; the shipped ones have few colours, for size
+        # another letter changes pixels by 100 and more; the shipped ones have few colours, to be small
         assert ours.shape == shipped.shape and np.abs(ours - shipped).max() < 64, name
 
 
