@@ -87,11 +87,11 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
 
     FileNotFoundError if there must be one and is none, ValueError if it is of another plan or would be lost.
     """
-    found, weights = checkpoints.newest(out), out / "weights.safetensors"
+    found, finished = checkpoints.newest(out), out / "weights.safetensors"
     if found and not resume:
         raise ValueError(f"{found.folder} exists: add --resume to go on, or choose another --out")
-    if not found and weights.is_file():
-        raise ValueError(f"{weights} exists, and no checkpoint to go on from: choose another --out")
+    if not found and finished.is_file():
+        raise ValueError(f"{finished} exists, and no checkpoint to go on from: choose another --out")
     if not found and resume == "must":
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"

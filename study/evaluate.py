@@ -97,7 +97,7 @@ def attention_picture(path: Path, attention: Tensor) -> None:
     """Write a .png of motion -> video attention (layers f T), one panel a layer; the line is k = f/4."""
     layers, frames, latents = attention.shape
     figure = plots.blank_figure(2.3 * layers + 1.2, 2.7)
-    panels = figure.subplots(1, layers, sharex=True, sharey=True)
+    (panels,) = figure.subplots(1, layers, squeeze=False, sharex=True, sharey=True)
     for layer, (panel, share) in enumerate(zip(panels, frame_share(attention), strict=True)):
         shown, most = attention[layer].T.numpy(), attention.max()
         heat = panel.imshow(shown, cmap="magma", vmin=0, vmax=most, origin="lower", aspect="auto")
