@@ -129,7 +129,7 @@ class Attention(nn.Module):
 
 
 class Context(NamedTuple):
-    """What a block gets of a modality besides its tokens; the same for every block."""
+    """What a block receives for a modality besides its tokens; the same for every block."""
 
     level: Tensor  # (b 6 d) the noise level's part of the modulation, float32
     text: Tensor  # (b l d)
@@ -157,7 +157,7 @@ class ExpertBlock(nn.Module):
         return apply_rope(q, *context.rope), apply_rope(k, *context.rope), v
 
     def after_attention(self, x: Tensor, attended: Tensor, context: Context) -> Tensor:
-        """Tokens, and their rows of the joint attention (b n d) -> the tokens after the block."""
+        """Tokens, and the joint attention's result for them (b n d) -> the tokens after the block."""
         _, _, gate, shift2, scale2, gate2 = (self.modulation + context.level).chunk(6, dim=1)
         x = (x + gate * self.self_attn.o(attended)).type_as(x)  # the gate is fp32
         q, k, v = self.cross_attn.qkv(layer_norm(x, self.norm3), context.text)
@@ -221,7 +221,7 @@ class VideoEnds(nn.Module):
 
     def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
         """t (b,), text (b l text_dim) -> the noise level for the head (b d), float32; the blocks' context."""
-        with torch.autocast(t.device.type, enabled=False):  # it would round the level
+        with torch.autocast(t.device.type, enabled=False):  # autocast would round the level to bf16
             level = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
             level6 = rearrange(self.time_projection(level), "b (six d) -> b six d", six=6)
         return level, Context(level6, self.text_embedding(text), rope)
@@ -229,7 +229,7 @@ class VideoEnds(nn.Module):
     def embed(self, video: Tensor) -> Tensor:
         ph, pw = self.patch
         patches = rearrange(video, "b c T (H ph) (W pw) -> b (T H W) (c ph pw)", ph=ph, pw=pw)
-        # what the convolution computes: its patches do not overlap
+        # the same as the convolution, whose patches do not overlap
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def predict(self, x: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -242,7 +242,7 @@ class VideoEnds(nn.Module):
 
 
 class DualDiT(nn.Module):
-    """u(video, motion, text): the velocities of both modalities, or of the one that is there."""
+    """u(video, motion, text): the velocities of both modalities, or of the one that is present."""
 
     def __init__(self, config: DualDiTConfig):
         super().__init__()
@@ -250,7 +250,7 @@ class DualDiT(nn.Module):
         self.config = config
         self.video = VideoEnds(config)
         self.motion = nn.ModuleDict({"encoder": MotionEncoder(d), "head": Head(config, MotionDecoder(d))})
-        # from_pretrained draws no random numbers: init_weights does
+        # from_pretrained skips nn.Embedding's random initialisation; init_weights does it
         embedding = nn.Embedding.from_pretrained(torch.empty(TASK_COUNT, d), freeze=False)
         self.task_hint = nn.Sequential(embedding, nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         dual = range(config.layers) if config.dual is None else config.dual
@@ -271,7 +271,7 @@ class DualDiT(nn.Module):
         (1,) in [0, 1]; text (b l text_dim); task a flow.Task. An absent input is None and gives None back.
         A clean condition has t = 0, and its velocity means nothing. ValueError where f does not fit T.
         """
-        # without video any grid will do: only differences of positions matter
+        # without video the grid does not matter: attention depends on differences of positions only
         size = (0, 0, 0) if video is None else video.shape[2:]
         T, H, W = (n // patch for n, patch in zip(size, self.config.patch, strict=True))
         f = 0 if motion is None else motion.shape[1]

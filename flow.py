@@ -27,7 +27,7 @@ class Role(Enum):
 
 
 class Task(IntEnum):
-    """What is made from what; the value is its row in the task hint's embedding."""
+    """What is generated from what; a task's value is its row in the task hint's embedding."""
 
     JOINT = 0
     MOTION_TO_VIDEO = 1
@@ -45,7 +45,7 @@ class Task(IntEnum):
 
     @property
     def without_condition(self) -> "Task":
-        """The task that makes the same modality with its condition absent."""
+        """The task that generates the same modality with the condition absent."""
         without = {Task.MOTION_TO_VIDEO: Task.VIDEO_ONLY, Task.VIDEO_TO_MOTION: Task.MOTION_ONLY}
         return without.get(self, self)
 
@@ -72,20 +72,20 @@ DROP_CONDITION = 0.1  # of steps that have a condition
 
 
 class Draw(NamedTuple):
-    """All that is random in one step but the clips."""
+    """Everything random in one step, except the choice of clips."""
 
     task: Task  # of all samples: an absent modality has no tokens in any of them
     drop_text: Tensor  # (b,) bool
-    t: Tensor  # (b,) noise levels, one for both modalities
+    t: Tensor  # (b,) noise levels, each shared by both modalities
     seeds: Tensor  # (b,) int64, of each sample's noise
 
     def rows(self, first: int, end: int) -> "Draw":
-        """The same for some of the samples."""
+        """The same for samples first to end - 1."""
         return Draw(self.task, *(x[first:end] for x in self[1:]))
 
 
 def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> Draw:
-    """A step of b samples; all that is random comes from the generator.
+    """Draw a step of b samples; all randomness comes from the generator.
 
     Text is dropped sample by sample, a condition for the whole step:
         joint, stages 0 and 1   text at random
@@ -106,12 +106,12 @@ def draw(generator: torch.Generator, stage: int, b: int, shift: float = 1.0) -> 
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t <- s·t / (1 + (s-1)·t): for s > 1 more of [0, 1] is near noise, which decides the coarse layout."""
+    """t <- s·t / (1 + (s-1)·t): s > 1 moves levels towards noise, where the coarse layout is decided."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def noise_like(x: Tensor, seeds: Tensor) -> Tensor:
-    """Noise of the shape of x (b ...), each sample's a pure function of its seed and of the device's kind."""
+    """Noise of the shape of x (b ...); a sample's depends only on its seed and on the type of device."""
     generator = torch.Generator(x.device)
     rows = [
         torch.randn(x.shape[1:], generator=generator.manual_seed(s), device=x.device) for s in seeds.tolist()
@@ -139,10 +139,10 @@ def loss(
     text (b l text_dim); null_text, the empty prompt's features, broadcasts to it. A modality that is absent
     from the task may be None.
     """
-    drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # the host need not wait
+    drop_text = drawn.drop_text.to(text.device, non_blocking=True)  # the host does not wait for the copy
     text = torch.where(drop_text[:, None, None], null_text, text)
     x_video, t_video, target_video = by_role(video, drawn.t, drawn.seeds, drawn.task.video)
-    # + 1: other noise than the video's
+    # + 1: not the noise of the video
     x_motion, t_motion, target_motion = by_role(motion, drawn.t, drawn.seeds + 1, drawn.task.motion)
     u_video, u_motion = model(x_video, x_motion, t_video, t_motion, text, drawn.task)
     return Loss(squared_error(u_video, target_video), squared_error(u_motion, target_motion))
@@ -151,7 +151,7 @@ def loss(
 def by_role(
     x0: Tensor | None, t: Tensor, seeds: Tensor, role: Role
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One modality by its role: the network's input, its times (b,), and the velocity to learn."""
+    """For a modality in this role: the network's input, its times (b,), and the target velocity."""
     if role is Role.ABSENT:
         return None, None, None
     t = t.to(x0.device, non_blocking=True)
@@ -164,7 +164,7 @@ def by_role(
 
 
 def squared_error(u: Tensor | None, target: Tensor | None) -> Tensor | None:
-    """Mean over everything but the samples -> (b,)."""
+    """Mean over all axes but the first -> (b,)."""
     return None if target is None else (u.float() - target).square().flatten(1).mean(dim=1)
 
 
@@ -175,16 +175,16 @@ def guided(
     model: Network, video: Tensor | None, motion: Tensor | None, t: Tensor, text: Tensor, null_text: Tensor,
     task: Task, w1: float, w2: float,
 ) -> Tensor:  # fmt: skip
-    """The velocity at t (1,) of what is noise -> (b, numbers): video's, then motion's.
+    """Guided velocity at t (1,) of the noisy modalities -> (b, numbers): video's, then motion's.
 
-    w1 is ω1, the weight of the text, w2 is ω2, that of the condition.
+    w1 is ω1, the weight of the text; w2 is ω2, the weight of the condition.
     """
     x, m, y, null = video, motion, text, null_text
     t_video, t_motion = (0 * t if role is Role.CLEAN else t for role in (task.video, task.motion))
 
     def u(x: Tensor | None, m: Tensor | None, y: Tensor) -> Tensor:
-        """One call of the network; without its condition, as the task that has none."""
-        # paper is silent: the task hint of a call without its condition
+        """One network call; if the condition is left out, under the task that has none."""
+        # paper is silent: the task hint of a call that leaves the condition out
         as_task = task if x is video and m is motion else task.without_condition
         times = (None if x is None else t_video), (None if m is None else t_motion)
         velocities = zip(model(x, m, *times, y, as_task), (task.video, task.motion), strict=True)
@@ -192,7 +192,7 @@ def guided(
 
     if task is Task.MOTION_TO_VIDEO:
         u_xmy, u_x = u(x, m, y), u(x, None, null)
-        u_xm = u(x, m, null) if w1 != w2 else u_x  # at equal weights u_xm cancels: a call saved
+        u_xm = u(x, m, null) if w1 != w2 else u_x  # with equal weights u_xm cancels: save the call
         return u_x + w1 * (u_xmy - u_xm) + w2 * (u_xm - u_x)  # (5)
     if task is Task.VIDEO_TO_MOTION:
         u_xm, u_m = u(x, m, null), u(None, m, null)
@@ -224,9 +224,9 @@ def sample(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Follow the guided velocity from t = 1 to t = 0 -> video and motion.
 
-    `video` and `motion` are noise where the task generates, clean where it conditions, None where absent; a
-    condition comes back as it went in. Shapes are as in `loss`. `progress` wraps the list of steps, as tqdm
-    does. Steps, guidance and shift are the paper's. ValueError where inputs do not fit the task.
+    `video` and `motion` are noise if the task generates them, clean if they condition it, None if absent; a
+    condition is returned unchanged. Shapes are as in `loss`. `progress` wraps the list of steps, as tqdm
+    does. Steps, guidance and shift default to the paper's. ValueError if the inputs do not fit the task.
     """
     for name, x, role in (("video", video, task.video), ("motion", motion, task.motion)):
         if (x is None) != (role is Role.ABSENT):
@@ -239,7 +239,7 @@ def sample(
         t, step = text.new_tensor([now], dtype=torch.float32), then - now
         u = guided(model, video, motion, t, text, null_text, task, guidance_text, guidance_condition)
         displacement = step * u
-        if order == 2 and previous_step:  # the velocity extrapolated to the middle of the step
+        if order == 2 and previous_step:  # extrapolate the velocity to the middle of the step
             displacement = step * (u + step / (2 * previous_step) * (u - previous))
         if task.video is Role.NOISY:
             video = video + displacement[:, : video[0].numel()].view_as(video)
@@ -251,11 +251,11 @@ def sample(
 
 if __name__ == "__main__":
     # Two toy modalities: "motion" is an angle, "video" the point of a circle at that angle, and the "text"
-    # says which half of the circle. A small MLP stands for the network; all else is as in the real thing.
+    # says which half of the circle. A small MLP stands in for the network; the rest is the code above.
     from torch import nn
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # it is too small to share
+    torch.set_num_threads(1)  # the MLP is too small to gain from more
     hint = nn.Embedding(len(Task), 32)
     mlp = nn.Sequential(nn.Linear(38, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 3))
 
@@ -283,13 +283,13 @@ if __name__ == "__main__":
         optimizer.zero_grad()
 
     video, motion, text = clips(512)
-    print("the circle's radius is 1; the mean distance of the video from the point of its motion:")
+    print("the circle's radius is 1; mean distance of the video from the point at its motion's angle:")
     for task in STAGES[2]:
         x = torch.randn_like(video) if task.video is Role.NOISY else video
         m = torch.randn_like(motion) if task.motion is Role.NOISY else motion
         x, m = sample(toy, x, m, text, 0 * text, task, 20, guidance_text=1.5, guidance_condition=1.5, shift=1)
         distance = (x - circle(m)).norm(dim=1).mean()
         line = f"{task.name.lower().replace('_', ' '):16} {distance:.3f}"
-        if task is Task.JOINT:  # in the others the condition decides the half
+        if task is Task.JOINT:  # in the other tasks the condition decides which half
             line += f", {(x[:, 1].sign() == text[:, 0, 0]).float().mean():.0%} in the half the text says"
         print(line)

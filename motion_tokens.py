@@ -42,7 +42,7 @@ class MotionEncoder(nn.Module):
         self.mlps = nn.ModuleDict({name: mlp(size, width, width) for name, (_, size) in GROUPS.items()})
         # paper is silent: joints of a group share an MLP, so a learned embedding says which token this is
         self.token = nn.Parameter(torch.empty(TOKENS_PER_FRAME, width))
-        # paper is silent: RoPE knows differences alone; this tells a token its f mod 4
+        # paper is silent: RoPE encodes only position differences; this embedding tells a token its f mod 4
         self.phase = nn.Parameter(torch.empty(FRAMES_PER_LATENT, width))
 
     def forward(self, motion: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def decode_smpl(x: Tensor) -> dict[str, Tensor]:
 
     Returns global_orient (b f 3), body_pose (b f 23 3), betas (b 10), transl (b f 3), joints
     (b f 24 3). The root comes from γ, the body from θ[1:], β is averaged over frames; `joints` are the
-    positions η as they stand, which need not agree exactly with the rotations' forward kinematics.
+    positions η unchanged, which need not agree exactly with forward kinematics of the rotations.
     """
     transl, joints, rotations, orient, betas = x.split(list(SIZES.values()), dim=-1)
     rotations = rearrange(rotations, "b f (j c) -> b f j c", c=6)
@@ -116,8 +116,8 @@ def decode_smpl(x: Tensor) -> dict[str, Tensor]:
 def motion_statistics(motion: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (235,) of motion vectors (n f 235), for normalisation.
 
-    A channel that hardly moves (a wrist that never turns) is not blown up to unit variance: its
-    deviation counts as at least half the root mean square of those in its part (v, η, θ, γ or β).
+    A nearly constant channel (a wrist that never turns) is not scaled up to unit variance: its
+    deviation is at least half the root mean square of the deviations in its part (v, η, θ, γ or β).
     """
     flat = rearrange(motion, "n f c -> (n f) c").double()
     mean, std = flat.mean(0), flat.std(0)
@@ -146,7 +146,7 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
 def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
     """(... 3 3) -> (... 3) radians, angle in [0, π]; goes through the quaternion, stable at 0 and π."""
     m = rearrange(matrix, "... row column -> row column ...")
-    # row k of this symmetric matrix is 4·q[k] times the quaternion q = (w, x, y, z); the largest is safe
+    # row k of this symmetric matrix is 4·q[k] times the quaternion q = (w, x, y, z); take the largest |q[k]|
     products = [
         [1 + m[0, 0] + m[1, 1] + m[2, 2], m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]],
         [m[2, 1] - m[1, 2], 1 + m[0, 0] - m[1, 1] - m[2, 2], m[0, 1] + m[1, 0], m[0, 2] + m[2, 0]],

@@ -35,7 +35,7 @@ def motion_positions(f: int, H: int, W: int, synced: bool = True, apart: bool = 
     """Positions of f frames of motion tokens beside an H x W video grid -> (f·51, 3) float64.
 
     Two ablations: `synced=False` puts motion at its frame's number instead of a quarter of it; `apart=False`
-    puts token i at (i, i) instead of (H + i, W + i), so that the first ones stand on video's positions.
+    puts token i at (i, i) instead of (H + i, W + i), so that tokens of small i share video tokens' positions.
     """
     frame = torch.arange(f, dtype=torch.float64)
     token = torch.arange(TOKENS_PER_FRAME, dtype=torch.float64)
@@ -64,7 +64,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tup
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x (b heads n head_dim) by the table's angles, in fp32."""
-    # n before heads, which is how projections lie in memory: nothing is copied
+    # n before heads, the memory layout of the projections: nothing is copied
     a, b = rearrange(x.float(), "b heads n (pair two) -> two b n heads pair", two=2)
     cos, sin = cos[:, None], sin[:, None]  # (n 1 pair)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)

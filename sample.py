@@ -28,15 +28,15 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     # what
     add("--task", choices=jobs.TASKS, help="default: joint, m2v and v2m, one each; with --prompts, joint")
-    add("--prompt", metavar="TEXT", help="may be empty: no text")
+    add("--prompt", metavar="TEXT", help="an empty one means no text")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes each missing PROMPT-INDEX.mp4")
-    add("--count", type=files.count, default=1, metavar="N", help="of each prompt: seeds SEED, SEED+1, ...")
+    add("--count", type=files.count, default=1, metavar="N", help="of each prompt; seeds SEED, SEED+1, ...")
     add("--seed", type=int, default=0, metavar="N")
     # conditions
     add("--motion", type=Path, metavar="FILE", help="condition of m2v; formats: docs/data.md")
     add("--video", type=Path, metavar="FILE.mp4", help="condition of v2m")
     add("--start", type=float, default=0.0, metavar="SECONDS", help="where in --motion or --video to begin")
-    add("--loop", action="store_true", help="play a --motion that is too short there and back")
+    add("--loop", action="store_true", help="play a --motion that is too short forwards and backwards")
     # the network
     add("--weights", type=Path, metavar="FILE", help="written by train.py; default: the shipped puppet")
     add("--wan", type=Path, metavar="FOLDER", help="a Wan in the Diffusers layout")
@@ -50,11 +50,11 @@ def options() -> argparse.Namespace:
     add("--solver", choices=flow.SOLVERS, default="ab2")
     add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 6")
     add("--guidance-condition", type=float, metavar="W2", help="default: puppet 1.5, Wan 6")
-    what = "make the video of a joint sample once more, from its motion; default: the puppet only"
+    what = "generate the video of a joint sample once more, from its motion; default: for the puppet only"
     add("--redraw", action=argparse.BooleanOptionalAction, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
-    add("--out", type=Path, metavar="DIR", help="default: samples, with --decode where its latents/ is")
+    add("--out", type=Path, metavar="DIR", help="default: samples; with --decode, the parent of latents/")
     add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
@@ -76,12 +76,12 @@ def denoise(
     """Sample a batch of one task -> latents (b c T h w) and motion (b f 235), not normalised.
 
     text (b l text_dim), grid (T h w) of the latents; `latents` or `motion` is the condition, in the same
-    units. It comes back as it was given, an absent modality as None. `bf16` is autocast's, for a network
-    that is stored in fp32; `redraw` makes a joint sample's video once more, from its motion; `sampling` goes
-    to flow.sample.
+    units. It is returned as given, an absent modality as None. `bf16` turns autocast on, for a network stored
+    in fp32; `redraw` generates a joint sample's video once more, from its motion; `sampling` goes to
+    flow.sample.
     """
     b, device = len(text), model.motion_mean.device
-    generator = rng("sample", seed)  # on the CPU, so that a seed means the same on every device
+    generator = rng("sample", seed)  # on the CPU: a seed gives the same noise on every device
     noise_video = torch.randn((b, model.config.channels, *grid), generator=generator)
     frames = FRAMES_PER_LATENT * (grid[0] - 1) + 1
     noise_motion = torch.randn((b, frames, MOTION_DIM), generator=generator)
@@ -94,7 +94,7 @@ def denoise(
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         video, motion = flow.sample(model, x_video, x_motion, text, null_text, task, **sampling)
         if redraw and task is Task.JOINT:
-            # a video from a clean motion is better than one made beside a motion that is still noisy
+            # a video generated from clean motion is better than one generated beside noisy motion
             noise = torch.randn(noise_video.shape, generator=generator).to(device)
             video, _ = flow.sample(model, noise, motion, text, null_text, Task.MOTION_TO_VIDEO, **sampling)
     return video, None if motion is None else motion * model.motion_std + model.motion_mean
@@ -104,7 +104,7 @@ def make(
     backbone: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
     out: Path, device: str, attention: bool,
 ) -> list[Path]:  # fmt: skip
-    """Encode text and condition, sample -> files of latents. Each part of the backbone is used and let go."""
+    """Encode text and condition, sample -> files of latents. Parts of the backbone are freed after use."""
     prompts = sorted({"", *(job.prompt for job in todo)})
     text = dict(zip(prompts, backbone.text_encoder()(prompts).split(1), strict=True))  # (1 l text_dim) each
     free_memory(device)
@@ -131,7 +131,7 @@ def main() -> None:
     out = args.out or (args.decode.parent.parent if args.decode else Path("samples"))
     pictures = not args.prompts
 
-    # what is to be made, and from which conditions
+    # the samples to make, and their conditions
     wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video)
     todo = [] if args.decode else jobs.missing(out, wanted, keep=not pictures)
     pixels = motion = None

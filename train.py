@@ -1,13 +1,13 @@
 """Train EchoMotion: `python train.py`, or `torchrun --nproc-per-node N train.py` (paper, section 3.2).
 
-    stage 0   text -> video: the video expert alone. A Wan comes trained; only the puppet needs it
+    stage 0   text -> video: the video expert alone. Only the puppet needs it: a real Wan is trained already
     stage 1   text -> motion: the motion expert, which starts as a copy of the video expert, and the task hint
     stage 2   both on paired clips; each step draws one of three tasks
 
-Without arguments the puppet goes through all three from nothing; a real Wan (--wan FOLDER) through 1 and 2.
+Without arguments the puppet is trained from scratch in all three; a real Wan (--wan FOLDER) in 1 and 2.
 
     python train.py export --out RUN FILE      the averaged weights of a run's last checkpoint, for sample.py,
-                                               and beside them, as .json, what the run was
+                                               and beside them a .json that describes the run
 """
 
 import argparse
@@ -36,8 +36,8 @@ LEARNING_RATE = {"puppet": 5e-3, "wan": 8e-6}
 SHIFT = {"puppet": 1.0, "wan": 8.0}  # of noise levels
 CLIP_NORM = 1.0
 EMA_DECAY = 0.998
-BAD_STEPS = 10  # not finite, in a row: the run stops
-# options to repeat when a run goes on
+BAD_STEPS = 10  # the run stops after so many skipped steps in a row
+# options that must be the same when a run is resumed
 PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
 ABLATIONS = (*run.CHANGES, "one-stage")
 
@@ -46,26 +46,26 @@ def options() -> argparse.Namespace:
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what is trained
-    add("--wan", type=Path, metavar="FOLDER", help="a Wan, instead of the puppet")
+    add("--wan", type=Path, metavar="FOLDER", help="train a real Wan instead of the puppet")
     add("--data", action="append", metavar="SPEC", help="KIND:WHERE@WEIGHT, see docs/data.md; repeatable")
     add("--body", type=Path, metavar="FILE", help="SMPL model for --data; default: the puppet's")
     add("--frames", type=files.frames, metavar="N", help="clips of this length only, instead of growing ones")
-    add("--init", type=Path, metavar="FILE", help="start from these weights, such as another run's")
+    add("--init", type=Path, metavar="FILE", help="start from these weights, for instance of another run")
     add("--ablate", choices=ABLATIONS, metavar="NAME", help=", ".join(ABLATIONS))
     # how much
     add("--stage", type=int, choices=(0, 1, 2), help="one stage alone; default: all, of a Wan 1 and 2")
-    add("--steps", type=files.count, metavar="N", help="in all; default: puppet 16,000, Wan 27,000")
-    add("--batch", type=files.count, metavar="N", help="clips a step; default: 16, the puppet on a GPU 32")
+    add("--steps", type=files.count, metavar="N", help="of all stages; default: puppet 16,000, Wan 27,000")
+    add("--batch", type=files.count, metavar="N", help="clips a step; default: 16; puppet on a GPU: 32")
     # how
-    add("--lr", type=files.positive, help="at its peak; default: puppet 5e-3, Wan 8e-6")
+    add("--lr", type=files.positive, help="peak learning rate; default: puppet 5e-3, Wan 8e-6")
     add("--shift", type=files.positive, help="of noise levels (flow.shift_time); default: puppet 1, Wan 8")
     add("--seed", type=int, default=0)
     # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
-    add("--resume", nargs="?", const="must", choices=("must", "auto"), help="go on from RUN; auto: or begin")
+    add("--resume", nargs="?", const="must", choices=("must", "auto"), help="resume RUN; auto: or start it")
     add("--save-every", type=files.count, default=250, metavar="STEPS", help="default %(default)s")
-    add("--keep", type=files.count, default=3, metavar="N", help="of the last checkpoints (%(default)s)")
-    what = "losses on held-out clips, pictures of the puppet; 0: never (%(default)s)"
+    add("--keep", type=files.count, default=3, metavar="N", help="checkpoints to keep (default %(default)s)")
+    what = "losses on held-out clips, and the puppet's pictures; 0: never (default %(default)s)"
     add("--validate-every", type=files.count_or_0, default=2000, metavar="STEPS", help=what)
     # the machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +77,9 @@ def options() -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile each block")
     verbs = parser.add_subparsers(dest="verb", metavar="export")
     export = verbs.add_parser("export", help="averaged weights, for sample.py")
-    # SUPPRESS: an --out before the verb is kept
+    # SUPPRESS: without it the default would replace an --out given before the verb
     export.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="RUN", help=f"default {RUN}")
-    export.add_argument("--bf16", action="store_true", help="rounded weights, half the size")
+    export.add_argument("--bf16", action="store_true", help="store weights in bf16, about half the size")
     export.add_argument("file", type=Path, metavar="FILE", help="safetensors, for sample.py --weights")
     args = parser.parse_args()
     # the puppet is so small that 16 clips leave a GPU waiting for its host
@@ -91,20 +91,20 @@ def options() -> argparse.Namespace:
 
 
 def learning_rate(peak: float, now: Step) -> float:
-    """In each stage a linear warm-up, then half a cosine down to a twentieth of the peak."""
+    """In each stage: linear warm-up, then half a cosine down to a twentieth of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * now.index / now.steps))
     return peak * min(1.0, (now.index + 1) / WARMUP) * (0.05 + 0.95 * cosine)
 
 
 def freeze(model: DualDiT, stage: int) -> None:
-    """Stage 0 trains the video expert, stage 1 all but that, stage 2 everything."""
+    """Stage 0 trains the video expert, stage 1 everything else, stage 2 all parameters."""
     video = set(model.video_parameters())
     for p in model.parameters():
         p.requires_grad_({0: p in video, 1: p not in video, 2: True}[stage])
 
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
-    """Go on from the averaged weights of `stage`, which ended; after 0 motion begins as a copy of video."""
+    """Start the next stage from the averaged weights of `stage`; after 0, copy the video expert to motion."""
     follow(model.state_dict(), ema, 1.0)  # weight 1: model <- ema
     if stage == 0:
         copy_video_to_motion(model)
@@ -113,7 +113,7 @@ def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
 
 @torch.no_grad()
 def follow(average: dict[str, Tensor], state: dict[str, Tensor], weight: float) -> None:
-    """average <- average + weight·(state - average), of every tensor."""
+    """average <- average + weight·(state - average), for every tensor."""
     torch._foreach_lerp_([local(average[name]) for name in state], [local(x) for x in state.values()], weight)
 
 
@@ -121,7 +121,7 @@ def update(
     state: dict[str, Tensor], ema: dict[str, Tensor], opts: list[torch.optim.Optimizer], rate: float,
     now: Step,
 ) -> None:  # fmt: skip
-    """A step of the weights, and of their average."""
+    """One step of the optimizers, and of the averaged weights."""
     for optimizer in opts:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -152,19 +152,19 @@ def train(args: argparse.Namespace) -> None:
     device, rank, ranks = world
     kind = "wan" if args.wan else "puppet"
     stages = stage_steps(kind, args.stage, args.steps, one_stage=args.ablate == "one-stage")
-    args.steps = sum(stages.values())  # recorded, so that a run goes on with as many
+    args.steps = sum(stages.values())  # recorded: a resumed run must have as many
     microbatches = run.microbatches(args.batch, world, args.accumulate)
-    chunk = len(microbatches[0])  # clips at a time
+    chunk = len(microbatches[0])  # clips a forward pass
     shift = args.shift or SHIFT[kind]
     peak = args.lr or LEARNING_RATE[kind]
 
-    # what there is: an earlier part of this run, data, the network
+    # the checkpoint to resume from, data, network
     plan = {name: getattr(args, name) for name in PLAN} | {"body": args.body and str(args.body)}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
     sources, geometry = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, geometry.frames if args.wan else args.frames)
-    sources, held = validation.hold_out(sources)  # even if never looked at: training data depend on it
+    sources, held = validation.hold_out(sources)  # always: training data must not depend on validation
     torch.manual_seed(args.seed)
     model, codec = run.build(args.wan, args.init, args.ablate, stages, sources, args.seed, found, world)
     devices.use_fast_attention(device)
@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
         words = len(sources[0].null_text)
         log = monitor.Log(args.out, first, len(steps), model.config, geometry, words, world, bf16)
     stopping, done, bad = distributed.terminated(), first, 0
-    # a generator: it starts at the first step, when the model is on its device
+    # a generator: nothing runs before the first step, when the model is on its device
     clips = batches.stream(
         sources, model, steps, first, microbatches, seed=args.seed, batch=args.batch, device=device,
         codec=codec,
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace) -> None:
         losses = gradients(objective, clips, drawn, microbatches, bf16)
         norm = distributed.clip_gradients(model, CLIP_NORM)
 
-        # one look at the numbers, which are then the same on every rank
+        # one all-reduce and one wait for the device; then all ranks have the same numbers
         flags = losses.new_tensor([stopping.is_set(), writer.failed()])
         numbers = distributed.mean_over_ranks(torch.cat([losses, norm[None], flags]), ranks)
         *losses, norm, stop, failed = numbers.tolist()
@@ -227,7 +227,7 @@ def train(args: argparse.Namespace) -> None:
             update(state, ema, opts, learning_rate(peak, now), now)
         model.zero_grad()
 
-        # what is written down
+        # log and checkpoint
         done = step + 1
         seconds = time.perf_counter() - start
         if log:
@@ -236,8 +236,8 @@ def train(args: argparse.Namespace) -> None:
         if not finite:
             run.report_skipped(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
-            writer.wait()  # says what is wrong
-        ended = now.index + 1 == now.steps  # the stage; its weights are kept as RUN/stage-N.safetensors
+            writer.wait()  # raises the error
+        ended = now.index + 1 == now.steps  # of the stage: its weights become RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
             record = kept | run.record(done, now.stage, ended, settings)
             writer.save(record, checkpoints.training_state(model, ema, opts, extra))

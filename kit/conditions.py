@@ -41,9 +41,9 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
         if not loop or end == start:
             raise ValueError(
                 f"{path} has {end - start:.2f} s from --start on, {frames} frames at {fps:g} fps are "
-                f"{seconds:.2f} s: add --loop to play it there and back, or ask for fewer --frames"
+                f"{seconds:.2f} s: add --loop to play it forwards and backwards, or ask for fewer --frames"
             )
-        print(f"{path}: {end - start:.2f} s are played there and back to make {seconds:.2f} s")
+        print(f"{path}: {end - start:.2f} s are played forwards and backwards to fill {seconds:.2f} s")
         phase = (times - start) % (2 * (end - start))
         times = start + torch.minimum(phase, 2 * (end - start) - phase)
     elif start > 0 or start + seconds < end - 0.5 / fps:

@@ -238,7 +238,7 @@ def test_short_motion_is_played_there_and_back(backbone, tmp_path, capsys):
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(joints, joints[order], atol=1e-5, rtol=0)
     torch.testing.assert_close(joints[:9], puppet.clips([0], frames=9).joints[0], atol=1e-4, rtol=0)
-    assert "there and back" in capsys.readouterr().out
+    assert "forwards and backwards" in capsys.readouterr().out
 
 
 def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(backbone, tmp_path, capsys):
