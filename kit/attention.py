@@ -1,4 +1,4 @@
-"""Where motion tokens and video tokens look: the joint attention recorded, and the 4:1 share of it.
+"""What motion and video tokens attend to: the joint attention, recorded, and its 4:1 share.
 
 The codec is causal: latent 0 holds frame 0, latent k holds frames 4k-3 … 4k. MVS-RoPE puts motion frame f at
 time f/4, so frame 4k stands on its latent exactly and the others between two. Alignment is measured as the
@@ -20,9 +20,9 @@ from dual_dit import DualDiT
 from flow import Task
 from rope import TOKENS_PER_FRAME, latent_of
 
-NOISE = 0.5  # time of what is generated while its attention is recorded
+NOISE = 0.5  # noise level of generated modalities while attention is recorded
 ROWS = 256  # queries at a time: all of a Wan's do not fit in memory
-# queries and keys (b heads n k), and how many tokens, the first, are the video's -> what is kept
+# queries and keys (b heads n k), and the number of video tokens, which come first -> what is kept
 Read = Callable[[Tensor, Tensor, int], Tensor]
 
 # ---------------------------------------------------------------- the recorder
@@ -38,8 +38,8 @@ def record(
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: a seed means the same on every device
     inputs, times = [], []
-    for x, given in ((video, Task.VIDEO_TO_MOTION), (motion, Task.MOTION_TO_VIDEO)):
-        t = 0.0 if task == given else NOISE
+    for x, task_given_x in ((video, Task.VIDEO_TO_MOTION), (motion, Task.MOTION_TO_VIDEO)):
+        t = 0.0 if task == task_given_x else NOISE
         noise = torch.randn(x.shape, generator=generator).to(x)
         inputs.append((1 - t) * x + t * noise)
         times.append(torch.full((len(x),), t, device=x.device))
@@ -50,7 +50,7 @@ def record(
     layers, attention = [], dual_dit.attention
 
     def listen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # each block's joint attention: a cross-attention has the queries of one stream alone
+        # the joint attention of each block; in cross-attention, queries come from one stream only
         if q.shape[2] == k.shape[2] == tokens:
             layers.append(read(q, k, video_tokens))
         return attention(q, k, v)

@@ -1,7 +1,7 @@
 """A backbone as sampling sees it: a text encoder, a video codec and a transformer, with their sizes.
 
-There are two: the embedded puppet world, and a real Wan in a local folder. Each part is loaded when it is
-asked for and freed when its user lets go of it, so that one of Wan's three networks is resident at a time.
+There are two: the embedded puppet world, and a real Wan in a local folder. Each part is loaded on request and
+freed when no longer referenced, so that one of Wan's three networks is in memory at a time.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from kit.pictures import Project
 
 
 class Defaults(NamedTuple):
-    """How a backbone is sampled unless told otherwise."""
+    """Sampling options of a backbone, unless overridden."""
 
     steps: int  # of the solver
     guidance_text: float
@@ -53,8 +53,8 @@ def open_backbone(
 ) -> Backbone:  # fmt: skip
     """The Wan in `folder`, or the puppet, with the weights in `file` (default: the shipped puppet's).
 
-    Where frames, size and rate are not given they are what the weights were trained on, else the
-    published defaults.
+    Frames, size and rate default to what the weights were trained on, or without weights to the published
+    settings.
     """
     file = file or (None if folder else SHIPPED)
     trained = weights.read_header(file)[1] if file else {}
@@ -100,7 +100,7 @@ def open_backbone(
 
 
 def puppet_backbone(file: Path, device: str) -> Backbone:
-    """The embedded world with trained weights; its network is small enough to stay."""
+    """The embedded world with trained weights; its network is small enough to stay in memory."""
     model, extra = weights.load_weights(file, device)
     codec = puppet.Codec.from_state(extra)
     return Backbone(
@@ -116,13 +116,13 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
 
 
 def check_weights(file: Path, folder: Path) -> None:
-    """ValueError unless weights are of the Wan in `folder`, from the headers of both."""
+    """ValueError unless the weights belong to the Wan in `folder`; only headers are read."""
     config, _ = weights.read_header(file)
     for name, value in dataclasses.asdict(wan.transformer_config(folder)).items():
         found = getattr(config, name)
         if found != value and name not in ABLATED:
             of = f"{file} has {name} {found}, {folder} {value}"
-            raise ValueError(f"{of}: give the Wan that these weights are of")
+            raise ValueError(f"{of}: name the Wan of these weights")
 
 
 def free_memory(device: str) -> None:

@@ -50,7 +50,7 @@ class Body(torch.nn.Module):
                 create_body_pose=False, create_transl=False,
             )  # fmt: skip
         parents = self.smpl.parents
-        del self.smpl.parents  # a buffer; smplx asks it joint by joint, and on a GPU the host would wait
+        del self.smpl.parents  # a buffer: smplx reads it joint by joint, and a GPU's host would wait
         self.smpl.parents = parents
         regressor = self.smpl.J_regressor
         # joints are linear in the shape, so the mesh is not needed to place them
@@ -58,7 +58,7 @@ class Body(torch.nn.Module):
         shapes = einsum(regressor, self.smpl.shapedirs, "j v, v xyz k -> j xyz k")
         self.register_buffer("joint_shapes", shapes)
         template = data["v_template"].astype(np.float32).tobytes()
-        # tells bodies apart, in the record of what was made with one
+        # identifies the body in records of what was made with it
         self.digest = hashlib.blake2b(template, digest_size=8).hexdigest()
         self.folder: Path | None = None  # of models of several genders
         self.others: dict[str, Body] = {}  # by gender
@@ -103,8 +103,8 @@ class Body(torch.nn.Module):
     def load(cls, path: str | Path, gender: str = "neutral") -> "Body":
         """Read an SMPL model: `.npz`, official or converted `.pkl`, or a folder that holds one of `gender`.
 
-        Of a folder the official names are tried, in itself and in `smpl/`. Raises FileNotFoundError with the
-        paths tried, ValueError naming a file that is damaged, that is no SMPL model or that could run code.
+        In a folder, the official names are tried, there and in `smpl/`. Raises FileNotFoundError with the
+        paths tried, ValueError naming a file that is damaged, is no SMPL model or could run code.
         """
         path = Path(path)
         tried = _official_paths(path, gender) if path.is_dir() else [path]
@@ -126,12 +126,12 @@ class Body(torch.nn.Module):
         return body
 
     def genders(self) -> list[str]:
-        """Those of which the folder that this body was loaded from has models."""
+        """The genders of the models in this body's folder; none if it was loaded from a file."""
         paths = {gender: _official_paths(self.folder, gender) for gender in GENDERS if self.folder}
         return [gender for gender, files in paths.items() if any(file.is_file() for file in files)]
 
     def of(self, gender: str) -> "Body":
-        """The body of this gender where this one was loaded from a folder that has it; else this one."""
+        """The body of this gender if this one was loaded from a folder that has it; else this one."""
         if gender not in self.others and gender in self.genders():
             self.others[gender] = Body.load(self.folder, gender)
         return self.others.get(gender, self)
@@ -149,7 +149,7 @@ def _flatten(
     global_orient: Tensor, body_pose: Tensor, betas: Tensor, transl: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Broadcast the leading axes and fold them into one: pose (n 24 3), betas (n 10), transl (n 3), lead."""
-    lead = np.broadcast_shapes(  # torch's imports half a second of symbolic mathematics
+    lead = np.broadcast_shapes(  # torch's imports sympy, half a second
         global_orient.shape[:-1], body_pose.shape[:-2], betas.shape[:-1], transl.shape[:-1]
     )
     root = rearrange(global_orient, "... xyz -> ... 1 xyz").expand(*lead, 1, 3)

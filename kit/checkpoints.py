@@ -1,12 +1,12 @@
-"""Training state that survives: checkpoints of all ranks together, written while training goes on.
+"""Checkpoints of a run, of all ranks together, written while training continues.
 
-    RUN/checkpoints/step-00000250/      complete: it has this name only once all of it is on the disk
-        __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: every rank's slices, and what is where
-        done.json                       written last: where in the run this is
-    RUN/checkpoints/.step-00000500      being written; or left by a run that died, and removed when it goes on
+    RUN/checkpoints/step-00000250/      complete: it gets this name when all of it is on disk
+        __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: every rank's shards, and their places
+        done.json                       written last: the step and the run's settings
+    RUN/checkpoints/.step-00000500      being written, or left by a run that died; removed on resume
 
-The slices are of whole tensors, so a run can go on with another number of ranks. With several nodes RUN
-is on a disk that all of them share.
+Shards are stored as parts of whole tensors, so a run can resume with another number of ranks. With several
+nodes RUN is on a disk that all of them share.
 """
 
 import json
@@ -29,7 +29,7 @@ from dual_dit import DualDiT, DualDiTConfig
 from kit import weights
 from kit.distributed import World, gathered
 
-# torch takes a single process for a mistake
+# torch warns about checkpoints of a single process
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 DONE = "done.json"
@@ -38,7 +38,7 @@ PATTERN = "step-*"
 
 class Checkpoint(NamedTuple):
     folder: Path
-    record: dict  # "step", how many are done, and what else Writer.save was given
+    record: dict  # "step", the number of steps done, and the rest of what Writer.save was given
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -54,9 +54,9 @@ def training_state(
     optimizers: Sequence[torch.optim.Optimizer],
     codec: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Every tensor of a run under a name of its own; what a sharded model has of it are DTensors.
+    """Every tensor of a run under a unique name; those of a sharded model are DTensors.
 
-    No random state: whatever a step draws is a function of its number (kit/data/batch.py).
+    No random state: what a step draws is a function of the seed and its number (kit/data/batch.py).
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {f"model/{name}": value for name, value in model.state_dict().items()}
@@ -74,7 +74,7 @@ def training_state(
 def load(
     folder: Path, model: DualDiT, ema: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Fill all of these from a checkpoint; optimizers, where they are given, get the states they had."""
+    """Read a checkpoint into model, average and the optimizers' states; `optimizers` may be empty."""
     stored = _stored(folder)
     parameters = dict(model.named_parameters())
     owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -83,10 +83,10 @@ def load(
         name, _, slot = rest.rpartition("/")
         if kind == "optimizer" and parameters[name] in owners:
             parameter = parameters[name]
-            # something of the parameter's shape and slices, or a counter; fused AdamW wants that beside it
+            # shaped and sharded like the parameter, or a step counter, which fused AdamW needs on its device
             counter = not len(stored[key].size)
             empty = torch.zeros((), device=parameter.device) if counter else torch.zeros_like(parameter)
-            # Muon's is like its gradient
+            # Muon's momentum is unsharded, like the gradient it is given
             empty = gathered(empty) if slot == "momentum_buffer" else empty
             owners[parameter].state[parameter][slot] = empty.detach()
     _read(folder, training_state(model, ema, optimizers, {}), no_dist=not dist.is_initialized())
@@ -125,24 +125,24 @@ def _damaged(folder: Path, why: BaseException) -> ValueError:
 
 
 class Writer:
-    """Writes one checkpoint at a time, behind the training loop's back."""
+    """Writes checkpoints in a background thread, one at a time."""
 
     def __init__(self, run: Path, keep: int, world: World):
         """Keeps the last `keep`."""
         self.run, self.keep, self.world = run, keep, world
-        # a group of their own: collectives of two threads must not mix
+        # a separate group: collectives of two threads must not mix
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None
         # With a second team of threads libgomp counts more threads than cores, and lets them sleep at every
         # barrier: a CPU's steps would take 1.2 times as long from the first checkpoint on.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self.thread.submit(int).result()  # threads that torch starts from now on have one, too
+        self.thread.submit(int).result()  # starts it now; threads that torch starts later use one thread, too
         self.pending: Future | None = None
         if world.rank == 0:
             for left in (run / "checkpoints").glob("." + PATTERN):
                 shutil.rmtree(left)
 
     def save(self, record: dict, state: dict[str, Tensor]) -> None:
-        """Copy the state and go on; the copy is written meanwhile. record["step"] names it."""
+        """Copy the state and return; the copy is written in the background. record["step"] names it."""
         self.wait()
         final = folder_of(self.run, record["step"])
         temporary = final.with_name("." + final.name)
@@ -155,13 +155,13 @@ class Writer:
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk; OSError if it could not be written."""
+        """Wait until the last checkpoint is on disk; OSError if it could not be written."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
 
     def finish(self, written: Future, temporary: Path, record: dict) -> None:
-        """What remains once the slices are being written, in the writing thread."""
+        """In the background thread: wait for the shards, then publish; OSError if anything fails."""
         try:
             written.result()  # what fails on one rank, torch raises on all
             if self.world.rank == 0:
@@ -176,13 +176,13 @@ class Writer:
             ) from error
 
     def _publish(self, temporary: Path, record: dict) -> None:
-        """Marker, the stage's weights, name, and only then may an older one go."""
+        """Write the marker and the stage's weights, then rename, then delete older checkpoints."""
         with open(temporary / DONE, "w") as file:
             json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync(temporary)
-        if record["stage_ended"] is not None:  # first: a run that goes on from here writes it no more
+        if record["stage_ended"] is not None:  # before the rename: a run resumed from here does not repeat it
             export(temporary, self.run / f"stage-{record['stage_ended']}.safetensors")
         final = folder_of(self.run, record["step"])
         temporary.rename(final)
@@ -192,7 +192,7 @@ class Writer:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """torch's writer fails once more while it closes a file that could not be written."""
+    """The first OSError behind an error: torch's writer fails again on closing a file it could not write."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
@@ -201,7 +201,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _sync(folder: Path) -> None:
-    """The names in a folder are on the disk."""
+    """Flush a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -217,7 +217,7 @@ def newest(run: Path) -> Checkpoint | None:
 
 
 def export(folder: Path, file: Path, dtype: torch.dtype = torch.float32) -> None:
-    """The averaged weights of a checkpoint, codec and configuration with them, as one safetensors file."""
+    """Write a checkpoint's averaged weights, codec and configuration as one safetensors file."""
     record = json.loads((folder / DONE).read_text())
     config, settings = DualDiTConfig(**record["config"]), record["settings"]
     weights.save_weights(

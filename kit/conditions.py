@@ -1,4 +1,4 @@
-"""What conditions a sample: a user's motion or video, as the backbone takes it. Changes are said aloud."""
+"""A sample's condition: a user's motion or video, converted for the backbone. Every change is printed."""
 
 import math
 import re
@@ -20,16 +20,16 @@ from kit.pictures import from_frames
 from kit.video import images_at
 
 OPTION = re.compile(r"@(axes|track|fps|smooth)=([^@]*)")
-USUAL_FPS = 30.0  # of the videos that human mesh recovery sees
-MIDDLE = 4.0  # metres before a camera of unknown lens, where a person who stands behind it is put
+USUAL_FPS = 30.0  # assumed of videos that motion was recovered from
+MIDDLE = 4.0  # metres in front of a camera of unknown lens: where a person from behind it is moved
 
 
 def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
     """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate.
 
-    `path` may end in @axes=, @track=, @smooth=SECONDS, and @fps= of a file without a rate. A motion that ends
-    too early is played there and back with `loop`, else ValueError. A person out of the puppet's view, or
-    behind Wan's camera, is moved.
+    `path` may end in @axes=, @track=, @smooth=SECONDS and, for a file without a rate, @fps=. With `loop`, a
+    motion that is too short is played forwards and backwards; else ValueError. A person out of the puppet's
+    view, or behind Wan's camera, is moved into view.
     """
     fps, frames = backbone.geometry[:2]
     path, motion = open_motion(path, backbone.body)
@@ -55,7 +55,7 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
 
 
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
-    """The file without its options, and its motion on a clock of its own; what is assumed is said."""
+    """Path with options -> the file, and its motion at a constant rate; assumptions are printed."""
     options = dict(OPTION.findall(path.name))
     for name in options.keys() & {"fps", "smooth"}:
         if not (re.fullmatch(NUMBER, options[name]) and float(options[name])):
@@ -83,19 +83,19 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
 
 
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
-    """The motion, moved before the camera if its first frame cannot be seen from there."""
+    """The motion, moved in front of the camera if its first frame is out of view."""
     pelvis = backbone.body.of(motion.gender).rest_joints(motion.betas)[0] + motion.transl[0]
     if backbone.project is None:
         if pelvis[2] < 0:  # the camera stands at the origin and looks along -z
             return motion
-        print(f"{path}: starts behind the camera; moved {MIDDLE:g} m before it")
+        print(f"{path}: starts behind the camera; moved {MIDDLE:g} m in front of it")
         aim = torch.tensor((0.0, pelvis[1], -MIDDLE))
     else:
         pixels, depth = backbone.project(pelvis)
         size = pixels.new_tensor((backbone.geometry.width, backbone.geometry.height))
         if depth > 0 and (pixels >= 0).all() and (pixels <= size).all():
             return motion
-        print(f"{path}: starts outside the camera's view; moved to its middle")
+        print(f"{path}: starts outside the camera's view; moved to the middle of it")
         aim = torch.tensor((0.0, pelvis[1], 0.0))
     return motion._replace(transl=motion.transl + aim - pelvis)
 
@@ -107,8 +107,8 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
         raise ValueError(f"--start is a number of seconds from 0 on, got {start:g}")
     first = math.ceil(start * fps)
     whole = next(images_at(path, fps))
-    images = islice(images_at(path, fps), first, first + frames + 1)  # one more says if any are left
-    pixels = [cropped(image, height, width) for image in images]  # at once: a camera's frames are large
+    images = islice(images_at(path, fps), first, first + frames + 1)  # one more tells whether any are left
+    pixels = [cropped(image, height, width) for image in images]  # one by one: a camera's frames are large
     if len(pixels) < frames:
         raise ValueError(
             f"{path} has {len(pixels)} frames at {fps:g} fps from --start on, "

@@ -1,4 +1,4 @@
-"""What a machine's processor is: the precision and the attention that suit it."""
+"""The precision and the attention that suit a machine's processor, and uploads to a device."""
 
 import functools
 
@@ -14,7 +14,7 @@ CACHE = 2**23  # bytes of a CPU's cache for the scores of attention
 def has_bf16_units(device: torch.device) -> bool:
     """Whether this device multiplies bf16 matrices in hardware, and so faster than fp32.
 
-    Read off the processor, never timed: the same seed gives the same bytes however busy the machine is.
+    By its type, never by timing it: the same seed gives the same bytes however busy the machine is.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
@@ -22,12 +22,12 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Of "bf16", "fp32" or "auto": what the processor is made for."""
+    """Whether to compute in bf16; precision "auto" does so where the processor has units for it."""
     return precision == "bf16" or (precision == "auto" and has_bf16_units(device))
 
 
 def use_fast_attention(device: torch.device) -> None:
-    """Let the network train by plain products where these are faster: on a CPU's bf16 units."""
+    """In training, compute attention by plain products where these are faster: on a CPU's bf16 units."""
     if device.type == "cpu" and has_bf16_units(device):
         dual_dit.attention = attention_by_products
 
@@ -39,7 +39,7 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     twice as long as with two products and a softmax. Scores are rounded to bf16, and kept.
     """
     scores = q.shape[2] * k.shape[2] * q.element_size()  # bytes, of one head
-    # a backward pass needs those of all heads of a sample
+    # a backward pass needs the scores of all heads of a sample
     if not torch.is_grad_enabled() or q.dtype != torch.bfloat16 or scores * q.shape[1] > CACHE:
         return fused_attention(q, k, v)
     b, heads = len(q), CACHE // scores
@@ -56,11 +56,11 @@ fused_attention = dual_dit.attention
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; the host does not wait until a GPU has read it."""
+    """Copy a CPU tensor to a device; the host does not wait for a GPU to read it."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @functools.cache
 def constant(numbers: tuple, device: torch.device) -> Tensor:
-    """Numbers that never change, uploaded once: the host waits for each upload."""
+    """Constants on a device, uploaded once: the host waits for each such upload."""
     return torch.tensor(numbers, device=device)

@@ -1,11 +1,11 @@
 """Devices and ranks: one network trained by many processes as if by one.
 
-`torchrun` starts the processes and names them in the environment; without it there is one. Each rank sees
-its share of a batch, and gradients are averaged over the ranks, in one of two ways:
+`torchrun` starts the processes and describes them in the environment; without it there is one. Each rank
+sees its share of a batch, and gradients are averaged over the ranks, in one of two ways:
 
     ddp     every rank has the whole network
-    fsdp    a rank has a slice of every tensor; a block is whole only while it runs. Over several nodes
-            each node has all slices, so that what crosses nodes is gradients alone (HSDP).
+    fsdp    a rank has a shard of every tensor; a block is whole only while it runs. Over several nodes
+            each node has a full set of shards, so that only gradients cross nodes (HSDP).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ import flow
 from dual_dit import DualDiT
 from kit import graphs
 
-# gradients, two optimizer states and the average with it, a rank of ddp holds 20 bytes a parameter
+# with gradients, two optimizer states and the average, a DDP rank holds 20 bytes a parameter
 SHARD_FROM = 1_000_000_000  # parameters
 
 
@@ -47,10 +47,10 @@ def start(device: str) -> World:
     if device == "cuda" and "RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # CUDA graphs and nccl go by it
+        torch.cuda.set_device(device)  # CUDA graphs and NCCL use the current device
     if "RANK" not in os.environ:
         return World(torch.device(device), 0, 1)
-    # gloo beside nccl: checkpoints are written from the CPU
+    # gloo in addition to NCCL: checkpoints are written from the CPU
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     store, rank, ranks = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
@@ -61,7 +61,7 @@ def start(device: str) -> World:
 
 
 def stop() -> None:
-    """Leave the process group; SIGTERM ends the process again."""
+    """Leave the process group; from here on SIGTERM ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -78,15 +78,15 @@ def terminated() -> threading.Event:
 
 
 def small(model: nn.Module) -> bool:
-    """Whether every rank can have the whole of it."""
+    """Whether every rank can hold the whole model."""
     return sum(p.numel() for p in model.parameters()) < SHARD_FROM
 
 
 class Objective(nn.Module):
     """flow.loss as a module.
 
-    DDP follows gradients back from what a module returns: from a clean condition's velocity, which the loss
-    does not use, none would come.
+    DDP expects gradients through all that a module returns. Of the network itself that would include a clean
+    condition's velocity, which the loss does not use.
     """
 
     def __init__(self, model: DualDiT, replay: bool = False):
@@ -99,12 +99,11 @@ class Objective(nn.Module):
 
 
 def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool, replay: bool = False) -> nn.Module:
-    """flow.loss with the model put in, on its device, as the ranks train it.
+    """flow.loss of the model, on its device, wrapped for training by all ranks.
 
+    kind is "ddp", "fsdp" or None: by the model's size. Under FSDP its parameters become DTensors. A model on
+    the meta device gets memory and rank 0's values; if rank 0's is on meta too, a checkpoint is read later.
     `replay`: one GPU replays a small network as CUDA graphs (kit/graphs.py).
-
-    kind is "ddp", "fsdp" or None, by the model's size. Under FSDP its parameters become DTensors. A model
-    on the meta device gets memory and rank 0's values, or, if rank 0's is there too, a checkpoint's later.
     """
     if kind is None:
         kind = "ddp" if small(model) else "fsdp"
@@ -116,24 +115,24 @@ def wrap(model: DualDiT, world: World, kind: str | None, bf16: bool, replay: boo
     model = model.to_empty(device=world.device) if model.motion_mean.is_meta else model.to(world.device)
     if world.ranks == 1:
         return Objective(model, replay and world.device.type == "cuda" and small(model))
-    # each task leaves another part of the network unused; all ranks begin with rank 0's values
+    # each task leaves a different part of the network unused; DDP broadcasts rank 0's values
     return DistributedDataParallel(Objective(model), find_unused_parameters=True)
 
 
 def _shard(model: DualDiT, world: World, bf16: bool) -> None:
-    """FSDP2 block by block. Slices are made empty; then each tensor in turn comes whole from rank 0."""
+    """FSDP2 block by block. Shards are allocated empty; then rank 0 broadcasts each whole tensor in turn."""
     values = {} if model.motion_mean.is_meta else model.state_dict()
     model.to("meta")
     mesh = _mesh(world)
-    # inputs keep their dtype: times and positions are fp32. In blocks, autocast's bf16 comes before the
-    # gather instead of after it; what is fp32 there under autocast (modulation, norms) is so after rounding.
+    # Inputs keep their dtype: times and positions are fp32. Blocks gather weights in bf16, instead of casting
+    # after the gather; those that are used in fp32 (modulation, norms) are rounded to bf16 by it.
     blocks = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     ends = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     # resharded after each forward pass: validation has no backward pass, and weights change after it
     fully_shard(model, mesh=mesh, mp_policy=ends, reshard_after_forward=True)
-    if world.device.type == "cpu":  # gloo takes an average for a sum
+    if world.device.type == "cpu":  # gloo sums where FSDP asks for an average
         for module in (model, *model.blocks):
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=world.device)
@@ -146,7 +145,7 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> None:
         if isinstance(mine, DTensor):
             value = distribute_tensor(value, mesh, mine.placements, src_data_rank=None).to_local()
         local(mine).copy_(value)
-    # what FSDP notes of parameters when it first runs must also be right for those that train later
+    # FSDP's lazy init looks at the parameters that train: let it see those of later stages, too
     frozen = [p for p in model.parameters() if not p.requires_grad]
     model.requires_grad_(True)
     fully_shard.state(model)._lazy_init()
@@ -155,9 +154,9 @@ def _shard(model: DualDiT, world: World, bf16: bool) -> None:
 
 
 def _gather_what_runs(model: DualDiT) -> None:
-    """FSDP gathers all of a block, but what is frozen there is of a modality that is absent from the stage.
+    """Let FSDP gather a block's trained parameters only.
 
-    It stays in slices; torch has no public way to leave something out.
+    Frozen ones belong to a modality that is absent from the stage. torch has no public way to leave them out.
     """
     for block in model.blocks:
         group = fully_shard.state(block)._fsdp_param_group
@@ -169,7 +168,7 @@ def _gather_what_runs(model: DualDiT) -> None:
 
 
 def _mesh(world: World) -> DeviceMesh:
-    """All ranks in a row; with several nodes of several ranks, a row a node."""
+    """One dimension of all ranks; with several nodes of several ranks, two: (nodes, ranks of a node)."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks))
     if 1 < local < world.ranks and world.ranks % local == 0:
         shape, names = (world.ranks // local, local), ("replicate", "shard")
@@ -188,14 +187,14 @@ KEPT = [
 
 
 def recompute_blocks(model: DualDiT) -> None:
-    """Recompute each block in the backward pass, but for fused attention: memory for time."""
+    """Recompute each block in the backward pass, except fused attention: saves memory, costs time."""
     kept = functools.partial(create_selective_checkpoint_contexts, KEPT)
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)
 
 
 def compile_blocks(model: DualDiT) -> None:
-    """torch.compile each block's forward; what FSDP does before and after it stays outside."""
+    """torch.compile each block's forward; FSDP's hooks before and after it are not compiled."""
     # a graph for each task and clip length: graphs for any length take four times as long to compile
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 32
@@ -205,7 +204,7 @@ def compile_blocks(model: DualDiT) -> None:
 
 
 def _compiled_if_training(plain: Callable, compiled: Callable, *inputs: object) -> dict[str, Tensor]:
-    """Validation and pictures are rare: they cost less than graphs of their own."""
+    """Validation and pictures run uncompiled: they are rare, and graphs for them would cost more."""
     return (compiled if torch.is_grad_enabled() else plain)(*inputs)
 
 
@@ -213,9 +212,9 @@ def _compiled_if_training(plain: Callable, compiled: Callable, *inputs: object) 
 
 
 def exchange(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Around forward and backward of a microbatch: DDP exchanges gradients in a step's last one only.
+    """Context for a microbatch's forward and backward: DDP exchanges gradients in a step's last one only.
 
-    FSDP does so in each: whole gradients that wait for the last would cost every rank 4 bytes a parameter.
+    FSDP does so in each: keeping unsharded gradients until the last would cost a rank 4 bytes a parameter.
     """
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
@@ -229,14 +228,14 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A sharded tensor with all its slices on every rank; others are whole already."""
+    """A sharded tensor, unsharded on every rank; other tensors are returned as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def gather_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Before a step of Muon, which multiplies whole matrices: gather each once, not in every product."""
+    """Before a step of Muon, which multiplies whole matrices: gather each once, not for every product."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = p.grad if p.grad is None else gathered(p.grad)
@@ -249,5 +248,5 @@ def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The slice that this rank has of a sharded tensor; others are whole everywhere."""
+    """This rank's shard of a sharded tensor; other tensors are returned as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, the record of a result, and errors of use in one line."""
+"""Atomic file writes, the record of how a result was made, and one-line errors of the command line."""
 
 import argparse
 import json
@@ -35,14 +35,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o666 & ~UMASK)  # some writers make files that only their owner may read
         os.replace(temporary, path)
-    except SafetensorError as error:  # its own word for a full disk, too
+    except SafetensorError as error:  # raised on a full disk, too
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_record(path: Path, options: dict[str, object], **more: object) -> None:
-    """How a result was made, as JSON: command, options, versions, and what else is to be known of it.
+    """Write how a result was made, as JSON: command, options, versions and `more`.
 
     Creates the folder of `path`.
     """

@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
 def tokens_of(
     config: DualDiTConfig, frames: int, size: tuple[int, int], stride: int, text: int = 512
 ) -> Tokens:
-    """Of a clip of this length and size in pixels, at a codec's spatial stride; in time it is 4."""
+    """Tokens of a clip of this length and size in pixels; `stride` is the codec's in space (in time: 4)."""
     _, ph, pw = config.patch
     grid = ((frames - 1) // 4 + 1, size[0] // stride // ph, size[1] // stride // pw)
     return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames, text)
@@ -57,5 +57,5 @@ def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
 
 
 def step_flops(config: DualDiTConfig, tokens: Tokens) -> int:
-    """FLOPs of a training step on one sample: forward, and backward, twice that; recomputing is no work."""
+    """FLOPs of a training step on one sample: forward, and backward, twice that; without recomputation."""
     return 3 * sum(forward_flops(config, tokens).values())

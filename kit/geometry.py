@@ -1,4 +1,4 @@
-"""What a clip is like: frames a second, frames, pixels. A backbone has one, a user may ask for another."""
+"""The geometry of clips: frame rate, length, size. Every backbone has its own; a user may choose another."""
 
 import json
 from pathlib import Path
@@ -33,9 +33,9 @@ def geometry_of(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> Geometry:
-    """What the Wan in `folder` makes, or the puppet (None), at another length, size (height, width) or rate.
+    """Geometry of the Wan in `folder`, or of the puppet (None), with a given length, size or rate replaced.
 
-    Raises FileNotFoundError or ValueError where there is no such Wan, or it cannot make that.
+    size is (height, width). FileNotFoundError or ValueError if there is no such Wan, or it cannot make that.
     """
     return adjusted(PUPPET if folder is None else _published(Path(folder)), frames, size, fps)
 
@@ -43,7 +43,7 @@ def geometry_of(
 def adjusted(
     published: Geometry, frames: int | None, size: tuple[int, int] | None, fps: float | None = None
 ) -> Geometry:
-    """The same at another length, size (height, width) or rate; ValueError if it cannot be."""
+    """The same at another length, size (height, width) or rate; ValueError if that is impossible."""
     # a token of Wan is a patch of 2 x 2 latents
     step = published.stride if published == PUPPET else 2 * published.stride
     frames = published.frames if frames is None else frames

@@ -10,7 +10,7 @@ from torch import Tensor
 from dual_dit import DualDiT
 from flow import Role, Task
 
-DRY_RUNS = 3  # passes before a recording: they compile and allocate what later ones use again
+DRY_RUNS = 3  # passes before a recording: they compile, and allocate what later passes reuse
 
 
 class RecordedPass:
@@ -43,7 +43,7 @@ class RecordedPass:
         return [u for u, role in zip(velocities, roles, strict=True) if role is Role.NOISY]
 
     def run_backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """For each parameter that trains; None where the task does not use it."""
+        """The gradient of each trained parameter; None if the task does not use it."""
         # as in train.py, whose backward pass is outside autocast
         with torch.autocast(outputs[0].device.type, enabled=False):
             return torch.autograd.grad(outputs, self.trained, gradients, allow_unused=True)
@@ -71,17 +71,17 @@ class Replay(torch.autograd.Function):
 
 
 class Recorded:
-    """Stands for the network: records each task and shape when it first comes, then replays it.
+    """Stands in for the network: records each task and shape when first called with it, then replays it.
 
-    Weights must stay where they are in memory, and the same parameters must train. .grad is set, not added
-    to, so a step has one backward pass. Autocast must keep no cast weights (cache_enabled=False). A clean
+    Weights must keep their place in memory, and the same parameters must train. .grad is set, not added to,
+    so a step has one backward pass. Autocast must not cache cast weights (cache_enabled=False). A clean
     condition's velocity is None.
     """
 
     def __init__(self, model: DualDiT):
         self.model = model
         self.passes: dict[tuple, RecordedPass] = {}
-        self.pool = None  # of memory, shared by all passes: none needs what another has left there
+        self.pool = None  # memory shared by all passes: none needs what another left there
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""What a call of sample.py is asked to make: samples with their names, prompts, seeds and conditions."""
+"""What a call of sample.py has to make: samples with their names, prompts, seeds and conditions."""
 
 import itertools
 import unicodedata
@@ -19,7 +19,7 @@ TASKS = {
 }  # fmt: skip
 SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
 PROMPT = "a person in a red shirt waves the left hand"
-CONDITION_CLIP = 7  # the puppet clip that conditions when no file is given
+CONDITION_CLIP = 7  # the puppet clip that is the condition if no file is given
 LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
 
 
@@ -29,7 +29,7 @@ def jobs(
 ) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
     if prompt is not None and prompts:
-        raise ValueError("--prompt and --prompts are two ways to say what is made: give one of the two")
+        raise ValueError("--prompt and --prompts both say what is made: give one of the two")
     if motion and name != "m2v":
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
     if video and name != "v2m":
@@ -38,7 +38,7 @@ def jobs(
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
         task, seeds, made = TASKS[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
-        for file, text in read_prompts(prompts):  # a repeated prompt goes on with other seeds
+        for file, text in read_prompts(prompts):  # a repeated prompt gets the next seeds
             made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
         return made
     made = []
@@ -56,7 +56,7 @@ def jobs(
 
 
 def read_prompts(file: Path) -> list[tuple[str, str]]:
-    """A prompt a line (UTF-8) -> what its files are called, each another name, and the prompt."""
+    """A prompt a line (UTF-8) -> for each, a unique name for its files, and the prompt."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
     content = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -87,12 +87,12 @@ def read_prompts(file: Path) -> list[tuple[str, str]]:
 
 
 def _on_any_disk(name: str) -> str:
-    """Equal for names that are one file on some disk: macOS and Windows ignore case, macOS accents' forms."""
+    """Equal for names that some file system takes for one: by case, or on macOS by Unicode normal form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def missing(out: Path, jobs: list[Job], keep: bool) -> list[Job]:
-    """The samples still to be made: with `keep`, those that are there already stay as they are."""
+    """The samples still to be made: with `keep`, existing ones are left out."""
     todo = [job for job in jobs if not (keep and (out / f"{job.name}.mp4").exists())]
     if len(todo) < len(jobs):
         print(f"{out} has {len(jobs) - len(todo)} of {len(jobs)} samples already: they are kept")

@@ -1,4 +1,4 @@
-"""Watching a run: a line of measures each step, in metrics.jsonl and on the terminal; its speed."""
+"""Watching a run: a line of metrics each step in metrics.jsonl, a progress bar, and the run's speed."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from kit.files import whole_file
 from kit.flops import step_flops, tokens_of
 from kit.geometry import Geometry
 
-# dense bf16 FLOP/s as the makers state them; the first name that fits counts
+# dense bf16 FLOP/s as published; the first name that matches is used
 PEAKS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
@@ -40,7 +40,7 @@ class Log:
         world: World,
         bf16: bool,
     ):
-        """Drops lines from `first_step` on: a resumed run repeats them, but for one that had ended.
+        """Drops logged lines from `first_step` on, which a resumed run repeats; a finished run keeps all.
 
         `words`: tokens of a text.
         """
@@ -65,7 +65,7 @@ class Log:
         self, step: int, stage: int, frames: int, task: Task, losses: Sequence[float], norm: float,
         clips: int, seconds: float,
     ) -> None:  # fmt: skip
-        """One training step; values that are not finite are left out: JSON has none."""
+        """Log one training step; values that are not finite are left out: JSON has no such numbers."""
         roles, name = {"video": task.video, "motion": task.motion}, task.name.lower()
         made = [modality for modality, role in roles.items() if role is Role.NOISY]
         record = {"step": step, "stage": stage, "frames": frames, "task": name}
@@ -82,7 +82,7 @@ class Log:
         self._write(finite, {f"{name}/{k}": v for k, v in finite.items() if isinstance(v, float)})
 
     def speed(self, frames: int, roles: dict[str, Role], clips: int, seconds: float) -> dict[str, float]:
-        """Tokens a second; MFU, of all ranks' peak FLOP/s."""
+        """Tokens a second; MFU, relative to the peak FLOP/s of all ranks."""
         size = self.geometry.height, self.geometry.width
         tokens = tokens_of(self.config, frames, size, self.geometry.stride, self.words)
         absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
@@ -120,6 +120,6 @@ def read_log(path: Path) -> list[dict]:
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
-    """What a GPU can do in a second, as published; None if unknown, and of a CPU."""
+    """A GPU's published FLOP/s in bf16; None if unknown, in fp32, or for a CPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAKS.items() if bf16 and key in name), None)

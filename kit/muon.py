@@ -1,4 +1,4 @@
-"""AdamW, and for the puppet's matrices Muon, many at a time: torch's own with another inner loop.
+"""AdamW, and for the puppet's matrices Muon: torch's own, with an inner loop that batches matrices.
 
 Muon replaces the momentum of a matrix, U·S·Vᵀ, by nearly U·Vᵀ. torch.optim.Muon does so matrix by matrix and
 always in bf16, which CPUs without bf16 units compute far slower than fp32; here all matrices of one shape are
@@ -20,7 +20,7 @@ def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: in
     """Matrices (n rows columns) -> near U·Vᵀ of each, by the quintic Newton-Schulz iteration."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # the products below are (rows rows): have the fewer of them
+    x = x.mT if tall else x  # the products below are (rows rows): make rows the shorter side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values are at most 1
     for _ in range(steps):
         gram = x @ x.mT
@@ -61,7 +61,7 @@ def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
     """Muon for the puppet's matrices within blocks, AdamW for everything else; a Wan has AdamW only."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = {"weight_decay": WEIGHT_DECAY[kind]}
-    if kind == "wan":  # Muon's steps have full rank: they would wash out what the video expert knows
+    if kind == "wan":  # Muon's steps have full rank: they would overwrite what the video expert has learned
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
     matrices = {name: p for name, p in trained if name.startswith("blocks.") and p.ndim == 2}
     others = [p for name, p in trained if name not in matrices]

@@ -1,4 +1,4 @@
-"""A sample on disk: its latents before they are decoded, then what people look at and work with.
+"""A sample on disk: first its latents, then the decoded files that people look at and work with.
 
 Motion for other programs is a skeleton as .bvh and a mesh as .npz; metres, y up.
 """
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A sample in its file, before it is decoded: a decoder that runs out of memory loses nothing."""
+    """A sample saved before decoding: if the decoder runs out of memory, nothing is lost."""
 
     job: Job
     fps: float
@@ -121,8 +121,8 @@ def write(
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
     frames (f h w 3) uint8, smpl as decode_smpl gives it; `mesh` adds NAME-mesh.npz. Without pictures, motion
-    goes to a folder of its own, so that `out` has MP4s only. Returns what was added to the names, and where
-    that is another folder's.
+    goes to out/motion, so that `out` has MP4s only. Returns the suffixes of the files; the first one in
+    out/motion is a whole path instead.
     """
     made, rows, titles = [".mp4"], [frames], [f"{job.name}: {job.prompt or 'no text'}"]
     out.mkdir(parents=True, exist_ok=True)
@@ -155,11 +155,11 @@ def write(
 
 
 def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
-    """Write a Biovision Hierarchy: the 24 joints, one offset each from the body's shape, and their rotations.
+    """Write a Biovision Hierarchy: the 24 joints, each with an offset from the body's shape, and rotations.
 
     Lengths are metres (many programs expect centimetres: import with a scale of 100), angles degrees. The
-    pelvis has its place in the world and its rotation, all others a rotation; a rotation is Rz·Rx·Ry, as its
-    channels are listed. The same motion gives the same bytes.
+    pelvis has position and rotation channels, all other joints rotation channels only; a rotation is
+    Rz·Rx·Ry, in the order of its channels. The same motion gives the same bytes.
     """
     rest, parents = body.rest_joints(motion.betas).double(), body.parents.tolist()
     offsets = rest - rest[[0, *parents[1:]]]  # zero for the pelvis: its channels hold its whole position

@@ -1,4 +1,4 @@
-"""Samples as a page that needs no network: video, a skeleton to turn, and where motion tokens looked."""
+"""Samples as an offline HTML page: video, a skeleton to turn, and what motion tokens attend to."""
 
 import base64
 import io
@@ -32,20 +32,21 @@ class PageSample(NamedTuple):
     video: np.ndarray  # (f h w 3) uint8
     joints: np.ndarray | None  # (f 24 3) metres, y up; None without motion
     fps: float
-    attention: Tensor | None  # (layers f T), of a frame's attention to video the share of each latent
+    attention: Tensor | None  # (layers f T), each latent's share of a frame's attention to video
 
 
 def write_page(path: Path, samples: list[PageSample], total: int) -> None:
-    """Write one HTML file below 2 MB that shows these samples and says of how many they are.
+    """Write one HTML file below 2 MB that shows these samples and says how many there are in all.
 
     A video becomes one WebP image with all its frames: lossless up to 128 pixels high; taller ones, such as
-    Wan's, are shrunk and compressed as far as the limit demands. If that is not enough the last are left out.
+    Wan's, are shrunk and compressed as far as the limit requires. If that is not enough, the last samples are
+    left out.
     """
     head = JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
     for shown, rung in product(range(len(samples), 0, -1), RUNGS):
         page["samples"] = [described(sample, *rung) for sample in samples[:shown]]
-        data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # no prompt ends the script
+        data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # a prompt may hold </script>
         html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
         if len(html) < LIMIT:
             break
@@ -64,7 +65,7 @@ def described(sample: PageSample, height: int, quality: int) -> dict:
 
 
 def whole(x: np.ndarray | Tensor | None) -> list | None:
-    """In thousandths: short to write."""
+    """As whole thousandths, which are short in JSON."""
     return None if x is None else np.rint(1000 * np.asarray(x)).astype(int).tolist()
 
 

@@ -1,7 +1,7 @@
 """What people look at: videos, skeletons and contact sheets -> MP4, GIF, PNG.
 
 Frames are (f h w 3) uint8 tensors; the network's video is (3 f h w) in [-1, 1]. Every picture has an opaque
-light ground, so that it reads the same on light and dark pages; the same input gives the same bytes.
+light background, so that it looks the same on light and dark pages; the same input gives the same bytes.
 """
 
 import textwrap
@@ -26,7 +26,7 @@ from kit.files import whole_file
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
 SIDE_COLOURS = {"left": (31, 119, 180), "right": (214, 88, 39), "middle": (95, 95, 105)}
 SUPERSAMPLING = 4
-# found, not imported: matplotlib takes half a second of every sample
+# found without importing matplotlib, which takes half a second
 FACE = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 TILE_HEIGHT, COLUMNS = 160, 6  # of a contact sheet: pixels of a frame, frames in a row
 X264 = {"crf": "12", "tune": "zerolatency", "x264-params": "sliced-threads=0"}
@@ -67,9 +67,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=rate, options=X264)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         context = stream.codec_context
-        context.thread_count = 1  # the split into threads changes the bytes
+        context.thread_count = 1  # the number of threads changes the bytes
         context.flags |= Flags.bitexact
-        # what is not tagged players take for BT.601 or for BT.709, by its size
+        # without these tags players guess BT.601 or BT.709 from the size
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
@@ -80,9 +80,9 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     count, height, width = frames.shape[:3]
-    # all frames take their colours from one palette, or the picture flickers
+    # one palette for all frames: with several the picture flickers
     stack = rearrange(frames, "f h w c -> (f h) w c")
-    # that of each ninth pixel looks the same and is found in a quarter of the time
+    # a palette of every ninth pixel looks the same and takes a quarter of the time
     palette = Image.fromarray(np.ascontiguousarray(stack[::3, ::3])).quantize(256)
     stack = Image.fromarray(stack).quantize(palette=palette, dither=Image.Dither.NONE)
     images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(count)]
@@ -98,8 +98,7 @@ def draw_skeleton(
     """Joints (f 24 3) in metres -> frames (f size size 3) uint8: bones and joints, the nearest drawn last.
 
     `project` is the camera; its pixels are those of an image of `image_size` and are scaled to `size`. Left
-    is blue, right orange, spine and head grey. `background` (f size size 3) uint8 takes the place of plain
-    paper.
+    is blue, right orange, spine and head grey. `background` (f size size 3) uint8 replaces the plain ground.
     """
     if background is None:
         background = torch.tensor(PAPER, dtype=torch.uint8).expand(len(joints), size, size, 3)
@@ -134,7 +133,7 @@ def _draw_pose(pixels: list, depth: list[float], background: np.ndarray) -> np.n
 
 
 def fitted(joints: Tensor) -> Project:
-    """A view along -z, without perspective, that holds joints (f 24 3) in an image of 64 pixels."""
+    """A view along -z, without perspective, that fits joints (f 24 3) into an image of 64 pixels."""
     low, high = joints.amin(dim=(0, 1)), joints.amax(dim=(0, 1))
     scale = 56 / (high - low)[:2].max().clamp_min(1e-3)  # pixels a metre, a margin of 4 on each side
     nearest = high[2] + 1.0

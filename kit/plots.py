@@ -48,7 +48,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches, that belongs to no pyplot state."""
+    """An empty figure, sizes in inches, outside pyplot's state."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 

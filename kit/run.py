@@ -24,8 +24,8 @@ STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}
 # Short clips first: attention over 5 frames costs a fraction of that over 17, and poses are the same.
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
-CPU_CLIPS = 8  # that a CPU trains on at a time
-# what an ablation changes of the network; the first two change positions, no weights
+CPU_CLIPS = 8  # clips of a microbatch on a CPU
+# what an ablation changes in the network's configuration; the first two change positions, no weights
 CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
 # ---------------------------------------------------------------- the schedule
@@ -50,7 +50,7 @@ def schedule(stages: dict[int, int], frames: int | None) -> list[Step]:
 
 
 def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool) -> dict[int, int]:
-    """Steps of each stage: the defaults, in these proportions if `steps` is given."""
+    """Steps of each stage: the defaults, or `steps` in all, in the same proportions."""
     usual = STEPS[kind]
     if stage is not None:
         if stage not in usual and not steps:
@@ -67,10 +67,10 @@ def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool
 
 
 def microbatches(batch: int, world: World, accumulate: int | None) -> list[range]:
-    """This rank's samples of a step, parted; ValueError if the batch cannot be shared out evenly."""
+    """This rank's samples of a step, in microbatches; ValueError if the batch cannot be divided evenly."""
     share, on_cpu = batch // world.ranks, world.device.type == "cpu"
     if not accumulate:
-        # the tensors of more clips outgrow a CPU's cache, and every pass over them waits for memory
+        # with more clips, tensors outgrow a CPU's cache, and every pass over them waits for memory
         accumulate = max(1, share // CPU_CLIPS) if on_cpu and share % CPU_CLIPS == 0 else 1
     parts = world.ranks * accumulate
     if batch % parts:
@@ -83,9 +83,10 @@ def microbatches(batch: int, world: World, accumulate: int | None) -> list[range
 
 
 def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a new run. `plan`: options that must be as they were.
+    """The checkpoint to resume from; None for a new run. `plan`: options that must be as they were.
 
-    FileNotFoundError if there must be one and is none, ValueError if it is of another plan or would be lost.
+    FileNotFoundError if one is required and missing; ValueError if its plan differs, or if a new run would
+    overwrite a run.
     """
     found, finished = checkpoints.newest(out), out / "weights.safetensors"
     if found and not resume:
@@ -139,8 +140,8 @@ def build(
     """The network, on the CPU, with its motion statistics, and the puppet's codec on the rank's device.
 
     From `init`, from the Wan in `folder`, or a new puppet, changed by `ablate`. On the meta device, without
-    values, where a run goes on (checkpoints.load reads them once it is on its device), and where rank 0 alone
-    reads a Wan: a node's memory need not hold it once a GPU.
+    values, if a run is resumed (checkpoints.load reads them later), and for a Wan on all ranks but 0, so that
+    a node's memory does not hold it once per GPU.
     """
     if found:
         model = weights.empty(DualDiTConfig(**found.record["config"]))
@@ -171,7 +172,7 @@ def build(
             model.load_state_dict({name: state[name] for name in model.state_dict()})
         if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
-        for p in model.parameters():  # aligned as in a file, sums would differ in the last bits
+        for p in model.parameters():  # copies: with a file's alignment sums would differ in the last bits
             p.data = p.data.clone()
         if not init:
             mean, std = batches.statistics(sources, seed)
@@ -191,7 +192,7 @@ def build(
 
 
 def settings(source: Source, geometry: Geometry, shift: float, ablate: str | None) -> dict[str, object]:
-    """What training depended on, but for the stage; it goes with the weights (kit/weights.py)."""
+    """What training depended on, except the stage; stored with the weights (kit/weights.py)."""
     fps, frames, height, width, _ = geometry
     clip = {"fps": fps, "frames": frames, "height": height, "width": width}
     recipe = {"shift": shift, "ablate": ablate}
@@ -199,7 +200,7 @@ def settings(source: Source, geometry: Geometry, shift: float, ablate: str | Non
 
 
 def record(step: int, stage: int, ended: bool, settings: dict[str, object]) -> dict[str, object]:
-    """Where in the run a checkpoint is; `ended`: the stage, with this step."""
+    """What a checkpoint says of its place in the run; `ended`: the stage ended with this step."""
     settings = settings | {"recipe": {"stage": stage} | settings["recipe"]}
     return {"step": step, "stage_ended": stage if ended else None, "settings": settings}
 
@@ -221,9 +222,9 @@ def save_record(
 
 
 def export(out: Path, file: Path, dtype: torch.dtype) -> None:
-    """The averaged weights of a run's last checkpoint -> file; beside it, as .json, what the run was.
+    """Write the averaged weights of a run's last checkpoint to file, and beside it a .json about the run.
 
-    That is run.json, hours of all steps, and losses on held-out clips.
+    The .json has run.json, the hours of all steps, and the losses on held-out clips.
     """
     found = checkpoints.newest(out)
     if not found:
@@ -242,7 +243,7 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
 
 
 def report_skipped(seed: int, step: int, task: Task, batch: int, rank: int, stop: bool) -> None:
-    """A step was skipped; ValueError if it is time to stop."""
+    """Print that a step was skipped; ValueError if `stop`."""
     where = f"seed {seed}, step {step}, task {task.name.lower()}, samples 0 to {batch - 1}"
     if rank == 0:
         print(f"skipped, loss or gradient is not finite: {where}")
@@ -251,7 +252,7 @@ def report_skipped(seed: int, step: int, task: Task, batch: int, rank: int, stop
 
 
 def leave(out: Path, done: int, complete: bool) -> None:
-    """What a run leaves behind when it ends."""
+    """Write a finished run's weights and loss picture; of a stopped one, say how to resume it."""
     if not complete:
         print(f"SIGTERM: {out} is saved at step {done}; go on with --resume")
         return

@@ -1,6 +1,6 @@
-"""Files that may hold anything: contents of .npz, .npy, pickles, joblib's and torch's files; none runs code.
+"""Read untrusted files (.npz, .npy, pickles, joblib's and torch's) without running code that is in them.
 
-A pickle may name any function to be called; the reader here gives it nothing but the stand-ins below. joblib
+A pickle may name any function to be called; this reader resolves names only to the stand-ins below. joblib
 writes a pickle, too, in which an array's bytes follow a wrapper that says its shape and type.
 """
 
@@ -38,17 +38,17 @@ def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> object:
     """What a .pkl, .npy or torch file holds: dicts, lists, texts, numbers, and arrays of numpy.
 
-    Known by its content, not its name; tensors become arrays. `what` says in errors what the file should be,
-    such as "SMPL model"; of a dictionary only `names` are read. ValueError if it is damaged or names what
-    could run code.
+    The format is told by the content, not the file's name; tensors become arrays. `what` is what errors call
+    the file, such as "SMPL model"; of a dictionary only `names` are read. ValueError if it is damaged or
+    names something that could run code.
     """
     try:
         content = _read(file.read_bytes(), what)
         if names is not None and isinstance(content, dict):
             content = {name: content[name] for name in names if name in content}
         return _plain(content, {})
-    except Exception as error:  # none of these formats promises a list of what damaged bytes raise
-        unknown = re.search(r"GLOBAL (\S+)", str(error))  # torch's way to say it, over many lines
+    except Exception as error:  # damaged bytes can raise any exception in these formats
+        unknown = re.search(r"GLOBAL (\S+)", str(error))  # in torch's message of many lines
         reason = f"it names {unknown[1]}, which no {what} needs" if unknown else str(error).split("\n")[0]
         if not reason.startswith("it "):
             reason = f"it is damaged or cut short ({reason or type(error).__name__})"
@@ -58,7 +58,7 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
 def _read(data: bytes, what: str) -> object:
     if not data:
         raise ValueError("it is empty")
-    if data.startswith(ZLIB):  # joblib's way to compress
+    if data.startswith(ZLIB):  # compressed by joblib
         data = zlib.decompress(data)
     stream = io.BytesIO(data)
     if data.startswith(b"PK"):
@@ -133,7 +133,7 @@ _NUMPY = {
     "dtype": _Dtype,
     "_reconstruct": lambda *_: _Array(),
     "_frombuffer": lambda data, dtype, shape, order: dtype.read(data, shape, order),
-    "scalar": lambda dtype, data: dtype.read(data, ())[()],  # may be a key, which no array can be
+    "scalar": lambda dtype, data: dtype.read(data, ())[()],  # may be a dictionary's key: hashable, no array
 }
 _OTHERS = {
     "_codecs.encode": lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
@@ -149,7 +149,7 @@ for _kind in (object, set, dict, list):  # chumpy notes its changed variables in
     _OTHERS |= {f"{module}.{_kind.__name__}": _kind for module in ("builtins", "__builtin__")}
 
 
-class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into the arrays between
+class _AllowList(pickle._Unpickler):  # the Python version: C's reads ahead, into the arrays in between
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream: io.BytesIO, what: str):
@@ -163,7 +163,7 @@ class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into
             found = _Record
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no {self.what} needs")
-        # a pickle can set attributes on a class that it names, so it gets one of its own
+        # a pickle can set attributes on a class that it names, so it gets a new subclass each time
         return type(name, (found,), {}) if isinstance(found, type) else found
 
     def load_build(self) -> None:
@@ -178,14 +178,14 @@ class _AllowList(pickle._Unpickler):  # Python's own: C's would read ahead, into
         if "O" in wrapper.dtype.code:
             return _AllowList(self.stream, self.what).load()
         if getattr(wrapper, "numpy_array_alignment_bytes", None):
-            self.stream.read(self.stream.read(1)[0])  # so many bytes follow that only align
+            self.stream.read(self.stream.read(1)[0])  # a byte that counts the padding after it
         count = int(np.prod(wrapper.shape, dtype=object))
         data = self.stream.read(count * np.dtype(wrapper.dtype.code).itemsize)
         return wrapper.dtype.read(data, wrapper.shape, wrapper.order)
 
 
 def _plain(value: object, seen: dict) -> object:
-    """Without stand-ins and tensors; `seen` keeps what was read by its identity."""
+    """The value with stand-ins and tensors turned into arrays; `seen` holds results by id."""
     if id(value) in seen:
         return seen[id(value)][0]
     if isinstance(value, torch.Tensor):
@@ -200,7 +200,7 @@ def _plain(value: object, seen: dict) -> object:
         plain = [_plain(item, seen) for item in value]
     else:
         plain = value
-    seen[id(value)] = plain, value  # held, so that nothing else gets its identity
+    seen[id(value)] = plain, value  # the value is kept, so that no other object gets its id
     return plain
 
 

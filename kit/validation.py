@@ -1,4 +1,4 @@
-"""Losses on held-out samples, always the same with the same noise, and pictures of what a run makes."""
+"""Losses on held-out samples, always the same samples with the same noise, and pictures of samples."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ PICTURE = 160  # height of a skeleton, pixels
 
 
 class HeldOut(NamedTuple):
-    """What losses are measured on, n samples; every rank has them all."""
+    """The n samples that losses are measured on; every rank has all of them."""
 
     video: Tensor | None  # (n c T h w) latents
     motion: Tensor  # (n f 235) normalised
@@ -40,9 +40,8 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[tuple[Source, int]]]:
-    """Set aside 16 samples of each source, at most a twentieth -> the others, and these (source, number).
-
-    Those of an endless source are seeds that training does not draw.
+    """Hold out 16 samples of each source, at most a twentieth -> what is left to train on, and pairs of a
+    source and a held-out sample's number; for an endless source that is a seed that training does not draw.
     """
     training, held = [], []
     for source in sources:
@@ -107,7 +106,7 @@ def watch(
     bf16: bool,
     log: Log | None,
 ) -> None:
-    """Losses of the averaged weights, and of the puppet a picture in RUN/samples; only rank 0 has a log."""
+    """Losses of the averaged weights, and for the puppet a picture in RUN/samples; only rank 0 has a log."""
     tasks = flow.STAGES[stage]
     with averaged(model, ema):
         losses = validate(model, held, tasks, chunk, bf16)
@@ -168,9 +167,9 @@ def picture(
         ]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
             made = flow.sample(model, *inputs, one.text, one.null_text, task, **how)
-        # a condition comes back as it went in: it is in the first rows
+        # a condition is returned unchanged: the first rows show it
         video, motion = (x if role is Role.NOISY else None for x, (*_, role) in zip(made, given, strict=True))
         show(task.name.lower().replace("_", " "), video, motion)
-    if path:  # the other ranks only help
+    if path:  # the other ranks only take part in the calls of the network
         path.parent.mkdir(exist_ok=True)
         pictures.contact_sheet(path, rows, titles)

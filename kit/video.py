@@ -1,4 +1,4 @@
-"""Video files, decoded as players show them: upright, of square pixels, in their own colours and times."""
+"""Video files, decoded as players show them: upright, with square pixels, right colours and times."""
 
 import math
 from collections.abc import Iterator
@@ -20,23 +20,23 @@ FORMATS = {
 SAME_TIME = 1e-7  # seconds
 UNSPECIFIED = 2  # of a frame's colour matrix
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions of ITU-R BT.2100
-MAX_PIXEL = 8  # times as wide as high, or as high as wide
+MAX_PIXEL = 8  # largest ratio of a pixel's sides
 ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.mp4"
 
 
 class Shown(NamedTuple):
-    """A decoded frame, not yet converted, and how its picture is to be turned."""
+    """A decoded frame, not yet converted, and how to turn its picture."""
 
     time: float  # seconds, no earlier than the frame before it
     frame: av.VideoFrame
     pixel: Fraction  # its width over its height
-    lying: bool  # rows and columns change places, before they are mirrored
-    right: int  # -1: columns run to the left
-    down: int  # -1: rows run up
+    lying: bool  # swap rows and columns, before mirroring
+    right: int  # -1: mirror left and right
+    down: int  # -1: mirror top and bottom
 
     def image(self) -> Image.Image:
         image = _rgb(self.frame)
-        if self.pixel != 1:  # of DV, DVDs and anamorphic lenses
+        if self.pixel != 1:  # as in DV, on DVDs and with anamorphic lenses
             size = (round(image.width * self.pixel), image.height)
             image = image.resize(size, Image.Resampling.BICUBIC)
         pixels = np.asarray(image).swapaxes(0, 1) if self.lying else np.asarray(image)  # (h w 3)
@@ -52,7 +52,7 @@ def images_at(path: Path, fps: float) -> Iterator[Image.Image]:
     before = next(frames)
     start = before.time
     for frame in frames:
-        if frame.time > before.time:  # else the later one takes its place at once
+        if frame.time > before.time:  # of frames with the same time the last is shown
             while count / fps <= (before.time + frame.time) / 2 - start + SAME_TIME:
                 yield before.image()
                 count += 1
@@ -105,7 +105,7 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
         raise ValueError(f"{path}: expected a video ending in {', '.join(FORMATS)}")
     try:
         with av.open(str(path), format=FORMATS[path.suffix.lower()]) as container:
-            stream = container.streams.best("video")  # the first may be a picture of the album's cover
+            stream = container.streams.best("video")  # the first one may be cover art
             if stream is None:
                 raise ValueError(f"{path} has no video stream: it is only sound, or cut short")
             yield container, stream
@@ -117,16 +117,17 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
 
 
 def _rgb(frame: av.VideoFrame) -> Image.Image:
-    """In the colours of the file's matrix and range; where it names no matrix, in BT.709's if it is HD."""
+    """Convert by the file's colour matrix and range; if it names no matrix, BT.709 for HD, else BT.601."""
     if frame.colorspace != UNSPECIFIED or frame.format.is_rgb:
         return frame.to_image()
-    # as mpv, VLC and libplacebo guess it; range: limited, unless the pixel format says another
+    # mpv, VLC and libplacebo guess so, too; range: limited, unless the pixel format says otherwise
     hd = frame.width >= 1280 or frame.height > 576
     return frame.to_image(src_colorspace=Colorspace.ITU709 if hd else Colorspace.ITU601)
 
 
 def _turn(frame: av.VideoFrame, path: Path) -> tuple[bool, int, int]:
-    """What the display matrix asks for: a phone held upright records lying frames, a selfie mirrored ones.
+    """Shown.lying, right and down, by the display matrix: an upright phone records lying frames, a selfie
+    mirrored ones.
 
     The matrix (ISO 14496-12, track header) takes a pixel (x y) to (a x + c y, b x + d y).
     """

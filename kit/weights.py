@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file that carries all it takes to use them.
+"""Weights on disk: one safetensors file with all that is needed to use them.
 
 Tensors: the network's under their own names, and what belongs to it (the puppet's codec) under a
 prefix. Metadata: the network's configuration as JSON, and in it the settings that it was trained with.
@@ -24,7 +24,7 @@ KEEP_FP32 = ("time_", "modulation", "norm", "task_hint", "motion_mean", "motion_
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a network's tensor of this name when the network is to be of `dtype`."""
+    """The dtype of the tensor of this name in a network of `dtype`."""
     return torch.float32 if any(part in name for part in KEEP_FP32) else dtype
 
 
@@ -48,7 +48,7 @@ def save_weights(
 
 
 def empty(config: DualDiTConfig) -> DualDiT:
-    """A network on the meta device, without memory: its weights are still to come."""
+    """A network on the meta device, without memory: weights are loaded later."""
     with torch.device("meta"):
         return DualDiT(config)
 

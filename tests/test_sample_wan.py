@@ -260,7 +260,7 @@ def test_weights_of_another_layout_are_refused(folder, trained, tmp_path, verb):
         for call in ((sample, "--weights", tmp_path / name), (train, "--init", tmp_path / name, *data)):
             ended = verb(*call, "--wan", folder, "--device", "cpu", "--out", tmp_path / "out")
             assert ended.code == 2
-            assert re.search(f"error: .*has {name} .*: give the Wan that these weights are of", ended.err)
+            assert re.search(f"error: .*has {name} .*: name the Wan of these weights", ended.err)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,6 @@
-"""Data sets, before training: checked, seen, and cached.
+"""Check, preview and cache data sets before training.
 
-python -m kit.data check SPEC                             read everything, say what is wrong
+python -m kit.data check SPEC                             read everything, print all problems
 python -m kit.data preview SPEC --out FILE.png            skeletons over frames
 python -m kit.data cache SPEC --wan FOLDER --out DIR      latents, text features and motion, made once
 """
@@ -27,22 +27,22 @@ HEIGHT = 320  # pixels of a frame while it is drawn on
 
 
 def options() -> argparse.Namespace:
-    parser = files.Parser(prog="python -m kit.data", description="Check, see and cache data sets.")
+    parser = files.Parser(prog="python -m kit.data", description="Check, preview and cache data sets.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     common = files.Parser(add_help=False)
-    kinds = "puppet:COUNT, amass:DIR, humanml3d:DIR+AMASS, clips:DIR; to be checked also cache:DIR"
+    kinds = "puppet:COUNT, amass:DIR, humanml3d:DIR+AMASS, clips:DIR; for check also cache:DIR"
     common.add_argument("spec", metavar="SPEC", help=kinds)
     common.add_argument("--wan", type=Path, metavar="FOLDER", help="the backbone (default: the puppet's)")
     common.add_argument("--frames", type=files.frames, metavar="N", help="4n+1 (default: the backbone's)")
     common.add_argument("--size", type=files.size, metavar="HxW", help="of a video (default: the backbone's)")
     common.add_argument("--fps", type=float, metavar="F", help="frames a second (default: the backbone's)")
-    what = "an SMPL model, or a folder of one a gender (default: the puppet's body)"
+    what = "an SMPL model, or a folder with one for each gender (default: the puppet's body)"
     common.add_argument("--body", type=Path, metavar="FILE", help=what)
-    common.add_argument("--force", action="store_true", help="take motion that no person can do, too")
-    verbs.add_parser("check", parents=[common], help="read everything and say what is wrong")
+    common.add_argument("--force", action="store_true", help="also accept motion that no person can do")
+    verbs.add_parser("check", parents=[common], help="read everything and print all problems")
     preview = verbs.add_parser("preview", parents=[common], help="draw skeletons over frames")
     preview.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    caching = verbs.add_parser("cache", parents=[common], help="make latents and text features once")
+    caching = verbs.add_parser("cache", parents=[common], help="compute latents and text features once")
     caching.add_argument("--out", type=Path, required=True, metavar="DIR")
     caching.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored")
     caching.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +71,7 @@ def say(data: DataSet) -> None:
     for line in data.reading.said:
         print(line)
     if refused := len(data.reading.refused):
-        print(f"--force takes as it is what no person does: {refused} of those rejected")
+        print(f"--force would accept {refused} of those rejected: motion that no person does")
     if data.reading.smoothed:
         before, after, mean, most = torch.stack(data.reading.smoothed).unbind(1)
         print(
@@ -90,7 +90,7 @@ def picture(spec: str, geometry: Geometry, body: Body, out: Path, force: bool = 
     for sample in samples:
         title = f"{sample.name}: {' | '.join(sample.captions) or 'no text'}"
         if sample.video is not None and sample.project is None:
-            title += " (no camera in the file: a usual one is assumed)"
+            title += " (no camera in the file: a typical one is assumed)"
         titles.append(title)
     if samples:
         pictures.contact_sheet(out, [overlay(sample) for sample in samples], titles)
@@ -114,7 +114,7 @@ def overlay(sample: Sample) -> Tensor:
 
 
 def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | None:
-    """Make one rank's share of a cache -> how many samples it has, None if another rank is still at it."""
+    """Make one rank's share of a cache -> how many samples it has, None if another rank is not done yet."""
     rank, ranks, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = f"cuda:{local}" if args.device == "cuda" else args.device
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]

@@ -40,7 +40,7 @@ def _integer(*key: int | str) -> int:
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """How many of BLOCK positions each source gets: at least one, and the largest what rounding leaves."""
+    """How many of BLOCK positions each source gets: at least one; the largest source absorbs the rounding."""
     given = [max(1, round(weight / sum(weights) * BLOCK)) for weight in weights]
     given[given.index(max(given))] += BLOCK - sum(given)
     return tuple(given)
@@ -48,7 +48,7 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _block(seed: int, block: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """For each position of a block: its source, and how many positions before it have the same."""
+    """For each position of a block: its source, and how many earlier positions have the same source."""
     sources = [j for j, share in enumerate(shares) for _ in range(share)]
     seen, places = [0] * len(shares), []
     for k in torch.randperm(BLOCK, generator=rng("block", seed, block)).tolist():
@@ -66,7 +66,7 @@ def _epoch(seed: int, source: int, epoch: int, count: int) -> Tensor:
 def locate(sources: Sequence[Source], seed: int, position: int) -> tuple[int, int | None]:
     """The source at a position, counted over all steps and ranks, and its sample's number (None if endless).
 
-    A source has its share of every block of positions, and comes to each of its samples once an epoch.
+    A source has its share of every block of positions, and each of its samples comes once an epoch.
     """
     share = shares([source.weight for source in sources])
     block, place = divmod(position, BLOCK)
@@ -85,7 +85,7 @@ def _gather(
     codec: puppet.Codec | None,
     device: torch.device,
 ) -> Read:
-    """These samples (source, number) in their order; each source is read once."""
+    """The samples `drawn`, (source, number) each, in this order; each source is read once."""
     rows, parts = [], []
     for j in sorted({j for j, _ in drawn}):
         mine = [row for row, (source, _) in enumerate(drawn) if source == j]
@@ -104,7 +104,7 @@ def _gather(
 
 
 def statistics(sources: Sequence[Source], seed: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (235,) of motion, from 2,048 samples in the sources' shares."""
+    """Mean and deviation (235,) of motion, from 2,048 samples, mixed as in training."""
     seeds = torch.randint(2**62, (STATISTICS_CLIPS,), generator=rng("statistics", seed)).tolist()
     drawn = []
     for position in range(STATISTICS_CLIPS):
@@ -195,15 +195,15 @@ def stream(
 ) -> Iterator[Batch]:
     """A batch for each of `parts`, ranges of samples, of each step (run.Step) from `first` on.
 
-    On a GPU the puppet's clips of many steps are made together: that launches no more kernels than one
-    step's. A Wan's cache is read by a thread while a GPU trains.
+    On a GPU the puppet's clips of many steps are made together, with as many kernel launches as for one
+    step. While a GPU trains a Wan, a thread reads the cache.
     """
     wanted = (
         Wanted(now.stage, step, now.frames, samples) for step, now in enumerate(steps) for samples in parts
     )
     on_gpu, puppets = device.type == "cuda", codec is not None
     at_once = max(1, CLIPS_AT_ONCE // batch) if on_gpu and puppets else 1  # steps
-    # groups begin at the same steps after a resume: a GPU rounds otherwise for other numbers of clips
+    # groups begin at the same steps after a resume: a GPU's rounding depends on the number of clips
     groups = (list(x) for _, x in groupby(wanted, lambda w: (w.stage, w.frames, w.step // at_once)))
     groups = (group for group in groups if group[-1].step >= first)
     where = {"seed": seed, "batch": batch, "device": device, "codec": codec}

@@ -1,12 +1,12 @@
-"""A data set made ready once: latents, text features and motion in safetensors shards, with an index.
+"""A data set encoded once: latents, text features and motion in safetensors shards, with an index.
 
     DIR/settings.json               what everything in DIR was made with
     DIR/shard-00000.safetensors     the samples of 16 items, and which items were rejected
     DIR/index.json                  written last: how many shards there are
 
-Shards are written whole, one after the other, so that a killed run goes on with the shard it was at, and each
-rank makes its share of them. The index is written by whoever finds that no shard is missing. A shard keeps
-hashes of its items' sources: where a caption or a file has changed since, it is made again.
+Each shard is written atomically, so that a killed run continues with the shard it was at; each rank writes
+its share of them, and a rank that finds all shards there writes the index. A shard keeps hashes of its items'
+sources: if a caption or a file has changed since, the shard is made again.
 
 In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c T h w), and
 for each caption "k.text.0", "k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of
@@ -58,7 +58,7 @@ class Encoders(NamedTuple):
 def settings_of(
     spec: str, data: DataSet, geometry: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
 ) -> dict:
-    """All that a cache's content depends on but its sources, which are hashed item by item (`hashes`)."""
+    """All that a cache's content depends on, except its sources, which are hashed item by item (`hashes`)."""
     return {
         "version": VERSION,
         "data": spec,
@@ -80,7 +80,7 @@ def items_of(data: DataSet) -> str:
 
 
 def prepare(out: Path, settings: dict) -> None:
-    """Make the folder and record the settings; ValueError if it holds what was made with others."""
+    """Make the folder and record the settings; ValueError if it holds anything made with other settings."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / SETTINGS
     if not file.exists():
@@ -99,7 +99,7 @@ def prepare(out: Path, settings: dict) -> None:
 def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> bool:
     """Write this rank's shards that are missing or whose sources changed -> whether all shards are there now.
 
-    If they are, the index is, too.
+    If so, the index is written, too.
     """
     items = range(len(data.names))
     shards = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
@@ -118,7 +118,7 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
                 continue
             print(*changes, f"{file} is made again", sep="\n")
             (out / INDEX).unlink(missing_ok=True)
-        for left in out.glob(f".{file.stem}.*"):  # by a run that was killed
+        for left in out.glob(f".{file.stem}.*"):  # files of a killed run
             left.unlink()
         for item in shards[shard]:
             for name, captions, parts in read_item(data, item, made, rejected):
@@ -138,7 +138,7 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
 
 
 def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:
-    """Which of the items of these names have sources with other hashes than they had."""
+    """A line for each item whose sources' hashes have changed: `known` before, `now` today."""
     changes = []
     for name, before, after in zip(names, known, now, strict=True):
         if parts := [part for part in before | after if before.get(part) != after.get(part)]:
@@ -147,7 +147,7 @@ def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, s
 
 
 def hashes(data: DataSet, item: int) -> dict[str, str]:
-    """A hash of each of an item's sources, a file's of its content."""
+    """A hash of each source of an item; of a file, the hash of its content."""
     return {part: _hash(source) for part, source in data.sources(item).items()}
 
 
@@ -155,14 +155,14 @@ def _hash(source: str | Path) -> str:
     if isinstance(source, str):
         return hashlib.blake2b(source.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     with suppress(OSError):
-        if source.is_file():  # a pipe would be waited for
+        if source.is_file():  # reading a pipe would block
             with open(source, "rb") as file:
                 return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
     return "unreadable"
 
 
 def encode(sample: Sample, encoders: Encoders, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A sample's tensors, as they stand in a shard."""
+    """A sample's tensors, as stored in a shard."""
     tensors = {"motion": sample.motion}
     if sample.video is not None:
         latents = encoders.video(rearrange(from_frames(sample.video), "c f h w -> 1 c f h w"))
@@ -195,7 +195,7 @@ class Cache(NamedTuple):
 
 
 def geometry_in(folder: str | Path) -> Geometry:
-    """What the clips of a cache are like, finished or not; FileNotFoundError or ValueError if it is none."""
+    """The geometry of a cache's clips, finished or not; FileNotFoundError or ValueError if it is no cache."""
     file = Path(folder) / SETTINGS
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected what `python -m kit.data cache` wrote")
@@ -204,7 +204,7 @@ def geometry_in(folder: str | Path) -> Geometry:
 
 
 def open_cache(folder: str | Path) -> Cache:
-    """Read what belongs to the whole cache, and see that every shard is there and whole.
+    """Read all of a cache but its samples, and check that every shard is there and whole.
 
     FileNotFoundError or ValueError if it is not finished, is damaged, or of another version.
     """
@@ -244,7 +244,7 @@ def read_sample(cache: Cache, number: int, video: bool) -> CachedSample:
 
 
 def damaged_samples(cache: Cache) -> list[str]:
-    """Read every sample -> those that hold NaN or are not of the cache's shape, a line each."""
+    """Read every sample -> a line for each that holds NaN or has another shape than the cache's."""
     problems = []
     frames, (T, h, w) = cache.geometry.frames, cache.geometry.grid
     for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
@@ -259,7 +259,7 @@ def damaged_samples(cache: Cache) -> list[str]:
 
 
 def compared(cached: Cache, body: Body) -> list[str]:
-    """A cache beside its data set as that is now -> what to print: what changed, or why that is unknown."""
+    """Compare a cache with its data set as it is now -> lines to print: changes, or why they are unknown."""
     spec = cached.settings["data"]
     try:
         data = open_dataset(spec, cached.geometry, body)

@@ -5,8 +5,8 @@ motion is an AMASS .npz (z up); its optional array `camera` is a pinhole's (3, 3
 video as it is shown. Or it is what human mesh recovery writes (kit/data/hmr.py). The column `track` may name
 one of several persons in it, the column `axes` its axes: zup, yup or opencv.
 
-The motion is in the camera's frame: the camera stands at the origin. Where z is up it looks along +y with x
-to its right; here, y up, along -z. Video and motion begin together, or the motion has numbers of frames.
+The motion is in the camera's frame: the camera stands at the origin. In files with z up it looks along +y, x
+to its right; here, with y up, along -z. Video and motion begin together, unless rows have frame numbers.
 """
 
 import csv
@@ -34,7 +34,7 @@ from motion_tokens import encode_smpl
 
 COLUMNS = ("video", "prompt", "motion")
 APART = 0.25  # seconds by which the ends of a video and of its motion may differ
-TINY = 0.02  # of the picture's height: a person who is smaller is not what the picture shows
+TINY = 0.02  # of the picture's height: a smaller person is taken for a mistake in units
 
 
 class Sample(NamedTuple):
@@ -61,7 +61,7 @@ class Clip(NamedTuple):
 
 
 def inside(folder: Path, name: str | Path) -> Path:
-    """The file `name` of a folder; ValueError if it is outside, also by way of links."""
+    """The file `name` of a folder; ValueError if it is outside, also through links."""
     path = Path(os.path.realpath(folder / name))
     if not path.is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name} leads out of {folder}: expected a file in it; move it there")
@@ -69,7 +69,7 @@ def inside(folder: Path, name: str | Path) -> Path:
 
 
 def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
-    """The clips of metadata.csv (UTF-8), and what is wrong with the rows that are none.
+    """The clips of metadata.csv (UTF-8), and what is wrong with its other rows.
 
     FileNotFoundError or ValueError for a file that is missing or no such table.
     """
@@ -102,7 +102,7 @@ def read_metadata(folder: Path) -> tuple[list[Clip], list[str]]:
 
 
 def cropped(image: Image.Image, height: int, width: int) -> Tensor:
-    """The largest middle part of these proportions, (h w 3) uint8."""
+    """The largest centre crop of this aspect ratio, resized: (h w 3) uint8."""
     return torch.from_numpy(np.array(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)))
 
 
@@ -121,7 +121,7 @@ def camera_of(intrinsics: Tensor) -> Project:
 
 
 def cropped_camera(intrinsics: Tensor, image: Image.Image, height: int, width: int) -> Project:
-    """The camera of what `cropped` makes, from the intrinsics (3 3) of the image."""
+    """The camera of the image that `cropped` returns, from the intrinsics (3 3) of the original."""
     scale = max(height / image.height, width / image.width)
     left, top = (image.width * scale - width) / 2, (image.height * scale - height) / 2
     to_crop = intrinsics.new_tensor(((scale, 0, -left), (0, scale, -top), (0, 0, 1)))
@@ -140,8 +140,8 @@ def motion_vector(motion: Motion, body: Body) -> Tensor:
 def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading: Reading) -> Iterator[Sample]:
     """The clip's samples one after the other, each `geometry.frames` long, at its rate and size.
 
-    What remains at the end, or before a long gap in the motion, is left out. Raises ValueError or
-    FileNotFoundError, possibly after the last sample, if the clip cannot be used: none of it counts then.
+    Frames left over at the end, or before a long gap in the motion, are dropped. ValueError or
+    FileNotFoundError if the clip cannot be used, possibly after the last sample: discard them all then.
     """
     fps, frames, height, width, _ = geometry
     motion_file, video_file = inside(folder, clip.motion), inside(folder, clip.video)
@@ -178,7 +178,7 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading:
 def _parts(
     found: Recovered, clip: Clip, video: Path, body: Body, reading: Reading, size: tuple[int, int]
 ) -> list[Stretch]:
-    """The motion by the clock of its video, checked; what is assumed of it, or cut, is said."""
+    """The motion on its video's clock, checked; assumptions and cuts are noted in `reading`."""
     times = None
     if found.frames is not None:
         times = torch.tensor([shown.time for shown in shown_frames(video)], dtype=torch.float64)
@@ -189,13 +189,13 @@ def _parts(
         raise ValueError(f"{clip.motion}: {error}") from error
     reading.say(clip.video, said)
     reading.say(clip.motion, found.notes)
-    # what was measured by a long lens says little of how far away it is
+    # through a long lens, distances from the camera are estimated badly
     depth = 1.0 if found.intrinsics is None else min(1.0, math.hypot(*size) / float(found.intrinsics[0, 0]))
     return [p._replace(motion=checked(p.motion, body, clip.motion, reading, depth=depth)) for p in parts]
 
 
 def unseen(motion: Tensor, project: Project | None, height: int, width: int) -> list[str]:
-    """Why a person who moves like this (f 235) cannot be in the picture; nothing of one who can."""
+    """Why a person with this motion (f 235) cannot be in the picture; empty if there is no reason."""
     depth = -motion[:, 5]  # of the pelvis
     if not (depth > 0).all():
         return [

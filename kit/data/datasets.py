@@ -1,15 +1,15 @@
 """Data sets by name, read item by item: which clips there are, and what is wrong with them.
 
-    puppet:COUNT          clips of the embedded world, of seeds of their own
+    puppet:COUNT          clips of the embedded world, from their own range of seeds
     amass:DIR             every AMASS .npz below DIR; motion only, no captions
     humanml3d:DIR+AMASS   HumanML3D's training split in DIR, over AMASS files (default: in DIR/amass)
     clips:DIR             videos with prompts and motions, see kit/data/clips.py
     puppet                the embedded world without end, for training only (kit/data/sources.py)
     cache:DIR             what `python -m kit.data cache` wrote (kit/data/cache.py)
 
-@WEIGHT after a name is its share, where training mixes several. @axes=zup, yup or opencv are the axes of its
-files; @smooth=SECONDS smooths its motion in time. What no person does is rejected (kit/data/plausible.py).
-Motion without video is cut into windows, each in its canonical place; paired data keeps its camera's frame.
+@WEIGHT after a name is its share when training mixes several. @axes=zup, yup or opencv are the axes of its
+files; @smooth=SECONDS smooths its motion in time. Motion that no person can do is rejected (plausible.py).
+Motion without video is cut into windows that start at the origin; paired data keeps its camera's frame.
 """
 
 import json
@@ -49,10 +49,10 @@ class DataSet(NamedTuple):
     names: list[str]  # of the items
     read: Callable[[int], Iterator[Sample]]  # by the item's number
     paired: bool  # whether samples have video
-    problems: list[str]  # of what did not even become an item
+    problems: list[str]  # of entries that could not even become items
     # what an item is made of, by the item's number: texts and files
     sources: Callable[[int], dict[str, str | Path]] = lambda item: {}
-    reading: Reading = Reading()  # what is said of its motion
+    reading: Reading = Reading()  # how motion is read, and the notes on it
 
 
 def parse(spec: str) -> tuple[str, str, float | None]:
@@ -84,9 +84,9 @@ def parse_reading(spec: str, force: bool = False) -> Reading:
 
 
 def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
-    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is none.
+    """List a data set's items; no motion or video is read yet. ValueError or OSError if it is no data set.
 
-    `force` takes motion that no person can do.
+    `force` also accepts motion that no person can do.
     """
     kind, where, _ = parse(spec)
     if kind not in KINDS:
@@ -100,7 +100,7 @@ def read_item(
 ) -> list[T]:
     """What `use` makes of each sample of an item, or of the first `most`; they are read one by one.
 
-    Nothing, and the reason in `rejected`, if a sample cannot be read or used.
+    If a sample cannot be read or used: an empty list, and the reason in `rejected`.
     """
     try:
         return [use(sample) for sample in islice(data.read(item), most)]
@@ -160,7 +160,7 @@ def _amass(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
         name = str(files[item])
         found = read_motion_file(folder / name, body, axes=reading.axes)
         if found.frames is not None:
-            raise ValueError(f"{name} is of a video's frames, without a rate: pair it, with clips:DIR")
+            raise ValueError(f"{name} has a video's frame numbers and no rate: pair it, with clips:DIR")
         reading.say(name, found.notes)
         motion = resample(checked(found.motion, body, name, reading, floor=True), geometry.fps)
         yield from _windows(name, (), motion, geometry, body)
@@ -191,7 +191,7 @@ def _humanml3d(where: str, geometry: Geometry, body: Body, reading: Reading) -> 
 def _windows(
     name: str, captions: tuple[str, ...], motion: Motion, geometry: Geometry, body: Body
 ) -> Iterator[Sample]:
-    """Samples of a motion at the geometry's rate, end to end; ValueError if it is too short for one."""
+    """Consecutive samples of a motion at the geometry's rate; ValueError if it is too short for one."""
     frames, count = geometry.frames, len(motion.transl)
     if count < frames:
         has = f"{name} has {count} frames at {geometry.fps:g} fps"
@@ -214,7 +214,7 @@ def _clips(where: str, geometry: Geometry, body: Body, reading: Reading) -> Data
 
     def sources(item: int) -> dict[str, str | Path]:
         clip, found = clips[item], {"row in metadata.csv": json.dumps(clips[item])}
-        with suppress(ValueError):  # of what leads out of the folder nothing is opened
+        with suppress(ValueError):  # files outside the folder are not opened
             found |= {"video": inside(folder, clip.video), "motion": inside(folder, clip.motion)}
             if camera := tram_camera(found["motion"]):
                 found["camera"] = camera
@@ -230,9 +230,9 @@ def _folder(where: str) -> Path:
 
 
 def _npz_below(folder: Path) -> tuple[list[Path], list[str]]:
-    """The .npz below a folder, also behind links, relative to it; and what could not be looked into.
+    """The .npz below a folder, also through links, relative to it; and what could not be read.
 
-    Each folder is visited once, whatever links lead to it: so a link to a folder above it is no endless loop.
+    Each folder is visited once, however many links lead to it, so a link to a parent is no endless loop.
     """
     files, problems, visited = [], [], set()
     unreadable = lambda error: problems.append(f"{error.filename} cannot be read: {error.strerror}")

@@ -1,4 +1,4 @@
-"""Results of human mesh recovery, and relatives of AMASS's files, as one person's `Motion`.
+"""Read results of human mesh recovery, and AMASS and similar files, as one person's `Motion`.
 
     GVHMR              .pt            smpl_params_incam, K_fullimg; the betas are SMPL-X's
     WHAM               .pkl, joblib   by track: pose, trans, betas, frame_ids
@@ -26,7 +26,7 @@ from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
-PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # of a person, beside smpl
+PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # what is read of a person, besides smpl
 NOT_SMPL = (
     "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
     "skeleton; read the AMASS files that its index.csv names (kit/data/humanml3d.py)"
@@ -54,8 +54,8 @@ def read_motion_file(
 ) -> Recovered:
     """Read any of the files above.
 
-    `track` is needed where two are the longest; `axes`, one of AXES, where the file does not tell. `size` is
-    the (height, width) of the video. Ten betas are kept, and of the pose root and body: SMPL's two hand
+    `track` is needed if two tracks are the longest; `axes`, one of AXES, if the file does not tell. `size` is
+    the (height, width) of the video. Ten betas are kept, and the rotations of root and body; SMPL's two hand
     joints are identity unless the file is plain SMPL. `body` gives the rest pelvis, about which SMPL turns.
     Raises FileNotFoundError, or ValueError naming the file and the reason.
     """
@@ -106,7 +106,7 @@ def _has_pose(record: object) -> bool:
 
 
 def _phalp(frames: dict[str, dict]) -> dict[str, dict]:
-    """PHALP's dictionaries by frame -> by track; where a person was only predicted is left out."""
+    """PHALP's dictionaries by frame -> by track, without frames in which a person was only predicted."""
     tracks: dict[str, list[dict]] = {}
     for order, frame in enumerate(frames.values()):
         ages = frame.get("tracked_time", [0] * len(frame["tid"]))
@@ -148,7 +148,7 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     model = str(np.asarray(record.get("surface_model_type", "")))
     if "smplx" in model or "expression" in record or np.shape(record.get("poses"))[-1:] == (165,):
         notes.append("its betas are SMPL-X's, the body is SMPL's: the shape is not quite the same")
-    # PHALP's camera is a translation, that beside AMASS's trans a lens
+    # PHALP's `camera` is a translation; a `camera` next to AMASS's `trans` holds intrinsics
     if "camera" in record and ("trans" in record or np.shape(record["camera"])[-2:] == (3, 3)):
         record["intrinsics"] = record.pop("camera")
     if size is None and "size" in record:
@@ -180,7 +180,7 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
 
 
 def _betas(record: dict, frames: int) -> np.ndarray:
-    """The first ten (f 10), of a shape for each frame or one for all."""
+    """The first ten betas (f 10), from one shape for each frame or one for all."""
     betas = pick(record, "betas")
     if betas is None or betas.ndim == 0 or betas.shape[-1] < 10:
         raise ValueError(f"betas are {None if betas is None else betas.shape}, expected 10 or more numbers")
@@ -211,10 +211,10 @@ def _gender(record: dict) -> str:
 
 
 def stretches(found: Recovered, times: Tensor | None) -> tuple[list[Stretch], list[str]]:
-    """The motion by the clock of its video, whose frames are shown at `times` (n,), seconds; and what is cut.
+    """The motion on its video's clock, whose frames are shown at `times` (n,), seconds; and what was changed.
 
-    Gaps of up to half a second are filled by slerp; longer ones part it. A motion with its own clock is one
-    stretch. ValueError if it names frames that the video does not have.
+    Gaps of up to half a second are interpolated; longer ones split the motion. A motion with its own clock is
+    one stretch. ValueError if it names frames that the video does not have.
     """
     motion, frames = found.motion, found.frames
     if frames is None:
@@ -241,6 +241,6 @@ def stretches(found: Recovered, times: Tensor | None) -> tuple[list[Stretch], li
 
 
 def at_video_times(part: Stretch, times: Tensor) -> Motion:
-    """The stretch at `times` (n,), seconds of its video, within it."""
+    """The stretch's motion at `times` (n,), seconds of its video, which must lie within the stretch."""
     position = np.interp(times, part.times, np.arange(len(part.times)))
     return at_frames(part.motion, torch.from_numpy(position))

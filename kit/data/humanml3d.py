@@ -1,7 +1,7 @@
 """HumanML3D (Guo et al., CVPR 2022): captions for AMASS motions, as an index over a folder of AMASS files.
 
     FOLDER/index.csv                   source_path,start_frame,end_frame,new_name: which frames of which file
-    FOLDER/texts/NAME.txt              lines of caption#tokens#start#end, seconds within the clip, 0 0 for all
+    FOLDER/texts/NAME.txt              lines of caption#tokens#start#end, in seconds; 0 0 is the whole clip
     FOLDER/train.txt, val.txt, ...     names, one a line; a name with M before it is the mirrored clip
 
 index.csv lies at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
@@ -22,7 +22,7 @@ from kit.data.plausible import Reading
 
 FPS = 20  # of the frame numbers in index.csv
 COLUMNS = ("source_path", "start_frame", "end_frame", "new_name")
-# frames before frame 0: these captures begin with a calibration pose
+# frames before index.csv's frame 0: these captures begin with a calibration pose
 SKIPPED = {
     "Eyes_Japan_Dataset": 60, "MPI_HDM05": 60, "TotalCapture": 20, "MPI_Limits": 20, "Transitions_mocap": 10,
 }  # fmt: skip
@@ -42,16 +42,16 @@ class Entry(NamedTuple):
     name: str  # as in train.txt
     source: Path
     start: float  # seconds from the file's beginning
-    end: float  # seconds, where the first frame after it would be
+    end: float  # seconds: the time of the first frame after it
     mirrored: bool
-    captions: tuple[str, ...]  # of a mirrored clip they are mirrored already
+    captions: tuple[str, ...]  # those of mirrored clips are mirrored already
 
 
 def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[str]]:
-    """List the training split -> its entries and, a line each, why others were left out.
+    """List the training split -> its entries, and for each clip left out a line that says why.
 
     No motion is opened. A clip with captions for parts of it gives an entry for each part. FileNotFoundError
-    or ValueError for an index or a split that cannot be trusted; a clip with a bad span or text is left out.
+    or ValueError for a missing or malformed index or split; a clip with a bad span or text is left out.
     """
     folder, amass = Path(folder), Path(amass)
     index = folder / "index.csv"
@@ -89,8 +89,8 @@ def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[st
 def read_entry(entry: Entry, body: Body, fps: float, reading: Reading) -> Motion:
     """The motion of an entry at `fps`, mirrored if the entry is. FileNotFoundError or ValueError, naming it.
 
-    HumanML3D takes every int(rate / 20)-th frame of a file for 1/20 s. Right for rates such as 60, 100 and
-    120 Hz; of others (59.94, 150, 250 Hz) its seconds are no seconds, and are converted here.
+    HumanML3D counts every int(rate / 20)-th frame of a file as 1/20 s. That is right at 60, 100 and 120 Hz;
+    at other rates (59.94, 150, 250 Hz) its seconds are not true seconds, and are converted here.
     """
     other = entry.source.with_name(entry.source.name.replace("_poses.npz", "_stageii.npz"))
     if other.is_file() and not entry.source.is_file():
@@ -112,9 +112,10 @@ def read_entry(entry: Entry, body: Body, fps: float, reading: Reading) -> Motion
 
 
 def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
-    """Captions by the part they describe of a clip of `frames` at 20 a second: first frame, first after it.
+    """Captions of a clip of `frames` frames at 20 a second, by the part they describe: (start, end) frames.
 
-    ValueError names the line that is malformed. A part that ends little beyond the clip ends with it.
+    `end` is the first frame after the part. ValueError names a malformed line. Parts that end up to a second
+    after the clip are cut.
     """
     duration = frames / FPS
     parts: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -138,7 +139,7 @@ def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[
 
 
 def _read_index(path: Path, amass: Path) -> dict[str, tuple[Path | None, int, int]]:
-    """index.csv -> by name: the file (None: not in AMASS), its first frame, at 20 a second, the one after.
+    """index.csv -> by name: file (None: not in AMASS), first frame, and frame after the last, at 20 a second.
 
     ValueError for lines that are malformed or lead out of the AMASS folder.
     """

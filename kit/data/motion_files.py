@@ -1,7 +1,7 @@
-"""Motions as AMASS .npz has them, and what is done to them: in time smoothed and resampled, in space turned.
+"""Motions with AMASS's fields: writing, resampling and smoothing them, turning them in space, mirroring.
 
-Here y is up; AXES has the turns from what files have, such as z up in AMASS (https://amass.is.tue.mpg.de).
-A `body` that was loaded from a folder of several genders stands for that of the motion's gender.
+Here y is up; AXES has the rotations from files' axes, such as z up in AMASS (https://amass.is.tue.mpg.de).
+If `body` was loaded from a folder of several genders, the motion's gender chooses among them.
 """
 
 import math
@@ -19,7 +19,7 @@ from kit.files import whole_file
 from motion_tokens import axis_angle_to_matrix, matrix_to_axis_angle
 
 MAX_FPS = 1000.0  # hertz; the fastest AMASS captures are 250
-LIMITS = {  # of a number; some captures count the turns of a spinning person
+LIMITS = {  # of absolute values; in some captures a spinning person's angle adds up turn by turn
     "global_orient": (100.0, "radians: is it in degrees?"),
     "body_pose": (100.0, "radians: is it in degrees?"),
     "betas": (20.0, "deviations of the shape space"),
@@ -44,13 +44,13 @@ class Motion(NamedTuple):
     betas: Tensor  # (10,)
     transl: Tensor  # (f 3)
     fps: float  # hertz
-    gender: str  # "female", "male" or "neutral": as the file says; of a folder of models, which is used
+    gender: str  # "female", "male" or "neutral", as the file says; chooses from a folder of models
 
 
 def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
     """Write an AMASS-style .npz, z up: poses (f 156) SMPL+H, trans (f 3), betas (16), gender, frame rate.
 
-    SMPL's two hand joints (22, 23) are not written, SMPL+H has fingers in their place: they read back as
+    SMPL's two hand joints (22, 23) are not written, as SMPL+H has fingers in their place: they read back as
     identity. The SMPL-X Blender add-on opens the file if its target frame rate is at most the motion's.
     The same motion gives the same bytes. ValueError for a malformed motion.
     """
@@ -67,7 +67,7 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
 
 
 def check_motion(motion: Motion, source: str) -> None:
-    """Raise ValueError unless shapes agree and every number is one that a person can have."""
+    """Raise ValueError unless shapes agree and every number is finite and within LIMITS."""
     f = len(motion.body_pose)
     shapes = {"global_orient": (f, 3), "body_pose": (f, 23, 3), "betas": (10,), "transl": (f, 3)}
     for name, shape in shapes.items():
@@ -98,9 +98,9 @@ def at_times(motion: Motion, times: Tensor) -> Motion:
 
 
 def at_frames(motion: Motion, position: Tensor) -> Motion:
-    """The motion at positions (n,) counted in its frames: rotations by slerp, transl linear; its fps stays.
+    """The motion at positions (n,) counted in its frames: slerp for rotations, linear for transl; same fps.
 
-    Turns take the shorter way round; at a frame's position the result is that frame, bit for bit.
+    Rotations take the shorter way; at a frame's position the result is that frame, bit for bit.
     """
     position = torch.where((position - position.round()).abs() < SAME_FRAME, position.round(), position)
     before = position.long()
@@ -129,11 +129,10 @@ def times_between(start: float, end: float, fps: float) -> Tensor:
 
 
 def smooth(motion: Motion, seconds: float) -> Motion:
-    """The motion through a Gaussian in time, `seconds` its standard deviation.
+    """The motion filtered in time by a Gaussian of standard deviation `seconds`.
 
-    Rotations are averaged as matrices and brought back to rotations by SVD: the mean that is nearest to all
-    of them, whatever their axis-angle numbers are. Beyond both ends the motion goes on as its own point
-    reflection, so that steady movement is kept as it is.
+    Rotations are averaged as matrices and projected to the nearest rotation by SVD, independent of how
+    axis-angle numbers wrap. Both ends are extended by point reflection, so that steady movement is unchanged.
     """
     radius = min(math.ceil(4 * seconds * motion.fps), len(motion.transl) - 1)
     if radius < 1:
@@ -161,7 +160,7 @@ def smooth(motion: Motion, seconds: float) -> Motion:
 
 
 def turn(motion: Motion, rotation: Tensor, body: Body) -> Motion:
-    """Turn the whole scene by `rotation` (3 3), in float64 inside, float32 outside."""
+    """Turn the whole scene by `rotation` (3 3); computed in float64, returned in float32."""
     pelvis = body.of(motion.gender).rest_joints(motion.betas.float())[0].double()
     orient = matrix_to_axis_angle(rotation @ axis_angle_to_matrix(motion.global_orient.double()))
     # SMPL turns the body about its pelvis, which stands at pelvis + transl: that point is what moves
@@ -170,7 +169,7 @@ def turn(motion: Motion, rotation: Tensor, body: Body) -> Motion:
 
 
 def canonical(motion: Motion, body: Body) -> Motion:
-    """The place of motion-only data: in the first frame the pelvis at x = z = 0, facing +z.
+    """Move and turn motion-only data so that in the first frame the pelvis is at x = z = 0, facing +z.
 
     Facing is by the hips: those of the first frame come to lie along x, left at +x. Heights stay.
     """
@@ -190,9 +189,9 @@ def mirror(motion: Motion, body: Body) -> Motion:
     """
     sides = {"left": "right", "right": "left"}
     names = ("_".join(sides.get(word, word) for word in name.split("_")) for name in JOINT_NAMES)
-    # seen in a mirror, a turn about the mirror's normal keeps its sense, all others change it
+    # seen in a mirror, a rotation about the mirror's normal keeps its sign, the other components change it
     pose = _pose(motion)[:, [JOINT_NAMES.index(name) for name in names]] * torch.tensor((1.0, -1.0, -1.0))
-    # what is reflected is the place of the pelvis, rest pelvis + transl
+    # the pelvis' position, rest pelvis + transl, is reflected, not transl alone
     pelvis_x = body.of(motion.gender).rest_joints(motion.betas)[0] * pose.new_tensor((1, 0, 0))
     transl = motion.transl * pose.new_tensor((-1, 1, 1)) - 2 * pelvis_x
     return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=transl)

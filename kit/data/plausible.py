@@ -1,4 +1,4 @@
-"""What no person does, and what the file's axes, units or rate have to do with it."""
+"""Find motion that no person can do, and name the likely cause: the file's axes, units or rate."""
 
 from dataclasses import dataclass, field
 
@@ -10,31 +10,31 @@ from kit.data.motion_files import Motion, smooth
 
 RATES = (4.0, 250.0)  # frames a second; AMASS has recordings of 250
 SPEED, JUMP = 12.0, 1.0  # of the pelvis: metres a second, a sprinter's; metres in a frame, at any rate
-TRAIN = 25.0  # metres a second, on average: nobody is as fast for long
-LYING = 0.2  # metres that the head is above the feet, at most, of one who lies
-RISEN = 0.5  # metres that it is above them, once at least, of one who gets up or lies down
+TRAIN = 25.0  # metres a second, in most frames: nobody is as fast for long
+LYING = 0.2  # metres: the head of a person who lies is at most this far above the feet
+RISEN = 0.5  # metres: the head of a person who gets up is once at least this far above the feet
 PELVIS = (0.2, 3.0)  # metres above the lowest foot of the whole motion
-FAR = 10.0  # metres: no floor is as far from the origin
+FAR = 10.0  # metres: in most frames a pelvis is not as far from the floor
 FEET = [JOINT_NAMES.index(name) for name in ("left_foot", "right_foot")]
 HEAD = JOINT_NAMES.index("head")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the motions of a data set are read, and what is to be said of them."""
+    """How the motions of a data set are read, and the notes about them."""
 
     axes: str = ""  # of all files, one of AXES; empty: as each file tells
-    smooth: float = 0.0  # seconds, the deviation of a Gaussian; 0: as it is
-    force: bool = False  # takes what no person does, too
-    said: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)  # names of what would be taken with force
-    smoothed: list[Tensor] = field(default_factory=list)  # of each motion, its smoothing_effect
+    smooth: float = 0.0  # seconds, the standard deviation of a Gaussian; 0: no smoothing
+    force: bool = False  # also accept motion that no person can do
+    said: list[str] = field(default_factory=list)  # notes to print
+    refused: list[str] = field(default_factory=list)  # names of what `force` would accept
+    smoothed: list[Tensor] = field(default_factory=list)  # smoothing_effect of each motion
 
     def say(self, name: str, notes: list[str]) -> None:
         self.said.extend(f"{name}: {note}" for note in notes)
 
     def refuse(self, faults: list[str], name: str) -> None:
-        """Raise ValueError if there are faults; only say so if what has them is forced."""
+        """Raise ValueError if there are faults; with `force` only note them."""
         if faults and not self.force:
             self.refused.append(name)
             raise ValueError(f"{name}: {'; '.join(faults)}")
@@ -44,7 +44,7 @@ class Reading:
 def checked(
     motion: Motion, body: Body, name: str, reading: Reading, floor: bool = False, depth: float = 1.0
 ) -> Motion:
-    """The motion, smoothed if that is asked for; ValueError if no person does this, unless that is forced."""
+    """The motion, smoothed if asked for; ValueError if no person can do it, unless that is forced."""
     reading.refuse(faults(motion, body, floor, depth), name)
     if not reading.smooth:
         return motion
@@ -63,10 +63,10 @@ def smoothing_effect(before: Motion, after: Motion, body: Body) -> Tensor:
 
 
 def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) -> list[str]:
-    """What is impossible about a motion, each with frame and likely cause; nothing of a possible one.
+    """What is impossible about a motion, each with frame and likely cause; empty for a possible one.
 
-    `floor`: its heights count from a floor, as in AMASS. `depth` is what movement along z counts: less where
-    a distance was estimated from an apparent size, through a long lens.
+    `floor`: heights count from a floor, as in AMASS. `depth` weights movement along z: below 1 where distance
+    was estimated from apparent size through a long lens.
     """
     if not RATES[0] <= round(motion.fps, 1) <= RATES[1]:
         cause = "is it seconds a frame, or a count of frames?"

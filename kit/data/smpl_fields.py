@@ -1,4 +1,4 @@
-"""One person's arrays, under the names that tools give them, as rotations, translation, camera and axes."""
+"""One person's arrays, under each tool's names -> rotations, translation, camera and axes."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kit.data.motion_files import AXES
 from kit.untrusted import read_object
 from motion_tokens import matrix_to_axis_angle, sixd_to_matrix
 
-NAMES = {  # of the same thing in different tools; the first that is there counts
+NAMES = {  # of the same thing in different tools; the first one present is used
     "root": ("global_orient", "root_orient"),
     "body": ("body_pose", "pose_body"),
     "pose": ("pred_rotmat", "poses", "pose", "pose_cam", "smpl_pose", "pred_pose"),
@@ -39,17 +39,17 @@ Size = tuple[int, int]  # height, width
 
 
 def pick(record: dict, *things: str) -> np.ndarray | None:
-    """The first of these things that a record has, as an array."""
+    """The first of these things that a record has, as an array; None if it has none."""
     names = (name for thing in things for name in NAMES[thing])
     return next((np.asarray(record[name]) for name in names if record.get(name) is not None), None)
 
 
 def pose_of(record: dict) -> Tensor:
-    """All rotations (f 24 3) float64; at rest what the file's body lacks, and fingers."""
+    """All rotations (f 24 3) float64, no fingers; hand joints are identity unless the file has SMPL's."""
     root, body, pose = (_rotations(record, part) for part in PARTS)
     if pose is not None and body is None:
         root, body = pose[:, :1], pose[:, 1:]
-        if "Rh" in record and not root.any():  # the root is only there
+        if "Rh" in record and not root.any():  # HY-Motion has the root's rotation in Rh only
             root = _rotations({"root_orient": record["Rh"]}, "root")
     if root is None or body is None:
         raise ValueError(NO_POSE)
@@ -65,7 +65,7 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     if value is None:
         return None
     if part != "root" and value.shape in [(joints, 3) for joints in PARTS[part]]:
-        value = value[None]  # a file for each frame
+        value = value[None]  # the file holds one frame
     flat = torch.from_numpy(value.astype(np.float64).reshape(len(value), -1))
     numbers = next((n for n in (3, 6, 9) for joints in PARTS[part] if flat.shape[1] == n * joints), None)
     if numbers is None:
@@ -75,7 +75,7 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     if numbers == 3:
         return rearrange(flat, "f (j c) -> f j c", c=3)
     if numbers == 6:
-        rows = value.shape[-2:] == (3, 2)  # the columns stand side by side
+        rows = value.shape[-2:] == (3, 2)  # columns side by side, else one after the other
         sixd = rearrange(flat, f"f (j {'r c' if rows else 'c r'}) -> f j (c r)", r=3, c=2)
         return matrix_to_axis_angle(sixd_to_matrix(sixd))
     matrix = rearrange(flat, "f (j r c) -> f j r c", r=3, c=3)
@@ -94,7 +94,7 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     if "bbx_xys" in record:  # GVHMR's name
         centre, box = np.split(np.asarray(record["bbx_xys"]), [2], axis=-1)
     if weak is None or box is None or centre is None:
-        raise ValueError("it has no transl, and no camera (s, tx, ty) with its box and its box' centre")
+        raise ValueError("it has no transl, and no camera (s, tx, ty) with a box and the box's centre")
     if size is None:
         raise ValueError("a camera (s, tx, ty) needs the size of the picture: give the file with its video")
     box = box.reshape(len(weak), -1).max(axis=1)
@@ -153,7 +153,7 @@ def pinhole(camera: np.ndarray) -> Tensor:
 
 
 def axes_of(record: dict) -> str:
-    """What the kind of file tells of its axes, one of AXES; ValueError if it tells nothing."""
+    """The axes, one of AXES, that the kind of file implies; ValueError if it implies none."""
     if "Rh" in record:
         return "yup"  # HY-Motion's
     if any(name in record for name in ONLY_RECOVERED) or pick(record, "frames") is not None:

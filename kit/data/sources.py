@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     weight: float | None  # its share of the samples, relative to the other sources'
     count: int | None  # samples; None: endless, and the number of a sample is its seed
-    frames: int  # of a sample; where fewer are asked for they are its beginning (of the puppet: a window)
+    frames: int  # of a sample; a request for fewer gets the first ones (of the puppet: a window)
     paired: bool  # whether samples have video
     body: str  # Body.digest of its joints' body
     null_text: Tensor  # (l text_dim) features of the empty prompt, zeros after its last token
@@ -46,8 +46,8 @@ def open_sources(
 ) -> list[Source]:
     """Open data sets for training; rank 0 prints how many samples each has and what is wrong with the rest.
 
-    For the puppet preset a data set is read whole, into memory, and "puppet" is endless; for Wan each is a
-    cache. Without weights every sample counts the same. Raises ValueError or FileNotFoundError if a data set
+    For the puppet preset a data set is read into memory as a whole, and "puppet" is endless; for Wan each is
+    a cache. Without weights all samples count the same. Raises ValueError or FileNotFoundError if a data set
     holds nothing usable or does not fit the geometry.
     """
     parsed = [parse(spec) for spec in specs]
@@ -107,7 +107,7 @@ def _puppet_source(where: str, geometry: Geometry) -> Source:
 
 
 def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[Source, list[str]]:
-    """A data set in memory, motion as numbers and video as pixels -> the source, and what was rejected."""
+    """A data set in memory, as motion vectors and pixels -> the source, and what was rejected."""
     data = open_dataset(spec, geometry, body)
     samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
     if rank == 0 and data.reading.said:  # what was assumed or cut
@@ -149,6 +149,6 @@ def _cached_source(folder: str, geometry: Geometry) -> tuple[Source, list[str]]:
 
 @functools.lru_cache(maxsize=4096)
 def _features(caption: str) -> Tensor:
-    """(16 64) of a caption; of a longer one its first 16 words, as tokenizers do."""
+    """Features (16 64) of a caption, which is cut after 16 words, as tokenizers do."""
     words = caption.replace(".", " ").replace(",", " ").split()
     return puppet.encode_text([" ".join(words[: puppet.TEXT_LEN])])[0]

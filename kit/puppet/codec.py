@@ -74,7 +74,7 @@ class Codec:
         return torch.cat((first, rest), dim=2).clamp(-1, 1)
 
     def _follow(self, like: Tensor) -> None:
-        """Move to where the data is."""
+        """Move the codec's tensors to the device and dtype of the data."""
         for name in ("weight", "kernel", "mean", "scale"):
             setattr(self, name, getattr(self, name).to(like.device, like.dtype))
 

@@ -91,7 +91,7 @@ def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor
     batch, frames = joints.shape[:2]
     device = joints.device
     points = _points(rearrange(joints, "b f j xyz -> (b f) j xyz"))
-    points[..., 2].clamp_(max=CAMERA_DISTANCE - 0.1)  # a wild guess of a model may stand behind the camera
+    points[..., 2].clamp_(max=CAMERA_DISTANCE - 0.1)  # a bad sample of a model may be behind the camera
     pixels, depth = project(points)
     tails, tips = (constant(ends, device) for ends in (TAILS, TIPS))
     middle = (depth[:, tails] + depth[:, tips]) / 2
@@ -114,7 +114,7 @@ def render(joints: Tensor, betas: Tensor, shirt: Tensor) -> tuple[Tensor, Tensor
     rows = columns = slice(0, SIZE)
     for start in range(0, batch * frames, step):
         part = slice(start, start + step)
-        if on_cpu:  # only where the body is; for a GPU's answer the host would have to wait
+        if on_cpu:  # only where the body is; with a GPU the host would have to wait for low and high
             (left, top), (right, bottom) = low[part].amin(0).tolist(), high[part].amax(0).tolist()
             rows, columns = slice(top, bottom), slice(left, right)
         capsules = (tail[part], tip[part], radius[part], colour[part])

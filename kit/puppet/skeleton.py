@@ -43,7 +43,7 @@ RING = 6  # vertices around a bone
 
 @functools.cache
 def body(device: str | torch.device = "cpu") -> Body:
-    """The puppet's body on a device. Everyone shares it: ask for another device, do not move it."""
+    """The puppet's body on a device. It is cached and shared: do not move it, ask for another device."""
     return Body(_body_data()).to(device)
 
 

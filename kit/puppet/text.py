@@ -1,4 +1,4 @@
-"""A fixed word embedding where Wan has its text encoder."""
+"""A fixed word embedding in place of Wan's text encoder."""
 
 import functools
 import hashlib

@@ -70,11 +70,11 @@ def _euler_to_matrix(angles: Tensor) -> Tensor:
 
 
 def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device = "cpu") -> Clips:
-    """One clip per seed, each a pure function of its own seed; fewer than 17 frames are a window of it."""
+    """One clip per seed, each a function of its seed alone; fewer than 17 frames are a window of it."""
     draws = [torch.rand(22, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     drawn = torch.stack(draws, dim=1)  # (22 b)
     drawn[:2] = (drawn[:2] * torch.tensor([[len(ACTIONS)], [len(COLOURS)]])).floor()
-    names = drawn[:2].int().T.tolist()  # before the upload: the host would wait for a GPU
+    names = drawn[:2].int().T.tolist()  # before the upload: after it the host would wait for a GPU
     captions = [f"a person in a {COLOURS[worn]} shirt {ACTIONS[done]}" for done, worn in names]
     drawn = upload(drawn, torch.device(device))
     action, shirt, phase, speed, strength, turn, x, z, window, *more = drawn
@@ -115,7 +115,7 @@ def clips(seeds: Sequence[int], frames: int = FRAMES, device: str | torch.device
 def _own_time(time: Tensor, swing: Tensor, rate: Tensor, onset: Tensor) -> Tensor:
     """Time (b f), in clips, at a pace that changes: ahead of an even clock or behind it, never backwards.
 
-    At an even pace any one frame tells all others, and attention has no need to find the right one.
+    At an even pace any one frame would determine all others, and attention need not find the right one.
     """
     swing, rate, onset = (x[:, None] for x in (swing, rate, onset))
     angular = 2 * math.pi * (1 + rate)  # one to two swings of the pace a clip

@@ -64,7 +64,7 @@ def load_transformer(
             f"{folder}: {len({name for name, _ in wrong})} tensors do not fit, first {name}: "
             f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
         )
-    # what Wan lacks is allocated and initialised; the video expert stays on the meta device until it is read
+    # allocate and initialise what Wan lacks; the video expert stays on the meta device until it is read
     for name, tensor in model.state_dict().items():
         if name not in video:
             _replace(model, name, torch.empty_like(tensor, dtype=stored_dtype(name, dtype), device=device))
@@ -75,7 +75,7 @@ def load_transformer(
                 ours = expert_name(own_name[name])
                 _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
     if fp8:
-        print(f"{folder}: its fp8 weights are computed in {dtype}, no finer for that")
+        print(f"{folder}: its fp8 weights are computed in {dtype}, but keep fp8's precision")
     # paper is silent: what the motion expert starts from
     copy_video_to_motion(model)
     return model.eval().requires_grad_(False)
@@ -98,7 +98,7 @@ def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
 def copy_video_to_motion(model: DualDiT) -> None:
     """Start the motion expert from the video expert's weights, where names and shapes agree.
 
-    Its head stays zero, and what only motion has (the MLPs of 51 tokens) stays as it is.
+    Its head's last layers stay zero, and what only motion has (the MLPs of 51 tokens) stays as it is.
     """
     state = model.state_dict()
     for name, own in own_names(model).items():
@@ -112,8 +112,8 @@ def save_transformer(
 ) -> None:
     """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json.
 
-    Tensors are stored in `dtype`. The task hint of video alone, which a Wan does not have, is added to the
-    bias of the patch embedding.
+    Tensors are stored in `dtype`, except those that stay fp32 (kit/weights.py). The task hint of video alone,
+    which a Wan does not have, is added to the bias of the patch embedding.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ class VideoVAE:
     """Wan's video autoencoder: 4 x 8 x 8 with 16 channels (2.1), or 4 x 16 x 16 with 48 (2.2).
 
     Latents are normalised by the mean and deviation that the file states, as the transformer expects them.
-    Time is worked through latent by latent, and large frames are decoded in tiles: memory stays bounded.
+    Latents are processed one by one in time, and large frames are decoded in tiles: memory stays bounded.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
@@ -203,7 +203,7 @@ def _pretrained(library: str, cls: str, path: Path, **options):
 
 
 def _model(library: str, cls: str, path: Path, dtype: torch.dtype) -> nn.Module:
-    """A whole model of diffusers or transformers: both only warn of a missing tensor, and make it random."""
+    """A whole model of diffusers or transformers: both only warn of missing tensors, and make them random."""
     model, info = _pretrained(library, cls, path, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{path} lacks {len(missing)} tensors such as {missing[0]}: fetch it again")
@@ -235,7 +235,7 @@ class TextEncoder:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells models apart without reading all of them: a hash of every file's name, size and last 64 kB."""
+    """Identifies a model without reading all of it: a hash of every file's name, size and last 64 kB."""
     found = hashlib.blake2b(digest_size=16)
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         size = file.stat().st_size

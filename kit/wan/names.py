@@ -43,7 +43,7 @@ for _theirs, _own in (("attn1", "self_attn"), ("attn2", "cross_attn")):
 
 # what torch.compile, activation checkpointing and FSDP put before a name, also in the middle of one
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-FIRST = "patch_embedding.weight"  # in both layouts: what stands before it stands before every name
+FIRST = "patch_embedding.weight"  # in both layouts; a prefix that it has, all names have
 SCALES = re.compile(r"(^|\.)(scaled_fp8|(scale|input|weight)_(scale|weight|input)|comfy_quant)(\.|$)")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' words
 
@@ -65,13 +65,13 @@ def diffusers_name(own: str) -> str:
 
 
 def wan_names(names: Iterable[str]) -> dict[str, str]:
-    """Every tensor's name in the files -> Wan's own, whatever prefix a tool has put before all of them."""
+    """Every tensor's name in the files -> Wan's own; a prefix that all names share is removed."""
     plain = {name: WRAPPER.sub("", name) for name in names}
     if scaled := next(filter(SCALES.search, plain.values()), None):
         raise ValueError(f"found {scaled}: fp8 with scales; fetch the same model in fp16, bf16 or plain fp8")
     prefix = next((n.removesuffix(FIRST) for n in plain.values() if f".{n}".endswith(f".{FIRST}")), "")
     if stranger := next((name for name in plain.values() if not name.startswith(prefix)), None):
-        raise ValueError(f"names begin with {prefix!r}, but for {stranger}: more than one model; {SUPPORTED}")
+        raise ValueError(f"names begin with {prefix!r}, except {stranger}: more than one model; {SUPPORTED}")
     own = {name: wan_name(short.removeprefix(prefix)) for name, short in plain.items()}
     if len(set(own.values())) < len(own):
         raise ValueError(f"tensors are there twice, under two names: more than one model; {SUPPORTED}")
@@ -185,13 +185,13 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _only(folder: Path, name: str, pattern: str) -> Path | None:
-    """The file of this name, else the one of this pattern, where there is no second."""
+    """The file of this name, else the file that matches the pattern; None if there is none or several."""
     files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(pattern))
     return files[0] if len(files) == 1 else None
 
 
 def read_header(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str], bool]:
-    """The files' tensors, unread: shapes by Wan's own names, those names by the files', and if any is fp8."""
+    """From headers only: shapes by Wan's own names, Wan's names by the files' names, and if any is fp8."""
     shapes, kinds = {}, set()
     for file in files:
         with opened(file) as tensors:

@@ -87,7 +87,7 @@ def test_axes_named_in_the_spec(tmp_path, capsys):
     save_amass(tmp_path / "yup.npz", yup, puppet.body())  # turns it back
     count, said = check(spec, capsys)
     assert count == 0 and "yup.npz: the person lies in 100% of frames" in said and "1 rejected" in said
-    assert "--force takes as it is what no person does: 1 of those rejected" in said
+    assert "--force would accept 1 of those rejected: motion that no person does" in said
     with pytest.raises(ValueError, match="the person lies") as training:  # which has no --force
         open_sources([spec], PUPPET, puppet.body())
     assert "--force" not in str(training.value)
