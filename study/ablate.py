@@ -4,16 +4,16 @@
     python -m study.ablate table1 figure8      some of it
 
 table1   the video of joint modelling against the backbone's and against more training on video alone
-figure8  where motion and video look in each other, with MVS-RoPE, unsynced, in collision
-a81      what positions in collision do to a network that could make video
+figure8  attention between motion and video, both ways: with MVS-RoPE, unsynced, in collision
+a81      what positions in collision do to a network that can already make video
 a82      stage 2 with stage 1 before it and without
 a83      two experts against one set of weights
 table5   video to motion
 table6   text to motion
 
 All networks start from the stages of one run of train.py (--from) and differ in one thing. Each is a run of
-train.py in DIR/NAME-SEED: one that is there is taken, one that was cut short goes on. A part is written to
-assets/results.json network by network; what is there and of the same weights is not measured again.
+train.py in DIR/NAME-SEED: finished ones are reused, interrupted ones are resumed. A part is written to
+assets/results.json network by network; what is there, of the same weights, is not measured again.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from study.scores import Columns
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results.json"
 ABLATION_STEPS = 500  # of networks that are compared by their losses and attention
-VALIDATIONS = 16  # of each of these, evenly over its steps
+VALIDATIONS = 16  # of each such network, evenly over its steps
 WAYS = {"motion_to_video": frame_share, "video_to_motion": latent_share}
 STAGE_2 = ("joint/video", "joint/motion", "motion_to_video/video", "video_to_motion/motion")  # its losses
 
@@ -64,7 +64,7 @@ NETWORKS = {
     "video-tuning-quarter": Network(0, 0),  # on a quarter of the clips of echomotion's stage 2
     "video-tuning": Network(0, 0),  # on as many
     "video-tuning-flops": Network(0, 0),  # with as much arithmetic as echomotion's stages 1 and 2
-    "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # what the ablations are held against
+    "mvs-rope": Network(1, 2, None, puppet.FRAMES),  # the baseline of the ablations
     "unsynced": Network(1, 2, "unsynced", puppet.FRAMES),
     "collision": Network(1, 2, "collision", puppet.FRAMES),
     "one-stage": Network(0, 2, "one-stage", puppet.FRAMES),
@@ -81,14 +81,14 @@ class Plan(NamedTuple):
     runs: Path
     out: Path
     device: str
-    # of the run
+    # how the run was trained
     stages: dict[int, int]  # steps
     batch: int
     frames: int | None  # of clips; None: growing clips
     compile: bool
 
     def stage(self, stage: int) -> Path:
-        """The weights with which a stage of the run has ended."""
+        """The weights at the end of a stage of the run."""
         return self.start / f"stage-{stage}.safetensors"
 
 
@@ -146,13 +146,13 @@ def steps_of(name: str, plan: Plan) -> int:
 
 
 def trained(name: str, seed: int, plan: Plan) -> Path:
-    """The weights of a network, trained now unless they are there; ValueError if of another plan."""
+    """The weights of a network, trained now unless they exist; ValueError if trained with another plan."""
     network, steps, out = NETWORKS[name], steps_of(name, plan), plan.runs / f"{name}-{seed}"
     if name == "echomotion" and seed == 0 and steps == plan.stages[2]:
         return plan.start / "weights.safetensors"  # the run itself
     options = {"init": str(plan.stage(network.start)), "stage": network.stage, "steps": steps}
     options |= {"batch": plan.batch, "frames": network.frames or plan.frames, "ablate": network.ablate}
-    options |= {"seed": seed + 1}  # 0 is the run's own: its stages have seen those clips
+    options |= {"seed": seed + 1}  # not 0: the run's stages were trained on those clips
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
@@ -172,7 +172,7 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
 
 
 def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
-    """The weights that a row is about, one a seed, and the steps of their last stage."""
+    """The weights of a row, one for each seed, and the steps of their last stage."""
     if name in ("real", "mean-motion"):
         return [plan.stage(0)], 0
     if name in RUN_STAGES:
@@ -187,7 +187,7 @@ def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
 def measure(
     plan: Plan, part: str, name: str, measured: Callable[[list[Path]], dict], beside: Sequence[Path] = ()
 ) -> None:
-    """results[part][name] in plan.out: measured(weights) and what it is of, unless that is there already.
+    """Write measured(weights) to results[part][name] in plan.out, unless that of these weights is there.
 
     `beside`: other weights that it depends on.
     """
@@ -249,7 +249,7 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
 
 
 def table(part: str, plan: Plan) -> None:
-    """One of TABLES: what each network makes of the same clips, measured over clips and seeds."""
+    """One of TABLES: samples of each network for the same clips, measured over clips and seeds."""
     real = real_clips(plan.clips)
     of = {
         "table1": lambda video, _: scores.of_video(video, real),
@@ -290,7 +290,7 @@ def figure8(plan: Plan) -> None:
 
 
 def curve(folder: Path, kinds: Sequence[str]) -> tuple[list[int], list[float]]:
-    """Steps, and the loss of stage 2 on held-out clips at each: of some of STAGE_2, the mean over tasks."""
+    """Steps, and the loss of stage 2 on held-out clips at each: of some of STAGE_2, mean over the tasks."""
     lines = monitor.read_log(folder / "metrics.jsonl")
     rows = {line["step"]: line["validation"] for line in lines if "validation" in line}
     tasks = len({kind.partition("/")[0] for kind in kinds})
@@ -298,7 +298,7 @@ def curve(folder: Path, kinds: Sequence[str]) -> tuple[list[int], list[float]]:
 
 
 def curves(part: str, names: Sequence[str], kinds: Sequence[str], plan: Plan) -> None:
-    """A part that compares networks by their losses over training, the first with the others."""
+    """A part that compares networks with the first one by their losses over training."""
 
     def read_all(paths: list[Path]) -> tuple[list[int], Tensor]:
         steps, losses = zip(*(curve(path.parent, kinds) for path in paths), strict=True)
@@ -333,13 +333,13 @@ def options() -> argparse.Namespace:
     parser = files.Parser(prog="python -m study.ablate", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("parts", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=f"{', '.join(PARTS)} or all")
-    what = "a run of all stages, that all networks start from (%(default)s)"
+    what = "the run of all stages that all networks start from (default %(default)s)"
     add("--from", dest="start", type=Path, default=train.RUN, metavar="RUN", help=what)
-    add("--seeds", type=files.count, default=3, metavar="N", help="networks of each (%(default)s)")
-    add("--clips", type=files.count, default=256, metavar="N", help="to measure on (%(default)s)")
+    add("--seeds", type=files.count, default=3, metavar="N", help="of each network (default %(default)s)")
+    add("--clips", type=files.count, default=256, metavar="N", help="to measure on (default %(default)s)")
     what = f"of the last stage; default: in tables 1, 5 and 6 as RUN's, elsewhere {ABLATION_STEPS}"
     add("--steps", type=files.count, metavar="N", help=what)
-    add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="of networks (%(default)s)")
+    add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="networks (default %(default)s)")
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

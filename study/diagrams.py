@@ -29,7 +29,7 @@ def hexadecimal(colour: tuple[int, int, int]) -> str:
 PAPER, INK = (hexadecimal(colour) for colour in (pictures.PAPER, pictures.INK))
 VIDEO, MOTION, GREY = (hexadecimal(pictures.SIDE_COLOURS[side]) for side in ("left", "right", "middle"))
 CLIP = 9  # the puppet clip that is shown
-SCALE = 8  # pixels of a skeleton to one of its video
+SCALE = 8  # pixels of a skeleton to one pixel of its video
 LINE = "#c8c8c4"
 
 
@@ -39,7 +39,7 @@ LINE = "#c8c8c4"
 def canvas(
     width: float, height: float, x: tuple[float, float], y: tuple[float, float]
 ) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one bare axes, x to the right and y up."""
+    """A figure, sizes in inches, with one empty axes, x to the right and y up."""
     figure = Figure(figsize=(width, height), dpi=150, facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=x, ylim=y)
@@ -66,7 +66,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 @functools.cache
 def shown_clip(size: int) -> tuple[Tensor, Tensor]:
-    """A puppet clip's frames and skeletons, each (f size size 3) uint8, cut to where the person is."""
+    """A puppet clip's frames and skeletons, each (f size size 3) uint8, cropped to the person."""
     clip = puppet.clips([CLIP])
     video = pictures.to_frames(puppet.render(clip.joints, clip.betas, clip.shirt)[0][0])
     skeletons = pictures.draw_skeleton(clip.joints[0], puppet.project, 64 * SCALE)
@@ -78,7 +78,7 @@ def shown_clip(size: int) -> tuple[Tensor, Tensor]:
 
 
 def frames(path: Path) -> None:
-    """Both modalities over one time: a frame stands at f/4, a latent over the frames that it holds."""
+    """Both modalities on one time axis: a frame stands at f/4, a latent above the frames that it holds."""
     f, T = puppet.FRAMES, (puppet.FRAMES - 1) // FRAMES_PER_LATENT + 1
     figure, axes = canvas(9.6, 3.55, (-1.0, 4.35), (-0.3, 3.22))
     width, inch = 0.235, 5.35 / 9.6 / (3.52 / 3.55)  # of a thumbnail; y units are this much smaller than x
@@ -102,7 +102,7 @@ def frames(path: Path) -> None:
         write(axes, (left + right) / 2, 2.55, f"latent {k}" if k else "0", VIDEO, 9)
         write(axes, (left + right) / 2, 2.98, text, INK, 8)
         axes.plot((left, left, right, right), (2.14, 2.06, 2.06, 2.14), color=VIDEO, linewidth=1)
-        # the latent's own moment: that of its last frame
+        # the latent's time: that of its last frame
         axes.plot((k, k), (0.66, 2.3), color=VIDEO, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     write(axes, -0.2, 2.55, "video latents", VIDEO, ha="right")
     axes.plot((-0.12, 4.12), (0.62, 0.62), color=INK, linewidth=1)
@@ -119,7 +119,7 @@ def frames(path: Path) -> None:
 
 
 def tokens(path: Path) -> None:
-    """From a frame's SMPL parameters to its tokens, and these beside the video's grid."""
+    """From a frame's SMPL parameters to its tokens, and the tokens' positions beside the video's grid."""
     figure, axes = canvas(9.6, 4.1, (0, 9.6), (0.15, 4.25))
     _, skeletons = shown_clip(512)
     axes.imshow(skeletons[2].numpy(), extent=(0.05, 1.75, 1.5, 3.2), aspect="auto")
@@ -158,7 +158,7 @@ def tokens(path: Path) -> None:
     )
     write(axes, 1.98, 0.42, note, GREY, 8, ha="left", linespacing=1.5)
 
-    # where they stand: one moment of the positions that rope.py computes
+    # where they stand: the positions that rope.py computes, at one time
     inner = figure.add_axes((0.715, 0.11, 0.27, 0.74), facecolor=PAPER)
     H = W = 8
     video, motion = video_positions(1, H, W), motion_positions(1, H, W)
@@ -292,7 +292,7 @@ def entry(axes: Axes, x: float, y: float, role: Role, colour: str) -> None:
 
 
 def equation(axes: Axes, x: float, y: float, task: Task) -> None:
-    """A line for each term; that of the condition has the condition's colour."""
+    """A line for each term; the condition's term has the condition's colour."""
     colours = INK, GREY, MOTION if task is Task.MOTION_TO_VIDEO else VIDEO
     lines = [(line, colour) for line, colour in zip(EQUATIONS[task], colours, strict=True) if line]
     for k, (line, colour) in enumerate(lines):

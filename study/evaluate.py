@@ -1,11 +1,11 @@
-"""The measures: how good are trained weights on puppet clips they have never seen?
+"""The measures: how good are trained weights on puppet clips that they were not trained on?
 
     python -m study.evaluate [--weights FILE] [--clips 64] [--no-redraw] [--json FILE] [--attention FILE.png]
     python -m study.evaluate pw3d DIR --wan FOLDER --weights FILE    video to motion on 3DPW (study/pw3d.py)
 
-Each measure stands with its standard error over clips, its baseline (what knowing nothing gives) and its
-ceiling (what the codec, or real clips, give). The video of a joint sample is redrawn from its motion, as by
-sample.py; --no-redraw leaves it as it was made beside the motion, as in the paper.
+Each measure is printed with its standard error over clips, its baseline (what a guess gives) and its ceiling
+(what the codec, or real clips, give). The video of a joint sample is redrawn from its motion, as sample.py
+does; with --no-redraw it is the one made together with the motion, as in the paper.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Numbers = dict[str, dict[str, dict]]  # task -> "ours", "baseline", "ceiling" ->
 
 
 def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float) -> Numbers:
-    """All three tasks sampled and measured, and what stands beside each."""
+    """All three tasks sampled and measured, each with its baseline and ceiling."""
     coded = scores.through_codec(codec, real)
     chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
     make = lambda task: scores.generate(model, codec, real, task, **sampling)
@@ -121,7 +121,7 @@ def options() -> argparse.Namespace:
     add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
     add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
     add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
-    what = "make the video of a joint sample once more, from its motion"
+    what = "generate the video of a joint sample once more, from its motion"
     add("--redraw", action=argparse.BooleanOptionalAction, default=usual.redraw, help=what)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")

@@ -39,7 +39,7 @@ TILE = 128  # pixels of a frame
 
 
 def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
-    """Frames (f h w 3) of a sample's video and of its skeleton; CONDITION_CLIP is its condition."""
+    """Frames (f h w 3) of a sample's video and of its skeleton; its condition, if any, is CONDITION_CLIP."""
     clip, codec = puppet.clips([CONDITION_CLIP]), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
@@ -86,7 +86,7 @@ def collision(path: Path, runs: Path) -> None:
 
 
 def figure8(path: Path, found: dict[str, dict]) -> None:
-    """A column a variant: above, where motion looks in video, below, where video looks in motion."""
+    """A column for each variant: above, motion's attention to video; below, video's attention to motion."""
     figure = plots.blank_figure(2.6 * len(found) + 0.8, 4.6)
     panels = figure.subplots(2, len(found), squeeze=False, sharex=True, sharey=True)
     for row, way in zip(panels, ("motion_to_video", "video_to_motion"), strict=True):
@@ -111,7 +111,7 @@ def figure8(path: Path, found: dict[str, dict]) -> None:
 
 
 def curves(part: str, title: str, path: Path, found: dict[str, dict]) -> None:
-    """Losses over the clips trained on: mean over seeds, and its standard error as a band."""
+    """Losses over the number of training clips: mean over seeds, and its standard error as a band."""
     figure = plots.blank_figure(5.4, 3.4)
     panel = figure.subplots()
     for name, network in found.items():

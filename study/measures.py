@@ -1,4 +1,4 @@
-"""The measures, a value a clip: of motion, of video, of both together (4:1 is kit/attention.py's)."""
+"""Measures of motion, of video, and of both together, a value for each clip (4:1: kit/attention.py)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from motion_tokens import axis_angle_to_matrix
 
 OFFSETS = range(-4, 5)  # frames, for the synchrony of video and motion
 FEATURES = 32  # dimensions of the joints' space in which distributions are compared
-PARTS = 16  # that the jackknife leaves out in turn
+PARTS = 16  # parts that the jackknife leaves out in turn
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -62,7 +62,7 @@ def facing_camera(joints: Tensor) -> Tensor:
 
 
 def nearest_action(joints: Tensor, bank: puppet.Clips) -> Tensor:
-    """Action (b,) of the real clip whose joints are nearest over the whole clip, heading aside."""
+    """Action (b,) of the real clip whose joints are nearest over the whole clip, regardless of heading."""
     distance = torch.cdist(facing_camera(joints).flatten(1), facing_camera(bank.joints).flatten(1))
     return bank.action[distance.argmin(dim=1)]
 
@@ -79,7 +79,7 @@ def jerk(joints: Tensor) -> Tensor:
 
 
 def usual_poses(body_pose: Tensor, real: Tensor) -> Tensor:
-    """Share (b,) of joints turned by at most their real angles' 99th percentile; (b f j 3) radians."""
+    """Share (b,) of joints turned by at most the 99th percentile of their real angles; (b f j 3) radians."""
     usual = real.norm(dim=-1).flatten(0, 1).quantile(0.99, dim=0)
     return (body_pose.norm(dim=-1) <= usual).float().mean(dim=(1, 2))
 
@@ -88,8 +88,8 @@ def frechet(joints: Tensor, real: Tensor) -> Tensor:
     """Fréchet distance of two sets of motions (n f j 3), cm² a joint -> (parts,) jackknife pseudo-values.
 
     Normal distributions are fitted to the joints, facing the camera, in the largest FEATURES principal
-    components of the real ones. The mean of the pseudo-values is the distance less the bias of few samples,
-    their spread its error.
+    components of the real ones. The mean of the pseudo-values is the distance without the bias of few
+    samples, their spread gives its error.
     """
     x, y = (100 * facing_camera(part).flatten(1).double() for part in (joints, real))  # cm
     middle, scale = y.mean(0), (y.shape[1] / 3) ** 0.5
@@ -131,17 +131,17 @@ def iou_by_offset(video: Tensor, motion: Tensor) -> Tensor:
 
 
 def change(video: Tensor, n: int) -> Tensor:
-    """Mean size of the n-th difference over frames, (b,): how much moves (1), how much flickers (3)."""
+    """Mean size of the n-th difference over frames, (b,): n = 1 measures movement, n = 3 flicker."""
     return video.diff(n=n, dim=2).abs().mean(dim=(1, 2, 3, 4))
 
 
 def sharpness(video: Tensor) -> Tensor:
-    """Mean difference of neighbouring pixels, (b,): the proxy for aesthetics, as far as a puppet has any."""
+    """Mean difference of neighbouring pixels, (b,): on the puppet, the proxy for aesthetics."""
     return sum(video.diff(dim=axis).abs().mean(dim=(1, 2, 3, 4)) for axis in (-1, -2))
 
 
 def outlines(shape: Tensor) -> Tensor:
-    """Silhouettes (b f h w) bool -> (b n), at half the size, each clip in the middle."""
+    """Silhouettes (b f h w) bool -> (b n), at half the size, each clip centred horizontally."""
     columns = shape.float().sum(dim=(1, 2))  # (b w)
     middle = (columns * torch.arange(columns.shape[1])).sum(1) / columns.sum(1).clamp_min(1)
     shifts = (shape.shape[-1] // 2 - middle.round()).int().tolist()

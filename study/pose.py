@@ -1,9 +1,9 @@
 """A pose read back from the puppet's videos, by the colours of its limbs; all in pixels.
 
 Left limbs are blue, right ones orange, dark above elbow and knee and light below: eight segments in four
-colours. What has one colour and hangs together is a piece; of a colour's pieces, arm and leg are told apart
-by where they begin, at the shirt or at the hips, and below by what they end at, the upper arm or the foot.
-Nothing here knows how a body moves, so that it may judge videos in which one does not.
+colours. A piece is a connected region of one colour. A dark piece belongs to the arm or the leg by whether it
+is nearer to the shoulders or the hips, a light one by whether it is nearer to the upper arm or the foot.
+Nothing here assumes how a body moves, so videos in which it moves wrongly can be judged.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ REACH = 8  # pixels from a piece of shin to its foot or thigh; a shin is some 12
 FAR = 1e4  # pixels: of what is not there
 
 
-BONES = {  # one that has the colour
+BONES = {  # for each colour, a capsule that has it
     "hips": ("left_hip", "right_hip"),
     "skin": ("head", "crown"),
     "hair": ("nape", "scalp"),
@@ -50,8 +50,8 @@ class Pose(NamedTuple):
 
     points: Tensor  # (b f 8 2) POINTS as (column, row)
     seen: Tensor  # (b f 8) bool: whether the point was found
-    bend: Tensor  # (b f 4) angle of elbow and knee, left then right, in the picture, radians; NaN unseen
-    pieces: Tensor  # (b f 8) pieces of each of SEGMENTS: 1 as it should be, 0 missing, 2 or 3 torn
+    bend: Tensor  # (b f 4) angle of elbow and knee, left then right, in the picture, radians; NaN if unseen
+    pieces: Tensor  # (b f 8) number of pieces of each of SEGMENTS: 1 is right, 0 missing, 2 or 3 torn
 
 
 class Pieces(NamedTuple):
@@ -102,7 +102,7 @@ def pieces_of(mask: Tensor) -> Pieces:
     spread = torch.einsum("mkp,mkpi,mkpj->mkij", weight, offset, offset)
     variance, axes = torch.linalg.eigh(spread)  # ascending
     along = torch.einsum("mkpi,mki->mkp", offset, axes[..., -1])
-    # a limb is as long as its pixels reach, less half its width at either end: a capsule's caps
+    # a limb is as long as its pixels reach, minus half its width at each end for the capsule's caps
     reach = [torch.where(belongs, sign * along, -FAR).amax(-1) for sign in (-1, 1)]
     half_width = 2 * variance[..., 0].clamp_min(0).sqrt()
     ends = [
@@ -115,7 +115,7 @@ def pieces_of(mask: Tensor) -> Pieces:
 
 
 def centre_of(mask: Tensor) -> Tensor:
-    """Masks (n h w) bool -> their middles (n 2) as (column, row), FAR where there is nothing."""
+    """Masks (n h w) bool -> their centres (n 2) as (column, row), FAR where there is nothing."""
     weight = mask.float()
     row = (weight.sum(2) * (torch.arange(mask.shape[1], device=mask.device) + 0.5)).sum(1)
     column = (weight.sum(1) * (torch.arange(mask.shape[2], device=mask.device) + 0.5)).sum(1)
@@ -148,7 +148,7 @@ def joined(upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     which = distance.argmin(dim=1)
     rows = torch.arange(len(which))
     near_upper, far_upper = upper[rows, which // 2], upper[rows, 1 - which // 2]
-    # the joint is the lower segment's end: that one is mostly drawn in front
+    # the joint is the end of the lower segment, which is mostly drawn in front
     joint, tip = lower[rows, which % 2], lower[rows, 1 - which % 2]
     (ux, uy), (lx, ly) = (near_upper - far_upper).unbind(-1), (tip - joint).unbind(-1)
     bend = torch.atan2(ux * ly - uy * lx, ux * lx + uy * ly)
@@ -190,7 +190,7 @@ def _read(video: Tensor) -> Pose:
         for joint, tip, bend in (joined(upper_arm, forearm), joined(thigh, shin)):
             points += [joint, tip]
             bends.append(bend)
-        # the foot covers the end of the shin: it tells better where the ankle is
+        # the foot covers the end of the shin, so it shows better where the ankle is
         heel = foot[rows, (foot - points[-1][:, None]).norm(dim=-1).argmin(dim=1)]
         points[-1] = torch.where((heel < FAR) & (points[-1] < FAR), heel, points[-1])
         counts += [mine.sum(dim=1) for mine in (arm, below_arm, leg, below_leg)]
@@ -204,7 +204,7 @@ def _read(video: Tensor) -> Pose:
 
 
 def anatomy(pose: Pose, bends: Tensor) -> dict[str, Tensor]:
-    """How sound the body in each video is, (b,) each; `bends` (n 4) are real ones, in the order of Pose.bend.
+    """How intact the body in each video is, (b,) each; `bends` (n 4): real ones, in the order of Pose.bend.
 
     limbs_whole: share of segments that are in one piece; limbs_missing: in none. length_variation: deviation
     over mean of a forearm's or shin's length within a clip (not 0 for real clips: they are foreshortened).

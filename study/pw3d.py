@@ -4,7 +4,7 @@
 
 DIR has sequenceFiles/test/NAME.pkl and imageFiles/NAME/image_00000.jpg, ..., 30 pictures a second. For each
 person a sequence has jointPositions (n 72), SMPL's joints in the world, and campose_valid (n,); for all
-together cam_poses (n 4 4), which lead into the camera's frame: x right, y down, z ahead.
+persons cam_poses (n 4 4), which map the world to the camera's frame: x right, y down, z ahead.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PAPER = {  # PA-MPJPE and MPJPE, mm
 }  # fmt: skip
 LIMBS = ("ankle", "knee", "hip", "wrist", "elbow", "shoulder")
 NAMES = (*(f"{side}_{part}" for side in ("left", "right") for part in LIMBS), "neck", "head")
-FOURTEEN = [JOINT_NAMES.index(name) for name in NAMES]  # those of the usual protocol
+FOURTEEN = [JOINT_NAMES.index(name) for name in NAMES]  # as in the usual protocol
 HIPS = [JOINT_NAMES.index(name) for name in ("left_hip", "right_hip")]
 FIELDS = ("jointPositions", "cam_poses", "campose_valid")
 
@@ -52,9 +52,9 @@ class Window(NamedTuple):
 
 
 def windows(folder: Path, fps: float, frames: int, count: int) -> list[Window]:
-    """`count` windows spread evenly over all of the test set that do not overlap; all, if there are fewer.
+    """`count` windows, spread evenly over all windows of the test set that do not overlap; or all, if fewer.
 
-    FileNotFoundError or ValueError if something of the test set is not there, or damaged.
+    FileNotFoundError or ValueError if a part of the test set is missing or damaged.
     """
     found = []
     sequences = sorted((folder / "sequenceFiles" / "test").glob("*.pkl"))
@@ -75,7 +75,7 @@ def windows(folder: Path, fps: float, frames: int, count: int) -> list[Window]:
 
 
 def read_sequence(file: Path) -> tuple[Tensor, np.ndarray]:
-    """One person's joints (n 24 3) in the camera's frame, y up, and where the camera is known (n,)."""
+    """One person's joints (n 24 3) in the camera's frame, y up, and whether the camera is known (n,)."""
     read = read_object(file, "sequence of 3DPW", FIELDS)
     if not isinstance(read, dict) or not read.keys() >= set(FIELDS):
         raise ValueError(f"{file} is no sequence of 3DPW: expected {', '.join(FIELDS)}")
@@ -95,7 +95,7 @@ def errors(predicted: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def latents_of(window: Window, backbone: Backbone, codec: wan.VideoVAE, device: str) -> Tensor:
-    """(1 c T h w); pictures that stand upright stay so, at the backbone's size turned."""
+    """(1 c T h w), of the backbone's size; its longer side is the height if pictures are upright."""
     images = [Image.open(picture).convert("RGB") for picture in window.pictures]
     size = backbone.geometry.height, backbone.geometry.width
     size = sorted(size, reverse=images[0].height > images[0].width)
@@ -104,7 +104,7 @@ def latents_of(window: Window, backbone: Backbone, codec: wan.VideoVAE, device: 
 
 
 def to_motion(model: DualDiT, latents: Tensor, null_text: Tensor, seed: int, sampling: dict) -> Tensor:
-    """What the network sees in latents (1 c T h w) -> joints (f 24 3), metres."""
+    """Motion from latents (1 c T h w) -> joints (f 24 3), metres."""
     given = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, latents.shape[2:], latents
     _, motion = denoise(*given, **sampling)
     return decode_smpl(motion.float().cpu())["joints"][0]

@@ -1,4 +1,4 @@
-"""What a network makes of held-out puppet clips, and what the measures say of it, a value a clip."""
+"""Samples of a network for held-out puppet clips, and their measures, a value for each clip."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from study import measures, pose
 
 CHUNK = 16  # clips at a time; each chunk has a seed of its own
 BANK_CLIPS = 1024  # real clips that stand for "the data": nearest neighbours, mean motion
-READ_CLIPS = 128  # of them whose elbows and knees say what is usual
+READ_CLIPS = 128  # of the bank, whose elbows and knees tell which bends are usual
 Columns = dict[str, Tensor]  # measures (b,), or as many values as stand for them
 
 
@@ -50,9 +50,9 @@ def held_out(count: int) -> Real:
 def generate(
     model: DualDiT, codec: puppet.Codec, real: Real, task: Task, **sampling: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Samples of the clips' captions, given their video or motion where the task is, on the CPU.
+    """Samples for the clips' captions, from their video or motion if the task has a condition.
 
-    -> video (n 3 f h w), motion (n f 235), None if absent.
+    -> video (n 3 f h w), motion (n f 235), None if absent; on the CPU.
     """
     device, parts = model.motion_mean.device, []
     sampling = PUPPET_DEFAULTS._asdict() | {"bf16": devices.has_bf16_units(device)} | sampling
@@ -70,15 +70,13 @@ def chunks(real: Real) -> list[slice]:
 
 
 def through_codec(codec: puppet.Codec, real: Real) -> Tensor:
-    """The clips' own video as the codec gives it back: what no network can better."""
+    """The clips' own video, encoded and decoded: what no network can exceed."""
     return codec.decode(codec.encode(real.video.to(codec.mean.device))).cpu()
 
 
 def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
-    """Where motion made from video looks in it (layers f T), and video made from motion in that (layers T f).
-
-    Rows sum to 1.
-    """
+    """Attention of motion to the video that it is made from (layers f T), and of video to the motion that
+    it is made from (layers T f). Rows sum to 1."""
     device, to_video, to_motion = model.motion_mean.device, 0.0, 0.0
     for part in chunks(real):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
@@ -95,10 +93,9 @@ def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tenso
 
 
 def of_real(x: Tensor, real: Tensor) -> Tensor:
-    """A measure (b,) over that of the same clips' real data (b,) -> (b,) with the ratio of the means as mean.
+    """A measure (b,) relative to that of the clips' real data (b,) -> (b,) whose mean is the ratio of means.
 
-    Their spread gives the error of that ratio (delta method): what a clip has in common with its real data
-    cancels.
+    Their spread gives the error of that ratio (delta method): what a clip shares with its real data cancels.
     """
     ratio = x.mean() / real.mean()
     return ratio + (x - ratio * real) / real.mean()
@@ -146,7 +143,7 @@ def of_both(video: Tensor, motion: Tensor, real: Real) -> Columns:
 
 
 def of_pose(joints: Tensor, real: Real) -> Columns:
-    """Errors of joints (b f j 3) that are to be the clips' own."""
+    """Errors of joints (b f j 3) against the clips' own."""
     found = joints, real.clips.joints
     return {"mpjpe_mm": measures.mpjpe(*found), "pa_mpjpe_mm": measures.pa_mpjpe(*found)}
 

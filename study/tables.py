@@ -26,7 +26,7 @@ NAMES = {  # in the order of rows
     "one-stage": "stage 2 alone",
     "single-stream": "one set of weights",
 }
-# what a part calls a network whose name says something else there
+# names of networks that are called differently in one part
 OTHER_NAMES = {
     ("a82", "mvs-rope"): "stages 1 and 2",
     ("a83", "one-stage"): "two experts",
@@ -104,7 +104,7 @@ def table(results: dict, part: str) -> str:
 
 
 def shares(results: dict, part: str) -> str:
-    """Both ways, the layer that MVS-RoPE makes most of, and all layers' mean."""
+    """For both directions: the share in the layer where MVS-RoPE's is largest, and the mean over layers."""
     rows = []
     for network, found in networks(results, part).items():
         row = [name_of(part, network)]
