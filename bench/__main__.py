@@ -36,7 +36,7 @@ def bench_all() -> dict:
 
 def options() -> argparse.Namespace:
     common = files.Parser(add_help=False)
-    # SUPPRESS: a --json before the verb is kept
+    # SUPPRESS: without it the default would replace a --json given before the verb
     what = "write the figures there"
     common.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=what)
     about = __doc__.splitlines()[0]
@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
     what = "tests, train, forward, motion, hybrid, puppet, run; default: all, in this order"
     gpu.add_argument("parts", nargs="*", metavar="PART", help=what)
     gpu.add_argument("--minutes", type=float, default=8, metavar="N", help="in all (default %(default)s)")
-    what = "figures and the puppet's run (default %(default)s)"
+    what = "for figures and the puppet's run (default %(default)s)"
     gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help=what)
     gpu.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -62,9 +62,9 @@ def options() -> argparse.Namespace:
     plan.add_argument(
         "--steps", type=int, default=12_000, help="default: the paper's in stage 2, %(default)s"
     )
-    what = "of a GPU in bf16: A100 312, H100 989"
+    what = "peak of a GPU in bf16: A100 312, H100 989"
     plan.add_argument("--peak-tflops", type=float, default=312, help=what)
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
     return parser.parse_args()
 
 

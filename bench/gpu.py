@@ -1,11 +1,11 @@
-"""What a GPU does, in one command: `python -m bench gpu`, eight minutes on an H100.
+"""Measure a GPU with one command: `python -m bench gpu`, eight minutes on an H100.
 
-Each part runs in a process of its own with a deadline: one that fails, or takes too long, stops no other.
-What a part finds is printed as it comes, and OUT/gpu.json is written after each figure. Parts, in order:
+Each part runs in its own process with a deadline: one that fails, or takes too long, stops no other.
+Figures are printed as they come, and OUT/gpu.json is written after each. Parts, in order:
 
     tests    what only a GPU can show: tests/gpu
-    train    a joint training step of 1.3B at 81x480x832, checkpointed, compiled and not, beside the plan
-    forward  a forward call and a sampling step beside diffusers' model on the same tokens
+    train    a joint training step of 1.3B at 81x480x832, checkpointed, compiled and not, against the plan
+    forward  a forward call and a sampling step against diffusers' model on the same tokens
     motion   what motion tokens cost beyond their share of the arithmetic
     hybrid   the 5B with 15 dual blocks, at the largest size that fits
     puppet   clips a second at several batches, and where the time goes
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
     small: DualDiTConfig
     large: DualDiTConfig
     shape: Shape
-    large_shapes: tuple[Shape, ...]  # the first that fits counts
+    large_shapes: tuple[Shape, ...]  # the first that fits is used
     batches: tuple[int, ...]
     run_batch: int
     run_steps: int | None  # None: as many as there is time for
@@ -105,7 +105,7 @@ def forward(sizes: Sizes, device: torch.device, out: Path, left: float, report: 
                 for block in (*sides.ours.blocks, *sides.peer.blocks):
                     block.forward = torch.compile(block.forward)
             for what, calls in measured.items():
-                for call in calls.values():  # a second call, that warms up, may compile once more
+                for call in calls.values():  # compile now; the warm-up in `seconds` may compile once more
                     call()
                 took = {side: seconds(call, device) for side, call in calls.items()}
                 report(**{f"{what}_{name}": took | {"diffusers_over_ours": took["peer"] / took["ours"]}})
@@ -121,7 +121,7 @@ def motion(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
 
 
 def hybrid(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    """Weights and gradients in bf16, no optimizer: that takes several GPUs."""
+    """Weights and gradients in bf16, without an optimizer, which would need several GPUs."""
     config = sizes.large
     model = random_model(config, device, torch.bfloat16)
     distributed.recompute_blocks(model)
@@ -151,13 +151,13 @@ def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
     bf16 = device.type == "cuda"
     for batch, compiled in (*((batch, False) for batch in sizes.batches), (sizes.batches[-1], True)):
         parts = training_step(batch, device, bf16, compiled)
-        # a GPU makes the clips of so many steps together
+        # steps whose clips a GPU makes together
         group = max(1, CLIPS_AT_ONCE // batch) if bf16 else 1
         calls = parts._asdict() | {
             "step": functools.partial(done, [*parts] * group),
             "data": functools.partial(done, [parts.data] * group),
         }
-        # the parts are waited for one by one: together they overlap
+        # each part is timed until the GPU is done; in a whole step the parts overlap
         mean = {name: sum(x) / len(x) for name, x in interleaved(calls, least=5, device=device).items()}
         mean |= {name: mean[name] / group for name in ("step", "data")}
         name = f"batch_{batch}{'_compiled' * compiled}"
@@ -165,7 +165,7 @@ def puppet(sizes: Sizes, device: torch.device, out: Path, left: float, report: R
 
 
 def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Report) -> None:
-    """It ends early by SIGTERM, which saves; its averaged weights are exported then."""
+    """If time runs out, SIGTERM makes the run save and stop, and its averaged weights are exported."""
     folder, end = out / "puppet-run", time.monotonic() + left
     shutil.rmtree(folder, ignore_errors=True)
     found = json.loads((out / "gpu.json").read_text()).get("puppet", {})
@@ -184,7 +184,7 @@ def run(sizes: Sizes, device: torch.device, out: Path, left: float, report: Repo
     if not (folder / "weights.safetensors").exists():
         export = (sys.executable, "train.py", "export", "--out", folder, folder / "weights.safetensors")
         subprocess.run(export, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    shutil.rmtree(folder / "checkpoints")  # the largest part, of no more use
+    shutil.rmtree(folder / "checkpoints")  # large, and no longer needed
     steps = [line for line in monitor.read_log(folder / "metrics.jsonl") if "loss" in line]
     report(exit_code=process.returncode, steps=len(steps), last=steps[-1])
 
@@ -223,7 +223,7 @@ def _training_step(model: DualDiT, shape: Shape, device: torch.device) -> Callab
 def _rates(
     step: Callable[[], None], config: DualDiTConfig, shape: Shape, device: torch.device
 ) -> dict[str, float | None]:
-    """Seconds of a joint training step of one clip as rates: recomputed blocks are no useful work."""
+    """Time of a joint training step of one clip, and rates; recomputation does not count as work."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     took, tokens = seconds(step, device), shape.tokens()
@@ -243,7 +243,7 @@ def _rates(
 
 def _part(name: str, sizes: Sizes, device: torch.device, out: Path, left: float, results: Connection) -> None:
     """A part in its own process: figures, and a reason if it fails, go through the pipe."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that processes it started end, too
     try:
         PARTS[name][0](sizes, device, out, left, lambda **figures: results.send(figures))
     except ImportError as error:
@@ -254,8 +254,8 @@ def _part(name: str, sizes: Sizes, device: torch.device, out: Path, left: float,
 
 
 def run_part(name: str, sizes: Sizes, device: torch.device, out: Path, left: float, note: Report) -> None:
-    """Until it ends or its time is over; `note` gets its figures as they come."""
-    context = multiprocessing.get_context("forkserver")  # it has imported torch, and knows of no GPU yet
+    """Run a part until it ends or its time is over; `note` gets its figures as they come."""
+    context = multiprocessing.get_context("forkserver")  # has imported torch, but not initialised CUDA
     context.set_forkserver_preload(["bench.gpu"])
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_part, args=(name, sizes, device, out, left, theirs))
@@ -285,7 +285,7 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     machine = {"device": device_name(place), "torch": torch.__version__}
     found = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").is_file() else {}
-    found = found if machine.items() <= found.items() else machine  # of the parts that are not run again
+    found = found if machine.items() <= found.items() else machine  # keep figures of parts not run now
 
     def note(part: str, **figures: object) -> None:
         found.setdefault(part, {}).update(figures)
@@ -304,6 +304,6 @@ def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
         if left < 5:
             note(name, skipped="no time is left")
         else:
-            note(name)  # says what begins; from here on there is a gpu.json
+            note(name)  # prints the part's name, and makes sure that there is a gpu.json
             run_part(name, sizes, place, out, left, functools.partial(note, name))
     return found

@@ -1,4 +1,4 @@
-"""What a training run keeps in memory, counted from shapes, nothing allocated."""
+"""What a training run keeps in memory, counted from shapes, without allocating it."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def parameter_count(config: DualDiTConfig) -> int:
 
 
 def kept_bytes(call: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that a call keeps for its backward pass: of distinct memory, but for the parameters'."""
+    """Bytes that a call keeps for its backward pass: each storage once, without the parameters'."""
     own = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -42,15 +42,15 @@ def kept_bytes(call: Callable[[], object], parameters: Iterable[Tensor]) -> int:
 def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, text: int) -> int:
     """Bytes that a joint call keeps for its backward pass, under bf16 autocast; grid (T h w) of the latents.
 
-    The network itself says so: small ones run on fake tensors, which have shapes but no memory. Attention is
-    fused, as on a GPU: no scores are kept.
+    Measured on small networks of fake tensors, which have shapes but no memory. Attention is fused, as on a
+    GPU: no scores are kept.
     """
     dual = dual_blocks(config)
     kept = []
     with (
         FakeTensorMode(),
         mock.patch.object(dual_dit, "attention", devices.fused_attention),
-        # tables made of fake tensors are not to be kept
+        # without its cache, which must not keep fake tensors
         mock.patch.object(dual_dit, "rope_tables", dual_dit.rope_tables.__wrapped__),
     ):
         video = torch.randn(batch, config.channels, *grid)
@@ -73,7 +73,7 @@ class Memory(NamedTuple):
     gradients: int  # fp32, this GPU's share
     optimizer: int  # AdamW's two moments, fp32, this GPU's share
     average: int  # EMA, fp32, this GPU's share
-    gathered: int  # what is whole for the moment: this block and the next in bf16, and the ends in fp32
+    gathered: int  # unsharded at a time: this block and the next in bf16, and the ends in fp32
     activations: int
 
 

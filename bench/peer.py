@@ -1,4 +1,4 @@
-"""The peer that speed is measured against: diffusers' Wan, on the weights of a DualDiT's video expert."""
+"""What speed is measured against, the peer: diffusers' Wan with the weights of a DualDiT's video expert."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ NEEDED = "diffusers is the peer: pip install -r requirements-wan.txt"
 
 
 def diffusers_twin(model: DualDiT) -> nn.Module:
-    """diffusers' WanTransformer3DModel with the video expert's weights, in its memory where dtypes agree.
+    """diffusers' WanTransformer3DModel with the video expert's weights, shared in memory where dtypes agree.
 
     In a bf16 network diffusers keeps less in fp32: its norms of queries and keys and its last timestep layer
     are bf16. ImportError where diffusers is missing.
@@ -34,6 +34,6 @@ def diffusers_twin(model: DualDiT) -> nn.Module:
         exact = any(part in theirs for part in twin._keep_in_fp32_modules)
         weights[theirs] = state[name].to(torch.float32 if exact else dtype)
     twin.load_state_dict(weights, assign=True)
-    # rotary tables are no weights: they are made, not loaded
+    # rotary tables are not loaded with the weights: make them
     twin.rope = type(twin.rope)(head_dim, config.patch, twin.rope.max_seq_len).to(model.motion_mean.device)
     return twin.eval().requires_grad_(False)

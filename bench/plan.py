@@ -7,14 +7,14 @@ from kit.geometry import WAN, adjusted
 
 GIB = 2**30
 PUBLISHED = {"wan2.1-1.3b": WAN[8], "wan2.2-5b": WAN[16]}
-# what the paper states of both: parameters, by what share motion adds to the FLOPs of a call, and about how
-# many GPU hours both stages took
+# what the paper states: parameters, the share that motion adds to the FLOPs of a call, and the GPU hours
+# of both stages, about
 PAPER = {"wan2.1-1.3b": (2.6e9, 0.129, 2300), "wan2.2-5b": (7.5e9, 0.103, 4000)}
 A100 = 312e12  # FLOP/s in bf16
 
 
 def price_of_motion(config: DualDiTConfig, tokens: Tokens) -> tuple[float, float]:
-    """By what share motion adds to the FLOPs of a call: all but self-attention, and whole."""
+    """The share that motion adds to the FLOPs of a call: without self-attention, and with it."""
     joint, alone = (forward_flops(config, each) for each in (tokens, tokens._replace(motion=0)))
     both, video = sum(joint.values()), sum(alone.values())
     linear = (both - joint["self-attention"]) / (video - alone["self-attention"])
@@ -44,7 +44,7 @@ def plan(
     print(f"{'parameters, billions':24}{count / 1e9:12.2f}{paper_count / 1e9:14.1f}")
     print(f"{'motion adds, % of FLOPs':24}{100 * linear:+12.1f}{100 * paper_price:+14.1f}")
     print(f"{'  with self-attention':24}{100 * whole:+12.1f}\n")
-    # several nodes of several GPUs have all slices each (HSDP), as in kit/distributed.py
+    # of several nodes of several GPUs, each has a full set of shards (HSDP), as in kit/distributed.py
     node = node if 1 < node < gpus else gpus
     if gpus % node:
         raise ValueError(f"--gpus {gpus} must be a multiple of --node {node}, the GPUs of a node")
@@ -60,7 +60,7 @@ def plan(
 
     total = batch * step_flops(config, tokens)
     print("TFLOP of one clip's forward call: " + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in parts.items()))
-    # bf16 weights are gathered twice and fp32 gradients scattered; their slices are then summed over nodes
+    # bf16 weights are gathered twice and fp32 gradients scattered; gradient shards are summed over nodes
     inside, across = 8 * count * (node - 1) / node, 8 * count / node * (nodes - 1) / nodes
     if gpus > 1:
         print(f"sent by a GPU in a step: {inside / 1e9:.1f} GB to those {node}, {across / 1e9:.1f} GB beyond")

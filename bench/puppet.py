@@ -1,4 +1,4 @@
-"""The puppet's speed: a guided sample, a training step as train.py does it, the clips that feed it."""
+"""The puppet's speed: a guided sample, a training step as in train.py, and the clips for it."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from sample import denoise
 
 BATCH = 16  # clips a step, train.py's default on a CPU
 STAGE = 2
-BUDGET = 30  # seconds of each length
+BUDGET = 30  # seconds for each length
 
 
 class Parts(NamedTuple):
@@ -91,7 +91,7 @@ def guided(setting: Setting) -> list[Row]:
 
 
 def training(setting: Setting) -> list[Row]:
-    """A training step, and the clips that feed it."""
+    """A training step, and how fast its clips are generated."""
     devices.use_fast_attention(CPU)
     data, *others = training_step(BATCH, CPU, devices.has_bf16_units(CPU))
     times = setting.rounds({"data": data, "step": functools.partial(done, others)})
@@ -104,7 +104,7 @@ def training(setting: Setting) -> list[Row]:
 
 
 def lengths() -> dict[str, dict[str, float]]:
-    """Clips a second at each length of clip, and what takes a step's time where blocks are compiled."""
+    """Clips a second at each clip length, and how a step's time divides if blocks are compiled."""
     devices.use_fast_attention(CPU)
     bf16, found = devices.has_bf16_units(CPU), {}
     print(f"{device_name(CPU)}, torch {torch.__version__}; joint steps of {BATCH} clips")

@@ -1,7 +1,7 @@
-"""1.3B-shaped blocks beside diffusers: forward, training, guided sampling, and the price of motion.
+"""1.3B-shaped blocks against diffusers: forward, training, guided sampling, and the price of motion.
 
-Both sides of a ratio have the same weights, tokens and dtype, and their runs alternate. Where diffusers' time
-is divided by ours, above 1 is good.
+Both sides of a ratio have the same weights, tokens and dtype, and their runs alternate. In ratios of
+diffusers' time to ours, above 1 means that ours is faster.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class Shape(NamedTuple):
         return f"{self.t} latents of {self.h}x{self.w} tokens, text of {self.text}"
 
 
-# up to 81 frames of 480x832; the last six have its share of motion tokens, the first four are for CPUs that
-# have no units for a dtype
+# up to 81 frames of 480x832; the last six have about its ratio of motion to video tokens, the first four are
+# for CPUs without units for a dtype
 SHAPES = (
     Shape(1, 2, 4, 4), Shape(1, 4, 7, 16), Shape(1, 6, 10, 64), Shape(1, 10, 18, 256), Shape(1, 15, 27),
     Shape(2, 24, 42), Shape(3, 27, 45), Shape(5, 28, 49), Shape(9, 29, 51), Shape(21, 30, 52),
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is measured on a CPU, and in which time."""
+    """What is measured on a CPU, and for how long."""
 
     config: DualDiTConfig = dataclasses.replace(PRESETS["wan2.1-1.3b"], layers=2)
     shapes: tuple[Shape, ...] = SHAPES
@@ -78,7 +78,7 @@ class Setting(NamedTuple):
         return interleaved(calls, self.seconds)
 
     def fitting(self, calls: Callable[[Shape], dict[str, Callable]]) -> tuple[Shape, dict[str, Callable]]:
-        """The calls of the first shape of which a round takes a twentieth of the time or more."""
+        """The calls of the first shape whose round takes a twentieth of the time or more."""
         for shape in self.shapes:
             made, begin = calls(shape), time.perf_counter()
             for call in made.values():
@@ -99,7 +99,7 @@ def inputs(
 
 
 class Sides:
-    """Ours and diffusers' network on the same weights, and what is called of both."""
+    """Our and diffusers' networks with the same weights, and the calls that are compared."""
 
     def __init__(
         self, config: DualDiTConfig, dtype: torch.dtype, device: torch.device = CPU, peer: bool = True
@@ -109,7 +109,7 @@ class Sides:
         self.peer = diffusers_twin(self.ours) if peer else None
 
     def forward(self, shape: Shape) -> dict[str, Callable[[], Tensor]]:
-        """A forward call of each, video only."""
+        """A forward call of each network, video only."""
         video, _, time, text = inputs(self.config, shape, self.device)
         low = video.to(self.dtype), 1000 * time, text.to(self.dtype)
         return {
@@ -123,7 +123,7 @@ class Sides:
         return lambda: self.ours(video, motion, time, time, text, Task.JOINT)[0]
 
     def train(self, shape: Shape) -> dict[str, Callable[[], None]]:
-        """Forward and backward of each, video only; gradients of all the weights of Wan, then freed."""
+        """Forward and backward of each network, video only, with gradients of all of Wan's weights."""
         for p in (*self.ours.video_parameters(), *self.peer.parameters()):
             p.requires_grad_(True)
 
@@ -163,7 +163,7 @@ def sides(config: DualDiTConfig, dtype: torch.dtype) -> Sides:
     return Sides(config, dtype)
 
 
-COMPARED = {"forward": Sides.forward, "sample": Sides.sample, "train": Sides.train}  # what both do
+COMPARED = {"forward": Sides.forward, "sample": Sides.sample, "train": Sides.train}  # by key in the table
 
 
 @torch.no_grad()

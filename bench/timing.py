@@ -1,4 +1,4 @@
-"""Measuring: calls timed by turns, so that what else the machine does falls on all of them alike."""
+"""Measuring: calls timed in turn, so that other load on the machine affects all of them alike."""
 
 import re
 import statistics
@@ -12,12 +12,12 @@ import torch
 from dual_dit import DualDiT, DualDiTConfig
 from kit.weights import empty, stored_dtype
 
-ROUNDS = 15  # more make no figure better
+ROUNDS = 15  # at most: more do not improve a median
 CPU = torch.device("cpu")
 
 
 class Figure(NamedTuple):
-    """What a measurement says, and how far its rounds are apart."""
+    """The median of a measurement, and the extremes of its rounds."""
 
     median: float
     low: float
@@ -34,7 +34,7 @@ def ratio(above: Sequence[float], below: Sequence[float], by: float = 1.0) -> Fi
 
 
 def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was asked for."""
+    """Wait until a GPU has finished what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -42,9 +42,9 @@ def wait(device: torch.device) -> None:
 def interleaved(
     calls: Mapping[str, Callable[[], object]], budget: float = 0.0, least: int = 3, device: torch.device = CPU
 ) -> dict[str, list[float]]:
-    """Seconds of each call in every round, A B A B ..., after a round that warms up.
+    """Seconds of each call in every round, A B A B ..., after a warm-up round.
 
-    Rounds go on while the next one is likely to end within `budget` seconds, but there are `least` of them.
+    Rounds go on while the next one is likely to end within `budget` seconds; there are at least `least`.
     """
     begin, times = time.perf_counter(), {name: [] for name in calls}
     for rounds in range(ROUNDS + 1):
@@ -61,7 +61,7 @@ def interleaved(
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of a call, the median of three after one that warms up."""
+    """Median time of three calls, after a warm-up call."""
     return statistics.median(interleaved({"call": call}, device=device)["call"])
 
 
@@ -74,9 +74,9 @@ def device_name(device: torch.device) -> str:
 
 
 def random_model(config: DualDiTConfig, device: torch.device, dtype: torch.dtype) -> DualDiT:
-    """A network of this size with random weights, stored as a loaded one, made without a second copy.
+    """A network of this size with random weights, in the dtypes of a loaded one, made without a second copy.
 
-    As in a fresh one the task hint is zero: a video-only call is Wan's.
+    As in a new network the task hint is zero: a video-only call is Wan's.
     """
     model = empty(config)
     state = {
