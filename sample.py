@@ -113,8 +113,8 @@ def make(
     model, made = backbone.transformer(), []
     for job in todo:
         y, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
-        given = job.task, y, text[""], job.seed, backbone.geometry.grid, latents, motion
-        x, m = denoise(model, *given, progress=progress, **sampling)
+        inputs = job.task, y, text[""], job.seed, backbone.geometry.grid, latents, motion
+        x, m = denoise(model, *inputs, progress=progress, **sampling)
         seen = attention_to_latents(model, x, m, y, job.task) if attention else None
         made.append(output.save_latents(out, job, backbone, x, m, seen))
     return made

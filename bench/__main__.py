@@ -64,7 +64,7 @@ def options() -> argparse.Namespace:
     )
     what = "peak of a GPU in bf16: A100 312, H100 989"
     plan.add_argument("--peak-tflops", type=float, default=312, help=what)
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of that peak (default %(default)s)")
     return parser.parse_args()
 
 

@@ -151,9 +151,9 @@ class Sides:
             "prompt_embeds": text.to(self.dtype), "negative_prompt_embeds": null_text.to(self.dtype),
         }  # fmt: skip
         ours = {"steps": steps, "guidance_text": GUIDANCE, "shift": SHIFT, "solver": "euler"}
-        given = self.ours, video, None, text, null_text, Task.VIDEO_ONLY
+        arguments = self.ours, video, None, text, null_text, Task.VIDEO_ONLY
         return {
-            "ours": lambda: flow.sample(*given, **ours)[0],
+            "ours": lambda: flow.sample(*arguments, **ours)[0],
             "peer": lambda: pipeline(latents=video, **options).frames,
         }
 

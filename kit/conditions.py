@@ -106,7 +106,7 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     if not 0 <= start < math.inf:
         raise ValueError(f"--start is a number of seconds from 0 on, got {start:g}")
     first = math.ceil(start * fps)
-    whole = next(images_at(path, fps))
+    original = next(images_at(path, fps))
     images = islice(images_at(path, fps), first, first + frames + 1)  # one more tells whether any are left
     pixels = [cropped(image, height, width) for image in images]  # one by one: a camera's frames are large
     if len(pixels) < frames:
@@ -117,6 +117,6 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     if first or len(pixels) > frames:
         end = (first + frames - 1) / fps
         print(f"{path}: {first / fps:.2f} to {end:.2f} s are used, {frames} frames at {fps:g} fps")
-    if (whole.height, whole.width) != (height, width):
-        print(f"{path}: {whole.height}x{whole.width} is cut and resized to {height}x{width}")
+    if (original.height, original.width) != (height, width):
+        print(f"{path}: {original.height}x{original.width} is cut and resized to {height}x{width}")
     return from_frames(torch.stack(pixels[:frames]))[None]

@@ -160,15 +160,15 @@ def picture(
     del how["redraw"]  # motion to video is a picture of its own
     show("held out", one.video, one.motion)
     for task in tasks:
-        given = ((one.video, one.seeds, task.video), (one.motion, one.seeds + 1, task.motion))
+        both = ((one.video, one.seeds, task.video), (one.motion, one.seeds + 1, task.motion))
         inputs = [
             None if role is Role.ABSENT else x if role is Role.CLEAN else flow.noise_like(x, seeds)
-            for x, seeds, role in given
+            for x, seeds, role in both
         ]
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
             made = flow.sample(model, *inputs, one.text, one.null_text, task, **how)
         # a condition is returned unchanged: the first rows show it
-        video, motion = (x if role is Role.NOISY else None for x, (*_, role) in zip(made, given, strict=True))
+        video, motion = (x if role is Role.NOISY else None for x, (*_, role) in zip(made, both, strict=True))
         show(task.name.lower().replace("_", " "), video, motion)
     if path:  # the other ranks only take part in the calls of the network
         path.parent.mkdir(exist_ok=True)

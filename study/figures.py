@@ -43,8 +43,8 @@ def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor
     clip, codec = puppet.clips([CONDITION_CLIP]), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
-    given = backbone.transformer(), task, *text, 0, backbone.geometry.grid, latents, puppet_motion(clip)
-    made, motion = denoise(*given, **backbone.defaults._asdict(), bf16=backbone.autocast)
+    inputs = backbone.transformer(), task, *text, 0, backbone.geometry.grid, latents, puppet_motion(clip)
+    made, motion = denoise(*inputs, **backbone.defaults._asdict(), bf16=backbone.autocast)
     video = pictures.resized(pictures.to_frames(codec.decode(made)[0]), TILE)
     joints = decode_smpl(motion)["joints"][0]
     return video, pictures.draw_skeleton(joints, puppet.project, TILE)

@@ -105,8 +105,8 @@ def latents_of(window: Window, backbone: Backbone, codec: wan.VideoVAE, device: 
 
 def to_motion(model: DualDiT, latents: Tensor, null_text: Tensor, seed: int, sampling: dict) -> Tensor:
     """Motion from latents (1 c T h w) -> joints (f 24 3), metres."""
-    given = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, latents.shape[2:], latents
-    _, motion = denoise(*given, **sampling)
+    inputs = model, Task.VIDEO_TO_MOTION, null_text, null_text, seed, latents.shape[2:], latents
+    _, motion = denoise(*inputs, **sampling)
     return decode_smpl(motion.float().cpu())["joints"][0]
 
 

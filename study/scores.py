@@ -59,8 +59,8 @@ def generate(
     for part in tqdm(chunks(real), desc=task.name.lower(), leave=False):
         latents, motion = codec.encode(real.video[part].to(device)), real.motion[part].to(device)
         text = puppet.encode_text(real.clips.caption[part])
-        given = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
-        made, moved = denoise(model, task, text, puppet.encode_text([""]), **given, **sampling)
+        inputs = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
+        made, moved = denoise(model, task, text, puppet.encode_text([""]), **inputs, **sampling)
         parts.append((None if made is None else codec.decode(made.float()).cpu(), moved))
     return tuple(None if x[0] is None else torch.cat(x).float().cpu() for x in zip(*parts, strict=True))
 
@@ -82,10 +82,10 @@ def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tenso
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std
         text = puppet.encode_text(real.clips.caption[part]).to(device)
         no_text = puppet.encode_text([""]).to(device).expand_as(text)
-        given = model, codec.encode(real.video[part].to(device)), motion
+        inputs = model, codec.encode(real.video[part].to(device)), motion
         share = len(motion) / len(real.video)
-        to_video += share * motion_to_video(*given, no_text, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
-        to_motion += share * video_to_motion(*given, text, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
+        to_video += share * motion_to_video(*inputs, no_text, Task.VIDEO_TO_MOTION, seed=part.start).cpu()
+        to_motion += share * video_to_motion(*inputs, text, Task.MOTION_TO_VIDEO, seed=part.start).cpu()
     return shared_out(to_video), shared_out(to_motion)
 
 

@@ -41,9 +41,9 @@ def _integer(*key: int | str) -> int:
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
     """How many of BLOCK positions each source gets: at least one; the largest source absorbs the rounding."""
-    given = [max(1, round(weight / sum(weights) * BLOCK)) for weight in weights]
-    given[given.index(max(given))] += BLOCK - sum(given)
-    return tuple(given)
+    counts = [max(1, round(weight / sum(weights) * BLOCK)) for weight in weights]
+    counts[counts.index(max(counts))] += BLOCK - sum(counts)
+    return tuple(counts)
 
 
 @functools.lru_cache(maxsize=4)

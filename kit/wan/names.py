@@ -115,16 +115,16 @@ def read_config(folder: Path) -> dict:
     if kind not in FIELDS:
         raise ValueError(f"{path} describes a {kind}, expected {' or '.join(FIELDS)}; {SUPPORTED}")
     # Wan's own files leave out what is the same for every model
-    given = {ours: raw[theirs] for ours, theirs in FIELDS[kind].items() if theirs in raw}
+    stated = {ours: raw[theirs] for ours, theirs in FIELDS[kind].items() if theirs in raw}
     if kind == "WanTransformer3DModel":
-        given["width"] = raw.get("num_attention_heads", 0) * raw.get("attention_head_dim", 0)
-    if "patch" in given:
-        given["patch"] = tuple(given["patch"])
-    return given
+        stated["width"] = raw.get("num_attention_heads", 0) * raw.get("attention_head_dim", 0)
+    if "patch" in stated:
+        stated["patch"] = tuple(stated["patch"])
+    return stated
 
 
-def config_of(shapes: dict[str, tuple[int, ...]], given: dict) -> DualDiTConfig:
-    """The configuration that tensors of these shapes (by Wan's own names) have, checked against `given`."""
+def config_of(shapes: dict[str, tuple[int, ...]], stated: dict) -> DualDiTConfig:
+    """The configuration of tensors with these shapes (by Wan's own names), checked against config.json's."""
     image = [name for name in shapes if re.search(r"img_emb|k_img|v_img|image_embedder|add_[kv]_proj", name)]
     if image:
         raise ValueError(f"found image keys such as {image[0]}: an image-to-video model; {SUPPORTED}")
@@ -144,15 +144,15 @@ def config_of(shapes: dict[str, tuple[int, ...]], given: dict) -> DualDiTConfig:
     except (KeyError, ValueError) as error:
         raise ValueError(f"no whole Wan transformer: it lacks {error}; {SUPPORTED}") from error
     for name, value in found.items():
-        if given.get(name, value) != value:
-            said = f"config.json says {name} is {given[name]}, the tensors say {value}"
+        if stated.get(name, value) != value:
+            said = f"config.json says {name} is {stated[name]}, the tensors say {value}"
             raise ValueError(f"{said}: files of two models")
-    if "heads" not in given and width % WAN_HEAD_DIM:
+    if "heads" not in stated and width % WAN_HEAD_DIM:
         raise ValueError(f"no config.json, and width {width} does not divide into heads of {WAN_HEAD_DIM}")
     # Wan2.2's 5B gets a motion expert in every second block, the last among them
     layers = found["layers"]
     dual = tuple(range(1 - layers % 2, layers, 2)) if channels == PRESETS["wan2.2-5b"].channels else None
-    return DualDiTConfig(**{"heads": width // WAN_HEAD_DIM} | given | found, dual=dual)
+    return DualDiTConfig(**{"heads": width // WAN_HEAD_DIM} | stated | found, dual=dual)
 
 
 # ---------------------------------------------------------------- files
