@@ -277,7 +277,7 @@ def run_part(name: str, sizes: Sizes, device: torch.device, out: Path, left: flo
 def run_parts(parts: list[str], minutes: float, out: Path, device: str) -> dict:
     """All parts within the time -> the figures, which are also in OUT/gpu.json."""
     if unknown := set(parts) - PARTS.keys():
-        raise ValueError(f"unknown part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
+        raise ValueError(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     place, end = torch.device(device), time.monotonic() + 60 * minutes
     sizes = REAL if place.type == "cuda" else TINY

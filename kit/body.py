@@ -177,7 +177,7 @@ def _check(data: dict[str, np.ndarray]) -> None:
         if array.shape != shape or not array.size:
             raise ValueError(f"{name} is {array.shape}, expected {shape}")
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise ValueError(f"{name} ({array.dtype}) holds something else than finite numbers")
+            raise ValueError(f"{name} ({array.dtype}) holds values that are not finite numbers")
     parents, faces = data["kintree_table"][0, 1:].astype(np.int64), data["f"]
     if not ((parents >= 0) & (parents < np.arange(1, 24))).all():
         raise ValueError(f"kintree_table has the parents {parents}, expected each to come before its joint")

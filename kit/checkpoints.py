@@ -118,7 +118,7 @@ def _read(folder: Path, state: dict[str, Tensor], no_dist: bool) -> None:
 
 
 def _damaged(folder: Path, why: BaseException) -> ValueError:
-    return ValueError(f"{folder} is damaged ({why}): delete it, and --resume goes on from the one before")
+    return ValueError(f"{folder} is damaged ({why}): delete it, then --resume starts from the one before")
 
 
 # ---------------------------------------------------------------- writing

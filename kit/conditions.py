@@ -67,7 +67,7 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
         fps = float(options.get("fps", found.motion.fps))
         if math.isnan(fps):
             fps = USUAL_FPS
-            said.append(f"it has no rate: {fps:g} frames a second are assumed, or name another, @fps=25")
+            said.append(f"it has no rate: {fps:g} frames a second are assumed; name another with @fps=25")
         times = torch.arange(int(found.frames[-1]) + 1, dtype=torch.float64) / fps
     elif "fps" in options:
         raise ValueError(f"{file} has a rate of its own, {found.motion.fps:g}: leave @fps= out")

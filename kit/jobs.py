@@ -74,7 +74,7 @@ def read_prompts(file: Path) -> list[tuple[str, str]]:
         name = prompt.replace("/", "_")
         if len(name.encode()) > LONGEST or "\0" in name:
             raise ValueError(
-                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, no zero, "
+                f"{file} line {number}: a prompt names its files: at most {LONGEST} bytes, no NUL, "
                 f"got {name!r}"
             )
         others = (f"{name} {copy}" for copy in itertools.count(2))

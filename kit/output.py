@@ -31,7 +31,7 @@ WORDS = {
 
 
 class Job(NamedTuple):
-    """One sample to be made, and what its files are called."""
+    """One sample to be made, and the name of its files."""
 
     name: str
     task: Task

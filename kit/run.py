@@ -99,7 +99,7 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
         )
     if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan.get(k)}):
         options = ", ".join(f"{name} {value}" for name, value in other.items())
-        raise ValueError(f"{found.folder} is of a run with {options}: resume with the same")
+        raise ValueError(f"{found.folder} belongs to a run with {options}: resume with the same options")
     return found
 
 
@@ -118,7 +118,7 @@ def open_data(
             "then add --data cache:DIR"
         )
     if wan and body:
-        raise ValueError("--body: a cache is made with its own body; leave it out")
+        raise ValueError("--body: a cache has its own body; leave the option out")
     own_body = Body.load(body) if body else puppet.body()
     geometry = cached_geometry(specs[0], frames) if wan else geometry_of(None, frames)
     sources = open_sources(specs or ["puppet"], geometry, own_body, wan=bool(wan), rank=rank)

@@ -144,7 +144,7 @@ def validate(
 def picture(
     path: Path | None, model: DualDiT, held: HeldOut, tasks: Sequence[Task], codec: puppet.Codec, bf16: bool
 ) -> None:
-    """A contact sheet of the first held-out sample, as it is and as each task makes it; None: no file."""
+    """A contact sheet of the first held-out sample: real, and as each task generates it; None: no file."""
     rows, titles = [], []
 
     def show(title: str, video: Tensor | None, motion: Tensor | None) -> None:

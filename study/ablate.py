@@ -187,7 +187,7 @@ def networks(name: str, plan: Plan) -> tuple[list[Path], int]:
 def measure(
     plan: Plan, part: str, name: str, measured: Callable[[list[Path]], dict], beside: Sequence[Path] = ()
 ) -> None:
-    """Write measured(weights) to results[part][name] in plan.out, unless that of these weights is there.
+    """Write measured(weights) to results[part][name] in plan.out, unless a result of these weights is there.
 
     `beside`: other weights that it depends on.
     """

@@ -70,7 +70,7 @@ def windows(folder: Path, fps: float, frames: int, count: int) -> list[Window]:
             if valid[start + moments].all():
                 found.append(Window([pictures[k] for k in start + moments], joints[start + moments]))
     if not found:
-        raise ValueError(f"{folder}: no {frames} frames of a sequence are whole: ask for fewer --frames")
+        raise ValueError(f"{folder}: no sequence has {frames} valid frames: ask for fewer --frames")
     return [found[k] for k in np.unique(np.linspace(0, len(found) - 1, count).round().astype(int))]
 
 

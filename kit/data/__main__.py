@@ -145,7 +145,7 @@ def main() -> None:
     elif args.verb == "preview":
         usable = picture(args.spec, geometry, body, args.out, args.force)
     elif args.wan is None:
-        raise ValueError("cache needs --wan FOLDER, the Wan whose latents and text features are wanted")
+        raise ValueError("cache needs --wan FOLDER, the Wan that encodes videos and texts")
     else:
         usable = store(args, geometry, body)
     sys.exit(1 if usable == 0 else 0)

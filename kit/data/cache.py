@@ -269,7 +269,7 @@ def compared(cached: Cache, body: Body) -> list[str]:
         return [f"{spec} lists other items now: cache it again, into another --out"]
     now = [hashes(data, item) for item in range(len(data.names))]
     if changes := changed(data.names, cached.sources, now):
-        return [*changes, f"run the command that made {cached.folder} again: it makes these anew"]
+        return [*changes, f"run the command that made {cached.folder} again: it makes these items again"]
     return [f"{spec} is as it was when it was cached"]
 
 

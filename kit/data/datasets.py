@@ -244,7 +244,7 @@ def _npz_below(folder: Path) -> tuple[list[Path], list[str]]:
         folders.sort()
         for path in (Path(place, name) for name in sorted(names)):
             if not path.exists():
-                problems.append(f"{path} is a link to what is not there")
+                problems.append(f"{path} is a broken link")
             elif path.suffix == ".npz":
                 files.append(path.relative_to(folder))
     return sorted(files), problems

@@ -158,7 +158,7 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
         rate = np.array(HY_MOTION_FPS)
     own_clock = frames is None and rate is not None
     if len(pose) < 2 and not own_clock:
-        hint = "of a tool that writes a file for each frame, stack them into one .npz"
+        hint = "if the tool writes a file for each frame, stack them into one .npz"
         raise ValueError(f"its track{name and ' '}{name} has one frame, expected a motion: {hint}")
     rows = np.arange(len(pose)) if frames is None else frames.reshape(-1)
     transl, betas = (x.astype(np.float64) for x in (transl_of(record, size), _betas(record, len(pose))))

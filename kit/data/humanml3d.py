@@ -59,7 +59,7 @@ def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[st
         raise ValueError(f"{folder}: {NOT_SMPL}")
     if not amass.is_dir():
         where = f"humanml3d:{folder}+AMASS"
-        raise FileNotFoundError(f"no folder {amass}: expected AMASS there, or where {where} says")
+        raise FileNotFoundError(f"no folder {amass}: expected AMASS there; name another folder as {where}")
     clips = _read_index(index, amass)
     names = _read_text(folder / "train.txt").split()
     if not names:

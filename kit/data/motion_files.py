@@ -73,7 +73,7 @@ def check_motion(motion: Motion, source: str) -> None:
     for name, shape in shapes.items():
         value, (limit, unit) = getattr(motion, name), LIMITS[name]
         if tuple(value.shape) != shape or f == 0:
-            raise ValueError(f"{source}: {name} is {tuple(value.shape)}, expected {shape}, a frame at least")
+            raise ValueError(f"{source}: {name} is {tuple(value.shape)}, expected {shape}, at least 1 frame")
         if not value.isfinite().all():
             raise ValueError(f"{source}: {name} holds NaN or infinity; cut or repair those frames")
         if (reach := value.abs().max()) > limit:

@@ -27,7 +27,7 @@ def encode_text(captions: Sequence[str]) -> Tensor:
     for row, caption in zip(text, captions, strict=True):
         words = caption.lower().replace(".", " ").replace(",", " ").split()
         if len(words) > TEXT_LEN:
-            raise ValueError(f"a caption may have {TEXT_LEN} words, got {len(words)}: {caption!r}")
+            raise ValueError(f"a caption has at most {TEXT_LEN} words, got {len(words)}: {caption!r}")
         for position, word in enumerate(words):
             row[position] = _code(word) + 0.5 * _code(f"position {position}")
     return text

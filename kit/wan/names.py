@@ -142,7 +142,7 @@ def config_of(shapes: dict[str, tuple[int, ...]], stated: dict) -> DualDiTConfig
             "freq_dim": shapes["time_embedding.0.weight"][1],
         }  # fmt: skip
     except (KeyError, ValueError) as error:
-        raise ValueError(f"no whole Wan transformer: it lacks {error}; {SUPPORTED}") from error
+        raise ValueError(f"an incomplete Wan transformer: it lacks {error}; {SUPPORTED}") from error
     for name, value in found.items():
         if stated.get(name, value) != value:
             said = f"config.json says {name} is {stated[name]}, the tensors say {value}"

@@ -30,7 +30,7 @@ def test_recovered_motion_is_played_at_thirty_frames_a_second_or_as_named(tmp_pa
     hmr_files.wham(tmp_path / "w.pkl", who)
     _, motion = open_motion(tmp_path / "w.pkl", backbone.body)
     assert motion.fps == 30
-    assert "30 frames a second are assumed, or name another, @fps=25" in capsys.readouterr().out
+    assert "30 frames a second are assumed; name another with @fps=25" in capsys.readouterr().out
     file, motion = open_motion(tmp_path / "w.pkl@fps=16", backbone.body)
     assert motion.fps == 16 and file == tmp_path / "w.pkl" and "assumed" not in capsys.readouterr().out
     np.testing.assert_allclose(motion.transl, puppet.clips([3], FRAMES).transl[0] - PLACE, atol=1e-4)

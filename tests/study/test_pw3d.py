@@ -75,7 +75,7 @@ def test_windows_take_the_pictures_of_their_moments(folder):
     assert len(pw3d.windows(folder, 15, 9, 2)) == 2
     thirty = pw3d.windows(folder, 30, 17, 200)
     assert [window.pictures[0].parent.name for window in thirty] == ["alone_00"] * 2 + ["two_00"]
-    with pytest.raises(ValueError, match=r"no 81 frames of a sequence are whole: ask for fewer --frames"):
+    with pytest.raises(ValueError, match=r"no sequence has 81 valid frames: ask for fewer --frames"):
         pw3d.windows(folder, 15, 81, 200)
 
 

@@ -311,7 +311,7 @@ def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
     assert compared()[:3] == [
         "0.mp4: its row in metadata.csv changed since it was cached",
         "1.mp4: its video and motion changed since it was cached",
-        f"run the command that made {out} again: it makes these anew",
+        f"run the command that made {out} again: it makes these items again",
     ]
     clip_folder.write_metadata(folder, [("0.mp4", "text", "motions/0.npz")])
     assert compared()[0] == f"{spec} lists other items now: cache it again, into another --out"

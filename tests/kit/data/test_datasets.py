@@ -81,7 +81,7 @@ def test_a_name_its_weight_and_its_options(spec, expected):
         ("puppet:3", "16 frames a second of 64x64: add --fps 16 --size 64x64"),
         ("clips:", "expected KIND:WHERE"),
         ("amass:nowhere", "no folder nowhere"),
-        ("humanml3d:.", r"expected AMASS there, or where humanml3d:\.\+AMASS"),
+        ("humanml3d:.", r"expected AMASS there; name another folder as humanml3d:\.\+AMASS"),
     ],
 )
 def test_names_that_mean_nothing(spec, reason):
@@ -126,7 +126,7 @@ def test_links_in_the_folder_are_followed_once(amass, tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
     data = open_dataset(f"amass:{tmp_path}", PUPPET, puppet.body())
     assert data.names == ["CMU/01/walk_poses.npz", "KIT/one.npz"]
-    assert data.problems == [f"{tmp_path / x} is a link to what is not there" for x in ("gone", "KIT/self")]
+    assert data.problems == [f"{tmp_path / x} is a broken link" for x in ("gone", "KIT/self")]
 
 
 def test_verbs_end_with_1_where_nothing_is_usable(verb, amass, tmp_path, capsys):
