@@ -83,7 +83,7 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
 
 
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
-    """The motion, moved in front of the camera if its first frame is out of view."""
+    """The motion, moved in front of the camera if its first frame's pelvis is out of view."""
     pelvis = backbone.body.of(motion.gender).rest_joints(motion.betas)[0] + motion.transl[0]
     if backbone.project is None:
         if pelvis[2] < 0:  # the camera stands at the origin and looks along -z

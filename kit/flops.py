@@ -35,7 +35,7 @@ def dual_blocks(config: DualDiTConfig) -> int:
 
 
 def forward_flops(config: DualDiTConfig, tokens: Tokens) -> dict[str, int]:
-    """FLOPs of one forward call on one sample, by part; a backward pass costs twice as much again."""
+    """FLOPs of one forward call on one sample, by part; a backward pass costs twice as much."""
     d, dual = config.width, dual_blocks(config)
     video, motion, text = tokens
     through = config.layers * video + dual * motion  # tokens, times the expert blocks that they pass

@@ -17,7 +17,7 @@ from kit.output import Job
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
 }  # fmt: skip
-SHOWN = ("joint", "m2v", "v2m")  # what a call without --task makes
+DEFAULT_TASKS = ("joint", "m2v", "v2m")  # what a call without --task makes
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that is the condition if no file is given
 LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
@@ -42,8 +42,8 @@ def jobs(
             made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
         return made
     made = []
-    for shown in [name] if name else SHOWN:
-        task, text = TASKS[shown], prompt
+    for short in [name] if name else DEFAULT_TASKS:
+        task, text = TASKS[short], prompt
         if task is Task.VIDEO_TO_MOTION:
             text = ""
         elif text is None and task is Task.MOTION_TO_VIDEO:  # the caption of the puppet's own condition
@@ -51,7 +51,7 @@ def jobs(
         elif text is None:
             text = PROMPT
         for i in range(count):
-            made.append(Job(f"{shown}-{i}" if count > 1 else shown, task, text, seed + i))
+            made.append(Job(f"{short}-{i}" if count > 1 else short, task, text, seed + i))
     return made
 
 

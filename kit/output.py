@@ -69,7 +69,7 @@ def save_latents(
 
 
 def load_latents(path: Path) -> Saved:
-    """FileNotFoundError or ValueError if the file holds no sample."""
+    """Read what save_latents wrote. FileNotFoundError or ValueError if the file holds no sample."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected latents that an earlier call saved in DIR/latents/")
     try:

@@ -59,13 +59,13 @@ def described(sample: PageSample, height: int, quality: int) -> dict:
     return sample._asdict() | {
         "frames": len(sample.video),
         "video": sheet(sample.video, height, quality),
-        "joints": whole(sample.joints),
-        "attention": whole(sample.attention),
+        "joints": thousandths(sample.joints),
+        "attention": thousandths(sample.attention),
     }
 
 
-def whole(x: np.ndarray | Tensor | None) -> list | None:
-    """As whole thousandths, which are short in JSON."""
+def thousandths(x: np.ndarray | Tensor | None) -> list | None:
+    """Rounded to thousandths and counted in them: short in JSON."""
     return None if x is None else np.rint(1000 * np.asarray(x)).astype(int).tolist()
 
 

@@ -275,7 +275,7 @@ def compared(cached: Cache, body: Body) -> list[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """A shard; ValueError naming it if it is missing, cut short, or lacks what is asked of it."""
+    """An open shard; ValueError naming it if it is missing, cut short, or lacks what is read from it."""
     try:
         with safe_open(path, "pt") as file:
             yield file

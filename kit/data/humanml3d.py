@@ -4,9 +4,9 @@
     FOLDER/texts/NAME.txt              lines of caption#tokens#start#end, in seconds; 0 0 is the whole clip
     FOLDER/train.txt, val.txt, ...     names, one a line; a name with M before it is the mirrored clip
 
-index.csv lies at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
-what its frames mean. AMASS is its SMPL+H G release, in folders named as in index.csv or as AMASS names them
-today.
+index.csv is at the root of https://github.com/EricGuo5513/HumanML3D, whose raw_pose_processing.ipynb says
+what its frames mean. Of AMASS, the SMPL+H G release is expected, in folders named as in index.csv or as AMASS
+names them today.
 """
 
 import csv

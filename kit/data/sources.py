@@ -47,7 +47,7 @@ def open_sources(
     """Open data sets for training; rank 0 prints how many samples each has and what is wrong with the rest.
 
     For the puppet preset a data set is read into memory as a whole, and "puppet" is endless; for Wan each is
-    a cache. Without weights all samples count the same. Raises ValueError or FileNotFoundError if a data set
+    a cache. Without @WEIGHT all samples count the same. Raises ValueError or FileNotFoundError if a data set
     holds nothing usable or does not fit the geometry.
     """
     parsed = [parse(spec) for spec in specs]
