@@ -1,8 +1,8 @@
 """Speed and memory, measured side by side in one run.
 
-python -m bench             1.3B-shaped blocks beside diffusers; the price of motion; the puppet. On the CPU
+python -m bench             1.3B-shaped blocks against diffusers; the price of motion; the puppet. On the CPU
 python -m bench puppet      training of the puppet: clips a second at each length, compiled or not. On the CPU
-python -m bench gpu         what a GPU does, in one command of eight minutes (bench/gpu.py)
+python -m bench gpu         all measurements of a GPU, in at most eight minutes (bench/gpu.py)
 python -m bench plan        what a training run will need, counted
 """
 

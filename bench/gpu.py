@@ -1,4 +1,4 @@
-"""Measure a GPU with one command: `python -m bench gpu`, eight minutes on an H100.
+"""Measure a GPU with one command: `python -m bench gpu`, at most eight minutes.
 
 Each part runs in its own process with a deadline: one that fails, or takes too long, stops no other.
 Figures are printed as they come, and OUT/gpu.json is written after each. Parts, in order:

@@ -5,8 +5,8 @@ sampled (--weights)       tasks
 from assets/results.json  figure8, a81, a82, a83
 from networks (--runs)    collision (samples of a81's networks)
 
-Without names: all but the last, as far as there are numbers. `--docs` instead writes the tables of README.md
-and docs/results.md.
+Without names: all but collision, if they have numbers. `--docs` instead writes the tables of README.md and
+docs/results.md.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def titled(frames: Tensor, title: str) -> Tensor:
 
 
 def tasks(path: Path, weights: Path) -> None:
-    """A GIF of six columns: what is given and what is made, for each task."""
+    """A GIF of six columns: input and output of each task."""
     backbone, caption = puppet_backbone(weights, "cpu"), puppet.clips([CONDITION_CLIP]).caption[0]
     video, motion = sampled(backbone, Task.JOINT, PROMPT)
     columns = [titled(video, "text → video +"), titled(motion, "motion")]

@@ -102,7 +102,7 @@ def of_real(x: Tensor, real: Tensor) -> Tensor:
 
 
 def of_video(video: Tensor, real: Real) -> Columns:
-    """What a video shows by itself, under the paper's names for it (docs/results.md)."""
+    """Measures of a video on its own, under the paper's names (docs/results.md)."""
     nearest = torch.cdist(measures.outlines(puppet.silhouette(video)), real.outlines).argmin(dim=1)
     return {
         **pose.anatomy(pose.read_pose(video), real.bends),
@@ -114,7 +114,7 @@ def of_video(video: Tensor, real: Real) -> Columns:
 
 
 def of_motion(motion: Tensor, real: Real) -> Columns:
-    """What a motion (b f 235) made from text shows by itself."""
+    """Measures of a motion (b f 235) on its own, made from text."""
     smpl, body = decode_smpl(motion), puppet.body()
     joints = smpl["joints"]
     posed = body.joints(smpl["global_orient"], smpl["body_pose"], smpl["betas"][:, None], smpl["transl"])
@@ -149,7 +149,7 @@ def of_pose(joints: Tensor, real: Real) -> Columns:
 
 
 def of_likeness(video: Tensor, real: Real) -> Columns:
-    """How near a video is to the clips' own."""
+    """How similar a video is to the clips' own."""
     shapes = puppet.silhouette(video), puppet.silhouette(real.video)
     return {"iou": measures.iou(*shapes), "psnr": measures.psnr(video, real.video)}
 

@@ -136,7 +136,7 @@ BLOCKS: dict[str, Callable[[dict, str], str]] = {
 
 
 def filled(text: str, results: dict) -> str:
-    """The text with every block as the results have it."""
+    """The text with every block rewritten from the results."""
 
     def block(found: re.Match) -> str:
         name, part = found[1], found[1].removesuffix("-short")

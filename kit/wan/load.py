@@ -153,7 +153,7 @@ class VideoVAE:
     """Wan's video autoencoder: 4 x 8 x 8 with 16 channels (2.1), or 4 x 16 x 16 with 48 (2.2).
 
     Latents are normalised by the mean and deviation that the file states, as the transformer expects them.
-    Latents are processed one by one in time, and large frames are decoded in tiles: memory stays bounded.
+    They are processed one by one in time, and large frames are decoded in tiles: memory stays bounded.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):

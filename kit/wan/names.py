@@ -1,4 +1,4 @@
-"""The files of a Wan transformer: what its tensors are called, which configuration they have, where they lie.
+"""The files of a Wan transformer: names of tensors, configuration, and where the files are.
 
 DualDiT's names of tensors are Wan's own with the expert's name put in; the Diffusers layout has other names.
 """
@@ -103,7 +103,7 @@ FIELDS = {
 
 
 def read_config(folder: Path) -> dict:
-    """config.json in our words (the fields of DualDiTConfig), empty where there is none."""
+    """config.json under the names of DualDiTConfig's fields, empty if there is none."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
