@@ -127,12 +127,14 @@ def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | Non
         wan.VideoVAE(args.wan, device=device).encode if data.paired else None,
         wan.TextEncoder(args.wan, dtype, device),
     )
-    if not cache.write(data, args.out, encoders, dtype, rank, ranks or 1):
-        return None
+    cache.write(data, args.out, encoders, dtype, rank, ranks or 1)
     say(data)
-    made = cache.open_cache(args.out)
-    counts = f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected"
-    print(*made.rejected, counts, sep="\n")
+    try:
+        made = cache.open_cache(args.out)
+    except FileNotFoundError:  # another rank is still at it
+        return None
+    rejected = data.problems + made.rejected
+    print(*rejected, f"{args.out}: {len(made.samples)} samples, {len(rejected)} rejected", sep="\n")
     return len(made.samples)
 
 

@@ -1,12 +1,11 @@
-"""A data set encoded once: latents, text features and motion in safetensors shards, with an index.
+"""A data set encoded once: latents, text features and motion in safetensors shards.
 
-    DIR/settings.json               what everything in DIR was made with
+    DIR/settings.json               what everything in DIR was made with, and of how many items
     DIR/shard-00000.safetensors     the samples of 16 items, and which items were rejected
-    DIR/index.json                  written last: how many shards there are
 
 Each shard is written atomically, so that a killed run continues with the shard it was at; each rank writes
-its share of them, and a rank that finds all shards there writes the index. A shard keeps hashes of its items'
-sources: if a caption or a file has changed since, the shard is made again.
+its share of them. A cache is finished when no shard is missing. A shard keeps hashes of its items' sources: if
+a caption or a file has changed since, the shard is deleted first, then made again.
 
 In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c T h w), and
 for each caption "k.text.0", "k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of
@@ -15,6 +14,7 @@ the empty prompt.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,13 +36,14 @@ from kit.pictures import from_frames
 from kit.wan.load import fingerprint
 from motion_tokens import MOTION_DIM
 
-VERSION = 1
+VERSION = 2
 SHARD_ITEMS = 16  # few, so that a killed run loses little
-INDEX, SETTINGS = "index.json", "settings.json"
+SETTINGS = "settings.json"
 
 
-def shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
+def shard_files(folder: Path, items: int) -> list[Path]:
+    """The files of a finished cache of so many items."""
+    return [folder / f"shard-{shard:05d}.safetensors" for shard in range(math.ceil(items / SHARD_ITEMS))]
 
 
 # ---------------------------------------------------------------- writing
@@ -56,13 +57,14 @@ class Encoders(NamedTuple):
 
 
 def settings_of(
-    spec: str, data: DataSet, geometry: Geometry, dtype: str, wan: Path, body: Body, force: bool = False
+    spec: str, data: DataSet, geometry: Geometry, dtype: str, wan: Path, body: Body, force: bool
 ) -> dict:
     """All that a cache's content depends on, except its sources, which are hashed item by item (`hashes`)."""
     return {
         "version": VERSION,
         "data": spec,
-        "items": items_of(data),
+        "items": len(data.names),
+        "names": hash_of_names(data),
         "paired": data.paired,
         **geometry._asdict(),
         "dtype": dtype,
@@ -70,13 +72,13 @@ def settings_of(
         "text_encoder": fingerprint(wan / "text_encoder"),
         "body": body.digest,
         **{f"{gender} body": body.of(gender).digest for gender in sorted(body.genders())},
-        **({"force": True} if force else {}),
+        "force": force,
     }
 
 
-def items_of(data: DataSet) -> str:
-    """How many items a data set lists, and a hash of their names."""
-    return f"{len(data.names)} {_hash(json.dumps(data.names))}"
+def hash_of_names(data: DataSet) -> str:
+    """Tells lists of items apart."""
+    return _hash(json.dumps(data.names))
 
 
 def prepare(out: Path, settings: dict) -> None:
@@ -89,52 +91,48 @@ def prepare(out: Path, settings: dict) -> None:
             raise ValueError(f"{out} is not empty and has no {SETTINGS}: choose an empty folder with --out")
         with whole_file(file) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    known = _read_json(file)
+    known = read_settings(out)
     changed = sorted(name for name in known.keys() | settings if known.get(name) != settings.get(name))
     if changed:
         changes = "; ".join(f"{name} was {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise ValueError(f"{out} was made with other settings ({changes}): use the same, or another --out")
 
 
-def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> bool:
-    """Write this rank's shards that are missing or whose sources changed -> whether all shards are there now.
-
-    If so, the index is written, too.
-    """
+def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> None:
+    """Make this rank's shards that are missing or whose sources changed."""
     items = range(len(data.names))
-    shards = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
+    files = shard_files(out, len(items))
+    parts = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
+    mine = list(zip(files, parts, strict=True))[rank::ranks]
+
+    for file, part in mine:  # before any is made: a run that is killed leaves no cache of old and new
+        if file.exists():
+            with _opened(file) as shard:
+                known = json.loads(shard.metadata()["record"])["sources"]
+            now = [hashes(data, item) for item in part]
+            if changes := changed([data.names[item] for item in part], known, now):
+                print(*changes, f"{file} is made again", sep="\n")
+                file.unlink()
 
     def made(sample: Sample) -> tuple[str, tuple[str, ...], dict[str, Tensor]]:
         return sample.name, sample.captions, encode(sample, encoders, dtype)
 
-    for shard in tqdm(range(len(shards))[rank::ranks], desc="caching", unit="shard", disable=rank > 0):
-        file, tensors, samples, rejected = shard_file(out, shard), {}, [], []
-        sources = [hashes(data, item) for item in shards[shard]]  # before they are read
+    for file, part in tqdm(mine, desc="caching", unit="shard", disable=rank > 0):
         if file.exists():
-            with _opened(file) as content:
-                known = json.loads(content.metadata()["record"])["sources"]
-            changes = changed([data.names[item] for item in shards[shard]], known, sources)
-            if not changes:
-                continue
-            print(*changes, f"{file} is made again", sep="\n")
-            (out / INDEX).unlink(missing_ok=True)
+            continue
         for left in out.glob(f".{file.stem}.*"):  # files of a killed run
             left.unlink()
-        for item in shards[shard]:
-            for name, captions, parts in read_item(data, item, made, rejected):
-                tensors |= {f"{len(samples)}.{part}": tensor for part, tensor in parts.items()}
+        tensors, samples, rejected = {}, [], []
+        sources = [hashes(data, item) for item in part]  # before they are read
+        for item in part:
+            for name, captions, encoded in read_item(data, item, made, rejected):
+                tensors |= {f"{len(samples)}.{what}": tensor for what, tensor in encoded.items()}
                 samples.append([name, captions])
-        if shard == 0:
+        if file == files[0]:
             tensors["null_text"] = encode_text("", encoders, dtype)
         record = json.dumps({"samples": samples, "rejected": rejected, "sources": sources})
         with whole_file(file) as temporary:
             save_file(tensors, temporary, {"record": record})
-    if not all(shard_file(out, shard).exists() for shard in range(len(shards))):
-        return False
-    with whole_file(out / INDEX) as temporary:
-        index = {"version": VERSION, "shards": len(shards), "rejected": data.problems}
-        temporary.write_text(json.dumps(index, indent=2) + "\n")
-    return True
 
 
 def changed(names: list[str], known: list[dict[str, str]], now: list[dict[str, str]]) -> list[str]:
@@ -188,42 +186,51 @@ class Cache(NamedTuple):
     folder: Path
     settings: dict
     geometry: Geometry  # of its samples
-    samples: list[tuple[int, int, str, int]]  # shard, number in it, name, number of captions
+    samples: list[tuple[Path, int, str, int]]  # shard, number in it, name, number of captions
     rejected: list[str]
     null_text: Tensor  # (tokens text_dim)
     sources: list[dict[str, str]]  # hashes of each item's
 
 
-def geometry_in(folder: str | Path) -> Geometry:
-    """The geometry of a cache's clips, finished or not; FileNotFoundError or ValueError if it is no cache."""
+def read_settings(folder: str | Path) -> dict:
+    """What a cache was made with, finished or not; FileNotFoundError or ValueError if it is no cache."""
     file = Path(folder) / SETTINGS
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected what `python -m kit.data cache` wrote")
-    settings = _read_json(file)
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings["version"] != VERSION:
+            raise ValueError(f"version {settings['version']}, expected {VERSION}")
+        return settings
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or of another version ({error}): make the cache again"
+        ) from error
+
+
+def geometry_in(settings: dict) -> Geometry:
+    """What the clips of a cache with these settings are like."""
     return Geometry(*(settings[name] for name in Geometry._fields))
 
 
 def open_cache(folder: str | Path) -> Cache:
     """Read all of a cache but its samples, and check that every shard is there and whole.
 
-    FileNotFoundError or ValueError if it is not finished, is damaged, or of another version.
+    FileNotFoundError if it is not finished, ValueError if it is damaged or of another version.
     """
-    folder = Path(folder)
-    geometry = geometry_in(folder)
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} is not finished: run its cache command again to go on")
-    settings, index = _read_json(folder / SETTINGS), _read_json(folder / INDEX)
-    samples, rejected, null_text, sources = [], list(index["rejected"]), torch.zeros(0, 1), []
-    for shard in range(index["shards"]):
-        with _opened(shard_file(folder, shard)) as file:
-            record = json.loads(file.metadata()["record"])
+    folder, settings = Path(folder), read_settings(folder)
+    files = shard_files(folder, settings["items"])
+    samples, rejected, sources = [], [], []
+    for path in files:
+        with _opened(path) as shard:
+            record = json.loads(shard.metadata()["record"])
             for k, (name, captions) in enumerate(record["samples"]):
-                samples.append((shard, k, name, len(captions)))
+                samples.append((path, k, name, len(captions)))
             rejected += record["rejected"]
             sources += record["sources"]
-            if shard == 0:
-                null_text = file.get_tensor("null_text")
-    return Cache(folder, settings, geometry, samples, rejected, null_text, sources)
+    with _opened(files[0]) as shard:
+        null_text = shard.get_tensor("null_text")
+    return Cache(folder, settings, geometry_in(settings), samples, rejected, null_text, sources)
 
 
 class CachedSample(NamedTuple):
@@ -236,25 +243,24 @@ class CachedSample(NamedTuple):
 
 def read_sample(cache: Cache, number: int, video: bool) -> CachedSample:
     """The sample of this number, from disk; its latents only if `video`."""
-    shard, k, _, captions = cache.samples[number]
-    with _opened(shard_file(cache.folder, shard)) as file:
-        latents = file.get_tensor(f"{k}.latents") if video else None
-        texts = [file.get_tensor(f"{k}.text.{i}") for i in range(captions)]
-        return CachedSample(file.get_tensor(f"{k}.motion"), latents, texts)
+    path, k, _, captions = cache.samples[number]
+    with _opened(path) as shard:
+        latents = shard.get_tensor(f"{k}.latents") if video else None
+        texts = [shard.get_tensor(f"{k}.text.{i}") for i in range(captions)]
+        return CachedSample(shard.get_tensor(f"{k}.motion"), latents, texts)
 
 
 def damaged_samples(cache: Cache) -> list[str]:
     """Read every sample -> a line for each that holds NaN or has another shape than the cache's."""
     problems = []
     frames, (T, h, w) = cache.geometry.frames, cache.geometry.grid
-    for number, (shard, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
+    for number, (path, k, name, _) in enumerate(tqdm(cache.samples, desc="reading", unit="sample")):
         motion, latents, texts = read_sample(cache, number, cache.settings["paired"])
         right = motion.shape == (frames, MOTION_DIM) and (latents is None or latents.shape[1:] == (T, h, w))
         tensors = [motion, *texts] if latents is None else [motion, latents, *texts]
         if not right or not all(x.isfinite().all() for x in tensors):
             expected = f"motion ({frames}, {MOTION_DIM}), latents (c, {T}, {h}, {w})"
-            where = f"{shard_file(cache.folder, shard)}: sample {k}, {name},"
-            problems.append(f"{where} holds NaN or another shape, expected {expected}")
+            problems.append(f"{path}: sample {k}, {name}, holds NaN or another shape, expected {expected}")
     return problems
 
 
@@ -265,7 +271,7 @@ def compared(cached: Cache, body: Body) -> list[str]:
         data = open_dataset(spec, cached.geometry, body)
     except (ValueError, OSError) as error:
         return [f"not compared with what it was made of: {error}"]
-    if items_of(data) != cached.settings["items"]:
+    if hash_of_names(data) != cached.settings["names"]:
         return [f"{spec} lists other items now: cache it again, into another --out"]
     now = [hashes(data, item) for item in range(len(data.names))]
     if changes := changed(data.names, cached.sources, now):
@@ -275,22 +281,14 @@ def compared(cached: Cache, body: Body) -> list[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """An open shard; ValueError naming it if it is missing, cut short, or lacks what is read from it."""
+    """An open shard; FileNotFoundError if it is missing, ValueError if it lacks what is read from it."""
     try:
-        with safe_open(path, "pt") as file:
-            yield file
+        with safe_open(path, "pt") as shard:
+            yield shard
+    except FileNotFoundError as error:
+        lacks = f"{path.parent} is not finished, it has no {path.name}"
+        raise FileNotFoundError(f"{lacks}: run its cache command again to go on") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        again = f"delete it and {INDEX}, and run the cache command again"
-        raise ValueError(f"{path} is missing or damaged ({error}): {again}") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, expected {VERSION}")
-        return content
-    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged or of another version ({error}): make the cache again"
+            f"{path} is damaged ({error}): delete it, and run the cache command again"
         ) from error

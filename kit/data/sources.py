@@ -89,7 +89,7 @@ def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
     kind, where, _ = parse(spec)
     if kind != "cache":
         return PUPPET  # open_sources says that Wan needs a cache
-    made = cache.geometry_in(where)
+    made = cache.geometry_in(cache.read_settings(where))
     return made._replace(frames=frames or made.frames)
 
 

@@ -1,7 +1,6 @@
 """Malformed data: each file is rejected by its name and with a reason, or used rightly, and nothing else."""
 
 import contextlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -129,15 +128,13 @@ def spoil_shard(folder: Path, name: str, tensor: torch.Tensor) -> None:
     save_file(load_file(folder / ONE) | {name: tensor}, folder / ONE, record)
 
 
-INDEX, SETTINGS, ONE = "index.json", "settings.json", "shard-00001.safetensors"
-VERSION_9 = json.dumps({"version": 9, "shards": 3, "rejected": []})
+SETTINGS, ONE = "settings.json", "shard-00001.safetensors"
 CACHES = {
-    "half a shard": (lambda f: cut(f / ONE), f"{ONE} is missing or damaged"),
-    "no shard": (lambda f: (f / ONE).unlink(), f"{ONE} is missing or damaged"),
-    "no record": (lambda f: save_file({"x": torch.ones(1)}, f / ONE), f"{ONE} is missing or damaged"),
-    "no index": (lambda f: (f / INDEX).unlink(), "is not finished"),
-    "another version": (lambda f: (f / INDEX).write_text(VERSION_9), "version 9, expected 1"),
-    "half an index": (lambda f: cut(f / INDEX), "index.json is damaged"),
+    "half a shard": (lambda f: cut(f / ONE), f"{ONE} is damaged"),
+    "no shard": (lambda f: (f / ONE).unlink(), f"is not finished, it has no {ONE}"),
+    "no record": (lambda f: save_file({"x": torch.ones(1)}, f / ONE), f"{ONE} is damaged"),
+    "another version": (lambda f: (f / SETTINGS).write_text('{"version": 9}'), "version 9, expected 2"),
+    "half its settings": (lambda f: cut(f / SETTINGS), "settings.json is damaged"),
     "no settings": (lambda f: (f / SETTINGS).unlink(), "settings.json: expected what"),
 }
 NAN, WRONG = torch.full((9, 235), torch.nan), torch.ones(2, 3, 8, 4)

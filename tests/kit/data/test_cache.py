@@ -67,14 +67,19 @@ def made_up(count: int = COUNT, paired: bool = True, bad: tuple[int, ...] = ()) 
 
 
 def settings(data_set: DataSet, **other: object) -> dict:
-    names = dict.fromkeys(("data", "items", "vae", "text_encoder", "body"), "x")
-    made = {"version": cache.VERSION, "paired": data_set.paired, "dtype": "fp32", **FAKE._asdict()}
-    return made | names | other
+    names = dict.fromkeys(("data", "names", "vae", "text_encoder", "body"), "x")
+    made = {"version": cache.VERSION, "items": len(data_set.names), "paired": data_set.paired}
+    return made | FAKE._asdict() | names | other
 
 
-def write(folder: Path, data_set: DataSet, fake: Fake | None = None, rank: int = 0, ranks: int = 1) -> bool:
+def write(folder: Path, data_set: DataSet, fake: Fake | None = None, rank: int = 0, ranks: int = 1) -> None:
     cache.prepare(folder, settings(data_set))
-    return cache.write(data_set, folder, (fake or Fake()).both(), torch.float32, rank, ranks)
+    cache.write(data_set, folder, (fake or Fake()).both(), torch.float32, rank, ranks)
+
+
+def not_finished(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        cache.open_cache(folder)
 
 
 # ---------------------------------------------------------------- with networks of the real format
@@ -101,12 +106,13 @@ def made(folder, tmp_path_factory) -> Path:
 
 
 def test_two_ranks_make_the_cache_of_one(folder, made, tmp_path, verb, monkeypatch):
-    # catches shards divided by rank, an index of one rank's shards, and ranks that wait for each other
+    # catches shards divided by rank, a cache of one rank's shards, and ranks that wait for each other
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        assert not (tmp_path / "a" / "index.json").exists()
         assert verb(commands, *arguments(folder, tmp_path / "a")).code == 0
+        if rank == "1":
+            not_finished(tmp_path / "a")
     assert contents(tmp_path / "a") == contents(made)
 
 
@@ -150,7 +156,7 @@ def test_other_settings_are_refused_and_leave_the_cache_alone(folder, made, verb
     before = contents(made)
     for option, reason in (
         (("--dtype", "fp32"), "(dtype was bf16, now fp32): use the same, or another --out"),
-        (("--force",), "(force was None, now True)"),
+        (("--force",), "(force was False, now True)"),
     ):
         ended = verb(commands, *arguments(folder, made, *option))
         assert ended.code == 2 and reason in ended.err
@@ -163,14 +169,14 @@ def test_other_settings_are_refused_and_leave_the_cache_alone(folder, made, verb
 def test_it_may_die_at_any_call_and_makes_nothing_twice(tmp_path):
     # catches shards that are there before they are whole, and a restart that begins anew
     whole = Fake()
-    assert write(tmp_path / "whole", made_up(), whole)
+    write(tmp_path / "whole", made_up(), whole)
     for dies_at in range(0, len(whole.calls), 7):
         out, first, second = tmp_path / str(dies_at), Fake(dies_at), Fake()
         with pytest.raises(KeyboardInterrupt):
             write(out, made_up(), first)
-        assert not (out / "index.json").exists()
+        not_finished(out)
         finished = len(list(out.glob("shard-*")))
-        assert write(out, made_up(), second)
+        write(out, made_up(), second)
         assert contents(out) == contents(tmp_path / "whole")
         again = len(first.calls) - 1 + len(second.calls) - len(whole.calls)
         assert 0 <= again <= len(whole.calls) // 2 and (finished == 0 or len(second.calls) < len(whole.calls))
@@ -186,14 +192,14 @@ def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
         write(tmp_path / "a", made_up())
     assert contents(tmp_path / "a").keys() == {"settings.json"}
     (tmp_path / "a" / ".shard-00001.123.safetensors").write_bytes(b"half")  # as SIGKILL leaves it
-    assert write(tmp_path / "a", made_up())
+    write(tmp_path / "a", made_up())
     assert not list((tmp_path / "a").glob(".shard*"))
 
 
 def test_a_bad_item_leaves_no_sample_and_its_reason(tmp_path):
     write(tmp_path / "a", made_up(bad=(3, 16)))
     made = cache.open_cache(tmp_path / "a")
-    assert made.rejected == ["line 7: empty", "clip 3 is bad", "clip 16 is bad"]
+    assert made.rejected == ["clip 3 is bad", "clip 16 is bad"]
     names = [name for _, _, name, _ in made.samples]
     assert len(names) == COUNT * 3 // 2 - 3 and not {"clip 3", "clip 16"} & set(names)
     for number, (_, _, name, captions) in enumerate(made.samples):
@@ -241,7 +247,7 @@ def test_shorter_clips_are_the_beginning_of_longer_ones(tmp_path):
 
 def test_caches_that_do_not_fit_are_refused(tmp_path):
     for name in ("a", "b"):
-        cache.prepare(tmp_path / name, settings(made_up(), body=name))
+        cache.prepare(tmp_path / name, settings(made_up(count=2), body=name))
         cache.write(made_up(count=2), tmp_path / name, Fake().both(), torch.float32, 0, 1)
     first, second = (f"cache:{tmp_path / name}" for name in ("a", "b"))
     for asked in ({"frames": 13}, {"fps": 24}, {"width": 128}, {"stride": 16}):
@@ -254,29 +260,30 @@ def test_caches_that_do_not_fit_are_refused(tmp_path):
 # ---------------------------------------------------------------- sources that change
 
 
-def test_only_what_changed_is_made_again(tmp_path, capsys):
-    # catches old captions that stay, everything made anew, and a cache that trains while half of it is old
-    files, out = [tmp_path / f"{item}.npz" for item in range(COUNT)], tmp_path / "a"
+@pytest.fixture
+def mended(tmp_path) -> DataSet:
+    """What the cache tmp_path/a was made of, with other sources of items 17, 20 and 39 since then."""
+    files = [tmp_path / f"{item}.npz" for item in range(COUNT)]
     for file in files:
         file.write_bytes(file.name.encode())
     data = made_up()._replace(sources=lambda item: {"caption": f"words {item}", "motion": files[item]})
-    assert not write(out, data, rank=1, ranks=2) and write(out, data, ranks=2)
-    before, fake = contents(out), Fake()
-    assert write(out, data, fake) and fake.calls == [] and contents(out) == before
-    assert capsys.readouterr().out == ""
+    write(tmp_path / "a", data)
+    before, fake = contents(tmp_path / "a"), Fake()
+    write(tmp_path / "a", data, fake)
+    assert fake.calls == [] and contents(tmp_path / "a") == before
 
     files[17].write_bytes(b"another motion")
     files[20].unlink()
     captions = lambda item: data.sources(item) | ({"caption": "mended"} if item == 39 else {})
-    changed = data._replace(sources=captions)
-    with pytest.raises(KeyboardInterrupt):
-        write(out, changed, Fake(5))
-    with pytest.raises(FileNotFoundError, match="not finished"):
-        cache.open_cache(out)
-    capsys.readouterr()
+    return data._replace(sources=captions)
+
+
+def test_only_what_changed_is_made_again(tmp_path, mended, capsys):
+    # catches old captions that stay, and everything made anew
+    out = tmp_path / "a"
+    before = contents(out)
     for rank in (1, 0):
-        finished = write(out, changed, fake, rank, 2)
-    assert finished
+        write(out, mended, None, rank, 2)
     said = capsys.readouterr().out
     for words in ("17: its motion changed", "20: its motion changed", "39: its caption changed"):
         assert words in said
@@ -285,8 +292,20 @@ def test_only_what_changed_is_made_again(tmp_path, capsys):
     assert {name for name in before if before[name] != after[name]} == {
         "shard-00001.safetensors", "shard-00002.safetensors",
     }  # fmt: skip
-    write(tmp_path / "fresh", changed)
+    write(tmp_path / "fresh", mended)
     assert after == contents(tmp_path / "fresh")
+
+
+def test_a_cache_of_which_a_part_is_old_is_not_finished(tmp_path, mended):
+    # catches a cache that counts as finished while some of it is still to be made again
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", mended, Fake(5))  # at shard 1
+    not_finished(tmp_path / "a")
+    write(tmp_path / "a", mended, None, rank=1, ranks=2)  # shard 2 is of rank 0
+    not_finished(tmp_path / "a")
+    write(tmp_path / "a", mended, None, rank=0, ranks=2)
+    write(tmp_path / "fresh", mended)
+    assert contents(tmp_path / "a") == contents(tmp_path / "fresh")
 
 
 def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
@@ -294,7 +313,7 @@ def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
     folder = clip_folder.write(tmp_path / "clips", (1, 2))
     spec, out = f"clips:{folder}", tmp_path / "a"
     data = open_dataset(spec, FAKE, puppet.body())
-    cache.prepare(out, settings(data, data=spec, items=cache.items_of(data)))
+    cache.prepare(out, settings(data, data=spec, names=cache.hash_of_names(data)))
     cache.write(data, out, Fake().both(), torch.float32, 0, 1)
 
     def compared() -> list[str]:
