@@ -56,8 +56,8 @@ def load_transformer(
     files = shard_files(folder)
     shapes, own_name, fp8 = read_header(files)
     model = empty(config_of(shapes, read_config(folder)))
-    video = own_names(model)
-    expected = {own: tuple(model.state_dict()[name].shape) for name, own in video.items()}
+    video, state = own_names(model), model.state_dict()
+    expected = {own: tuple(state[name].shape) for name, own in video.items()}
     if wrong := sorted(expected.items() ^ shapes.items()):
         name = wrong[0][0]
         raise ValueError(
@@ -65,15 +65,17 @@ def load_transformer(
             f"found {shapes.get(name, 'none')}, expected {expected.get(name, 'none')}; {SUPPORTED}"
         )
     # allocate and initialise what Wan lacks; the video expert stays on the meta device until it is read
-    for name, tensor in model.state_dict().items():
+    for name in state:
         if name not in video:
-            _replace(model, name, torch.empty_like(tensor, dtype=stored_dtype(name, dtype), device=device))
+            state[name] = torch.empty_like(state[name], dtype=stored_dtype(name, dtype), device=device)
+    model.load_state_dict(state, assign=True)
     model.init_weights()
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 ours = expert_name(own_name[name])
-                _replace(model, ours, tensors.get_tensor(name).to(device, stored_dtype(ours, dtype)))
+                state[ours] = tensors.get_tensor(name).to(device, stored_dtype(ours, dtype))
+    model.load_state_dict(state, assign=True)
     if fp8:
         print(f"{folder}: its fp8 weights are computed in {dtype}, but keep fp8's precision")
     # paper is silent: what the motion expert starts from
@@ -85,13 +87,6 @@ def transformer_config(folder: str | Path) -> DualDiTConfig:
     """The configuration that load_transformer(folder) has, without reading weights."""
     folder = transformer_folder(Path(folder))
     return config_of(read_header(shard_files(folder))[0], read_config(folder))
-
-
-def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` where the parameter or buffer of this name is."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
 
 
 @torch.no_grad()
@@ -107,13 +102,10 @@ def copy_video_to_motion(model: DualDiT) -> None:
             twin.copy_(state[name])
 
 
-def save_transformer(
-    model: DualDiT, folder: str | Path, layout: str = "diffusers", dtype=torch.float32
-) -> None:
+def save_transformer(model: DualDiT, folder: str | Path, layout: str = "diffusers") -> None:
     """Write the video expert as a Wan transformer, layout "diffusers" or "wan": a file and config.json.
 
-    Tensors are stored in `dtype`, except those that stay fp32 (kit/weights.py). The task hint of video alone,
-    which a Wan does not have, is added to the bias of the patch embedding.
+    The task hint of video alone, which a Wan does not have, is added to the bias of the patch embedding.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +114,7 @@ def save_transformer(
     c, state = model.config, model.state_dict()
     names, bias = own_names(model), "video.patch_embedding.bias"
     task = torch.tensor(Task.VIDEO_ONLY, device=state[bias].device)
-    state[bias] = state[bias] + model.task_hint(task).detach()
+    state[bias] = (state[bias] + model.task_hint(task).detach()).type_as(state[bias])
     if layout == "diffusers":
         names = {ours: diffusers_name(own) for ours, own in names.items()}
         kind = "WanTransformer3DModel"
@@ -137,9 +129,7 @@ def save_transformer(
     else:
         raise ValueError(f"layout is 'diffusers' or 'wan', got {layout!r}")
     config = {"_class_name": kind} | {theirs: getattr(c, ours) for ours, theirs in FIELDS[kind].items()}
-    tensors = {
-        name: state[ours].to("cpu", stored_dtype(ours, dtype)).contiguous() for ours, name in names.items()
-    }
+    tensors = {name: state[ours].cpu().contiguous() for ours, name in names.items()}
     with whole_file(folder / f"{STEM}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with whole_file(folder / "config.json") as temporary:
