@@ -4,8 +4,8 @@
     DIR/shard-00000.safetensors     the samples of 16 items, and which items were rejected
 
 Each shard is written atomically, so that a killed run continues with the shard it was at; each rank writes
-its share of them. A cache is finished when no shard is missing. A shard keeps hashes of its items' sources: if
-a caption or a file has changed since, the shard is deleted first, then made again.
+its share of them. A cache is finished when no shard is missing. A shard keeps hashes of its items' sources:
+if a caption or a file has changed since, the shard is deleted first, then made again.
 
 In a shard, sample k has the tensors "k.motion" (f 235) fp32, where it has video "k.latents" (c T h w), and
 for each caption "k.text.0", "k.text.1", ... (tokens text_dim). Shard 0 also has "null_text", the features of
