@@ -488,7 +488,7 @@ REFUSED = {
     ),
     "a prefix before some": (
         renamed("model.", but="proj_out"),
-        "'model.', but for proj_out.*: more than one",
+        "'model.', except proj_out.*: more than one",
     ),
     "a tensor twice": (put("_orig_mod.proj_out.bias", 192), "there twice, under two names"),
     "no transformer": (renamed("vae.", letters=9), "no Wan transformer: found keys such as 'vae.*"),
