@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dual_dit
 from dual_dit import DualDiT, DualDiTConfig
 from kit import devices
-from kit.flops import dual_blocks
+from kit.flops import dual_blocks, tokens_of
 from kit.weights import empty
 from motion_tokens import MOTION_DIM
-from rope import TOKENS_PER_FRAME
 
 
 def parameter_count(config: DualDiTConfig) -> int:
@@ -96,8 +95,8 @@ def training_memory(
     else:
         # what the ends and one block keep, and of every expert in every block the tokens that enter it
         # (motion's in fp32) and the results of its two attentions, with their fp32 log-sum-exp
-        T, H, W = (size // patch for size, patch in zip(grid, config.patch, strict=True))
-        video, motion = T * H * W * config.layers, TOKENS_PER_FRAME * (4 * (T - 1) + 1) * dual_blocks(config)
+        tokens = tokens_of(config, grid)
+        video, motion = tokens.video * config.layers, tokens.motion * dual_blocks(config)
         entering = config.width * (2 * video + 4 * motion)
         attended = 2 * (video + motion) * (2 * config.width + 4 * config.heads)
         activations = saved_bytes(one, grid, batch, text) + batch * (entering + attended)

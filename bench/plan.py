@@ -28,16 +28,15 @@ def plan(
     """Memory, arithmetic, communication and time of stage 2, counted without allocating anything."""
     published, config = PUBLISHED[preset], PRESETS[preset]
     geometry = adjusted(published, frames, size)
-    _, frames, *size, stride = geometry
     if batch % gpus:
         raise ValueError(f"--batch {batch} must be a multiple of --gpus {gpus}")
-    tokens = tokens_of(config, frames, size, stride)
+    tokens = tokens_of(config, geometry.grid)
     parts, count, mine = forward_flops(config, tokens), parameter_count(config), batch // gpus
     print(
-        f"{preset}, {count / 1e9:.2f} billion parameters; {frames} frames of {size[0]}x{size[1]}: "
-        f"{tokens.video} video and {tokens.motion} motion tokens a clip"
+        f"{preset}, {count / 1e9:.2f} billion parameters; {geometry.frames} frames of "
+        f"{geometry.height}x{geometry.width}: {tokens.video} video and {tokens.motion} motion tokens a clip"
     )
-    usual = tokens_of(config, published.frames, (published.height, published.width), stride)
+    usual = tokens_of(config, published.grid)
     (linear, whole), (paper_count, paper_price, hours) = price_of_motion(config, usual), PAPER[preset]
     clip = f"{published.frames} frames of {published.height}x{published.width}"
     print(f"{clip:24}{'ours':>12}{'the paper':>14}")

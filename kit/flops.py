@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dual_dit import DualDiTConfig
 from motion_tokens import GROUPS
-from rope import TOKENS_PER_FRAME
+from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
 
 class Tokens(NamedTuple):
@@ -20,13 +20,10 @@ class Tokens(NamedTuple):
     text: int
 
 
-def tokens_of(
-    config: DualDiTConfig, frames: int, size: tuple[int, int], stride: int, text: int = 512
-) -> Tokens:
-    """Tokens of a clip of this length and size in pixels; `stride` is the codec's in space (in time: 4)."""
-    _, ph, pw = config.patch
-    grid = ((frames - 1) // 4 + 1, size[0] // stride // ph, size[1] // stride // pw)
-    return Tokens(math.prod(grid), TOKENS_PER_FRAME * frames, text)
+def tokens_of(config: DualDiTConfig, grid: tuple[int, int, int], text: int = 512) -> Tokens:
+    """Tokens of a clip whose latents are (T h w)."""
+    T, H, W = (size // patch for size, patch in zip(grid, config.patch, strict=True))
+    return Tokens(T * H * W, TOKENS_PER_FRAME * (FRAMES_PER_LATENT * (T - 1) + 1), text)
 
 
 def dual_blocks(config: DualDiTConfig) -> int:

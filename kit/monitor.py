@@ -83,8 +83,7 @@ class Log:
 
     def speed(self, frames: int, roles: dict[str, Role], clips: int, seconds: float) -> dict[str, float]:
         """Tokens a second; MFU, relative to the peak FLOP/s of all ranks."""
-        size = self.geometry.height, self.geometry.width
-        tokens = tokens_of(self.config, frames, size, self.geometry.stride, self.words)
+        tokens = tokens_of(self.config, self.geometry._replace(frames=frames).grid, self.words)
         absent = {modality: 0 for modality, role in roles.items() if role is Role.ABSENT}
         tokens = tokens._replace(**absent)
         rates = {"tokens_per_second": clips * (tokens.video + tokens.motion) / seconds}

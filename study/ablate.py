@@ -36,6 +36,7 @@ from dual_dit import PRESETS, DualDiT
 from flow import Task
 from kit import checkpoints, files, flops, monitor, puppet, validation, weights
 from kit.attention import frame_share, latent_share
+from kit.geometry import PUPPET
 from motion_tokens import decode_smpl
 from study import scores
 from study.measures import summary
@@ -117,11 +118,12 @@ def ended(run: Path, steps: int) -> bool:
 
 def arithmetic(stage: int, steps: int, frames: int | None) -> float:
     """FLOPs of a stage for each clip of a batch; as if no condition were ever dropped."""
-    config, size, total = PRESETS["puppet"], (puppet.SIZE, puppet.SIZE), 0
+    config, total = PRESETS["puppet"], 0
     absent = {0: {"motion": 0}, 1: {"video": 0}, 2: {}}[stage]
     lengths = Counter(step.frames for step in train.schedule({stage: steps}, frames))
     for length, count in lengths.items():
-        tokens = flops.tokens_of(config, length, size, 8, puppet.TEXT_LEN)._replace(**absent)
+        grid = PUPPET._replace(frames=length).grid
+        tokens = flops.tokens_of(config, grid, puppet.TEXT_LEN)._replace(**absent)
         total += count * flops.step_flops(config, tokens)
     return total
 

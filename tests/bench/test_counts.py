@@ -43,7 +43,7 @@ def test_flops_are_torchs_own_count(config, video, motion):
 
 
 def test_a_step_is_three_forwards():
-    tokens = flops.tokens_of(PRESETS["wan2.1-1.3b"], 81, (480, 832), 8)
+    tokens = flops.tokens_of(PRESETS["wan2.1-1.3b"], (21, 60, 104))
     assert tokens == (21 * 30 * 52, 51 * 81, 512)
     forward = sum(flops.forward_flops(PRESETS["wan2.1-1.3b"], tokens).values())
     assert flops.step_flops(PRESETS["wan2.1-1.3b"], tokens) == 3 * forward
