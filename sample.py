@@ -132,7 +132,8 @@ def main() -> None:
     pictures = not args.prompts
 
     # the samples to make, and their conditions
-    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, args.motion, args.video)
+    condition = args.motion, args.video, args.start, args.loop
+    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, *condition)
     todo = [] if args.decode else jobs.missing(out, wanted, keep=not pictures)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):

@@ -25,7 +25,7 @@ LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may 
 
 def jobs(
     name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
-    motion: Path | None, video: Path | None,
+    motion: Path | None, video: Path | None, start: float, loop: bool,
 ) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
     if prompt is not None and prompts:
@@ -34,6 +34,10 @@ def jobs(
         raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
     if video and name != "v2m":
         raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
+    if start and not (motion or video):
+        raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
+    if loop and not motion:
+        raise ValueError("--loop says how --motion is read: add that, with --task m2v, or leave --loop out")
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
@@ -105,8 +109,6 @@ def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tens
         return read_video(file, backbone.geometry, start)
     if backbone.project is None:
         raise ValueError("--video FILE is needed: it is the condition of this task")
-    if start:
-        raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
     own = puppet.clips([CONDITION_CLIP])
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
@@ -117,6 +119,4 @@ def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: 
         return read_motion(file, backbone, start, loop)
     if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
-    if start or loop:
-        raise ValueError("--start and --loop say how --motion is read: add that, or leave them out")
     return puppet_motion(puppet.clips([CONDITION_CLIP]))
