@@ -56,15 +56,14 @@ def options() -> argparse.Namespace:
     plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
     plan.add_argument("--preset", choices=("wan2.1-1.3b", "wan2.2-5b"), default="wan2.2-5b")
     plan.add_argument("--gpus", type=files.count, default=32, metavar="N")
-    plan.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default %(default)s)")
+    plan.add_argument("--node", type=files.count, default=8, metavar="N", help="GPUs of a node (%(default)s)")
     plan.add_argument("--batch", type=files.count, default=32, metavar="CLIPS", help="a step, over all GPUs")
     plan.add_argument("--size", type=files.size, metavar="HxW", help="pixels; default: as published")
-    plan.add_argument(
-        "--steps", type=int, default=12_000, help="default: the paper's in stage 2, %(default)s"
-    )
-    what = "peak of a GPU in bf16: A100 312, H100 989"
-    plan.add_argument("--peak-tflops", type=float, default=312, help=what)
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of that peak (default %(default)s)")
+    what = "default: the paper's in stage 2, %(default)s"
+    plan.add_argument("--steps", type=files.count, default=12_000, help=what)
+    what = "of a GPU in bf16: A100 312, H100 989"
+    plan.add_argument("--peak-tflops", type=files.positive, default=312, help=what)
+    plan.add_argument("--mfu", type=files.positive, default=0.4, help="share of that peak (default %(default)s)")
     return parser.parse_args()
 
 

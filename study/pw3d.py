@@ -120,7 +120,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--clips", type=files.count, default=200, metavar="N", help="default: 200, as in the paper")
     add("--frames", type=files.frames, metavar="N", help="of a window, 4n+1; default: as trained")
     add("--size", type=files.size, metavar="HxW", help="default: as trained")
-    add("--fps", type=float, metavar="F", help="default: as trained")
+    add("--fps", type=files.positive, metavar="F", help="default: as trained")
     add("--steps", type=files.count, metavar="N", help="solver steps; default: 50")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
