@@ -48,11 +48,11 @@ def options() -> argparse.Namespace:
     # how
     add("--steps", type=files.count, metavar="N", help="solver steps; default: puppet 6, Wan 50")
     add("--solver", choices=flow.SOLVERS, default="ab2")
-    add("--guidance-text", type=float, metavar="W1", help="default: puppet 1.5, Wan 6")
-    add("--guidance-condition", type=float, metavar="W2", help="default: puppet 1.5, Wan 6")
+    add("--guidance-text", type=files.finite, metavar="W1", help="default: puppet 1.5, Wan 6")
+    add("--guidance-condition", type=files.finite, metavar="W2", help="default: puppet 1.5, Wan 6")
     what = "generate the video of a joint sample once more, from its motion; default: for the puppet only"
     add("--redraw", action=argparse.BooleanOptionalAction, help=what)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
     add("--out", type=Path, metavar="DIR", help="default: samples; with --decode, the parent of latents/")
     add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")

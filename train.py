@@ -68,7 +68,7 @@ def options() -> argparse.Namespace:
     what = "losses on held-out clips, and the puppet's pictures; 0: never (default %(default)s)"
     add("--validate-every", type=files.count_or_0, default=2000, metavar="STEPS", help=what)
     # the machine
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--parallel", choices=("ddp", "fsdp"), help="default: fsdp from a billion parameters on")
     what = "microbatches a step on each rank, to save memory; default: 1 (on a CPU, one for every 8 clips)"

@@ -47,10 +47,10 @@ def options() -> argparse.Namespace:
     gpu = verbs.add_parser("gpu", parents=[common], help="what a GPU does; without one a tiny rehearsal")
     what = "tests, train, forward, motion, hybrid, puppet, run; default: all, in this order"
     gpu.add_argument("parts", nargs="*", metavar="PART", help=what)
-    gpu.add_argument("--minutes", type=float, default=8, metavar="N", help="in all (default %(default)s)")
+    gpu.add_argument("--minutes", type=files.positive, default=8, metavar="N", help="in all (%(default)s)")
     what = "for figures and the puppet's run (default %(default)s)"
     gpu.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help=what)
-    gpu.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu.add_argument("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
 
     plan = verbs.add_parser("plan", parents=[common], help="what a training run will need")
     plan.add_argument("--frames", type=files.frames, metavar="N", help="4n+1")
@@ -63,7 +63,8 @@ def options() -> argparse.Namespace:
     plan.add_argument("--steps", type=files.count, default=12_000, help=what)
     what = "of a GPU in bf16: A100 312, H100 989"
     plan.add_argument("--peak-tflops", type=files.positive, default=312, help=what)
-    plan.add_argument("--mfu", type=files.positive, default=0.4, help="share of that peak (default %(default)s)")
+    what = "share of that peak (default %(default)s)"
+    plan.add_argument("--mfu", type=files.positive, default=0.4, help=what)
     return parser.parse_args()
 
 

@@ -110,6 +110,23 @@ def positive(text: str) -> float:
     return number
 
 
+def finite(text: str) -> float:
+    """An option that is a finite number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return number
+
+
+def device(text: str) -> str:
+    """An option that names a device of this machine: cpu, cuda or cuda:N."""
+    gpus = [f"cuda:{gpu}" for gpu in range(torch.cuda.device_count())]
+    there = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if text not in there:
+        raise argparse.ArgumentTypeError(f"this machine has {', '.join(there)}, got {text!r}")
+    return text
+
+
 def frames(text: str) -> int:
     """An option that is a number of frames, 4n+1: a codec's latents hold the first frame, then four each."""
     number = count(text)

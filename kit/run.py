@@ -226,9 +226,11 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
 
     The .json has run.json, the hours of all steps, and the losses on held-out clips.
     """
-    found = checkpoints.newest(out)
+    found, summary = checkpoints.newest(out), file.with_suffix(".json")
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
+    if file == summary:
+        raise ValueError(f"{file} would be the record of the weights: name these as .safetensors")
     checkpoints.export(found.folder, file, dtype)
     lines = monitor.read_log(out / "metrics.jsonl")
     record = json.loads((out / "run.json").read_text()) | {
@@ -236,7 +238,6 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
         "hours": round(sum(line.get("seconds", 0) for line in lines) / 3600, 2),
         "validation": [line for line in lines if "validation" in line],
     }
-    summary = file.with_suffix(".json")
     with whole_file(summary) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {file} and {summary}, from {found.folder}")

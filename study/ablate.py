@@ -343,7 +343,7 @@ def options() -> argparse.Namespace:
     add("--steps", type=files.count, metavar="N", help=what)
     add("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="networks (default %(default)s)")
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: assets/results.json")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 

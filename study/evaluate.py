@@ -119,11 +119,11 @@ def options() -> argparse.Namespace:
     add("--clips", type=files.count, default=64, metavar="N", help="held-out clips (default %(default)s)")
     usual = PUPPET_DEFAULTS
     add("--steps", type=files.count, default=usual.steps, help="solver steps (default %(default)s)")
-    add("--guidance-text", type=float, default=usual.guidance_text, metavar="W1")
-    add("--guidance-condition", type=float, default=usual.guidance_condition, metavar="W2")
+    add("--guidance-text", type=files.finite, default=usual.guidance_text, metavar="W1")
+    add("--guidance-condition", type=files.finite, default=usual.guidance_condition, metavar="W2")
     what = "generate the video of a joint sample once more, from its motion"
     add("--redraw", action=argparse.BooleanOptionalAction, default=usual.redraw, help=what)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
     return parser.parse_args()

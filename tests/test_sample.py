@@ -302,6 +302,8 @@ REFUSED = (  # options, and what the message must say
     ("--frames 6", "--frames: expected 4n.1, got 6; the nearest is 5"),
     ("--size 64", "--size: expected HEIGHTxWIDTH"),
     ("--fps 30", "--fps is for --wan"),
+    ("--guidance-text nan", "--guidance-text: expected a finite number"),
+    ("--device cuda:99", "--device: this machine has cpu.*, got 'cuda:99'"),
     ("--weights missing.safetensors", r"no weights at .*missing\.safetensors"),
     ("--weights no-codec", "codec"),
 )

@@ -225,6 +225,7 @@ def test_a_new_puppet_starts_as_itself_with_the_statistics_of_its_data(tmp_path,
 
 def test_clips_of_a_step_and_at_a_time_suit_the_device(monkeypatch):
     # catches 16 clips, of which a GPU is done before its host has launched the next kernel
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for given, batch in (("cuda:1", 32), ("cpu", 16), ("cuda --batch 8", 8), ("cuda --wan FOLDER", 16)):
         monkeypatch.setattr(sys, "argv", ["train.py", "--device", *given.split()])
         assert train.options().batch == batch
@@ -547,6 +548,8 @@ def test_export_writes_the_average_and_says_what_the_run_was(whole, tmp_path, ve
     assert file.read_bytes() == (whole.out / "weights.safetensors").read_bytes()
     ended = verb(train, "export", "--out", tmp_path, file)
     assert ended.code == 2 and "nothing to export" in ended.err
+    ended = verb(train, "export", "--out", whole.out, tmp_path / "a.json")  # the record's own name
+    assert ended.code == 2 and "name these as .safetensors" in ended.err
     assert verb(train, "export", "--out", whole.out, "--bf16", file).code == 0
     record, lines = json.loads(file.with_suffix(".json").read_text()), metrics(whole.out)
     steps = [line for line in lines if "loss" in line]

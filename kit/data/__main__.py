@@ -45,7 +45,8 @@ def options() -> argparse.Namespace:
     caching = verbs.add_parser("cache", parents=[common], help="compute latents and text features once")
     caching.add_argument("--out", type=Path, required=True, metavar="DIR")
     caching.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored")
-    caching.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    caching.add_argument("--device", type=files.device, default=device)
     return parser.parse_args()
 
 
