@@ -102,7 +102,7 @@ def denoise(
 
 def make(
     backbone: Backbone, todo: list[Job], pixels: Tensor | None, motion: Tensor | None, sampling: dict,
-    out: Path, device: str, attention: bool,
+    out: Path, device: str,
 ) -> list[Path]:  # fmt: skip
     """Encode text and condition, sample -> files of latents. Parts of the backbone are freed after use."""
     prompts = sorted({"", *(job.prompt for job in todo)})
@@ -110,12 +110,13 @@ def make(
     free_memory(device)
     latents = None if pixels is None else backbone.codec().encode(pixels.to(device))
     free_memory(device)
+    (out / "latents").mkdir(parents=True, exist_ok=True)  # before sampling: an error would cost a sample
     model, made = backbone.transformer(), []
     for job in todo:
         y, progress = text[job.prompt], functools.partial(tqdm, desc=job.name)
         inputs = job.task, y, text[""], job.seed, backbone.geometry.grid, latents, motion
         x, m = denoise(model, *inputs, progress=progress, **sampling)
-        seen = attention_to_latents(model, x, m, y, job.task) if attention else None
+        seen = attention_to_latents(model, x, m, y, job.task) if job.pictures else None
         made.append(output.save_latents(out, job, backbone, x, m, seen))
     return made
 
@@ -128,13 +129,12 @@ def main() -> None:
     asked = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
     sampling |= {"solver": args.solver, "bf16": backbone.autocast}
-    out = args.out or (args.decode.parent.parent if args.decode else Path("samples"))
-    pictures = not args.prompts
+    out = args.out or (args.decode.absolute().parent.parent if args.decode else Path("samples"))
 
     # the samples to make, and their conditions
     condition = args.motion, args.video, args.start, args.loop
     wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, *condition)
-    todo = [] if args.decode else jobs.missing(out, wanted, keep=not pictures)
+    todo = [] if args.decode else jobs.missing(out, wanted)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
         pixels = jobs.condition_video(args.video, backbone, args.start)
@@ -143,9 +143,9 @@ def main() -> None:
 
     made = [args.decode] if args.decode else []
     if todo:
-        made = make(backbone, todo, pixels, motion, sampling, out, args.device, attention=pictures)
+        made = make(backbone, todo, pixels, motion, sampling, out, args.device)
         free_memory(args.device)
-    output.write_all(out, made, pixels, backbone, args.device, pictures, args.mesh)
+    output.write_all(out, made, pixels, backbone, args.device, args.mesh)
     if todo:
         prompts = {job.name: job.prompt for job in wanted}
         files.write_record(out / "run.json", vars(args), prompts=prompts)

@@ -38,7 +38,9 @@ CLIP_NORM = 1.0
 EMA_DECAY = 0.998
 BAD_STEPS = 10  # the run stops after so many skipped steps in a row
 # options that must be the same when a run is resumed
-PLAN = ("stage", "steps", "batch", "frames", "data", "lr", "shift", "seed", "ablate")
+PLAN = (
+    "stage", "steps", "batch", "frames", "data", "body", "init", "lr", "shift", "seed", "ablate", "precision",
+)  # fmt: skip
 ABLATIONS = (*run.CHANGES, "one-stage")
 
 
@@ -159,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
     peak = args.lr or LEARNING_RATE[kind]
 
     # the checkpoint to resume from, data, network
-    plan = {name: getattr(args, name) for name in PLAN} | {"body": args.body and str(args.body)}
+    plan = {name: str(x) if isinstance(x := getattr(args, name), Path) else x for name in PLAN}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
     sources, geometry = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
@@ -175,6 +177,7 @@ def train(args: argparse.Namespace) -> None:
     bf16 = found.record["bf16"] if found else devices.use_bf16(args.precision, device)
     settings = run.settings(sources[0], geometry, shift, args.ablate)
     extra = codec.state() if codec else {}
+    plan |= found.record["plan"] if found else {}
     kept = {"bf16": bf16, "plan": plan, "config": dataclasses.asdict(model.config)}
     writer = checkpoints.Writer(args.out, args.keep, world)
     log = None

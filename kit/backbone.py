@@ -69,8 +69,6 @@ def open_backbone(
         return puppet_backbone(file, device)._replace(body=own)
     if file:
         check_weights(file, folder)
-    else:
-        print("no --weights: the motion expert is untrained, motion it makes means nothing; try --task video")
     if not body:
         print("no --body: joints are the puppet's, not SMPL's")
     if fps and trained.get("fps", fps) != fps:
@@ -84,6 +82,7 @@ def open_backbone(
     def transformer() -> DualDiT:
         if file:
             return weights.load_weights(file, device, dtype)[0]
+        print("no --weights: the motion expert is untrained, motion it makes means nothing; try --task video")
         torch.manual_seed(0)  # the untrained motion expert is the same in every call
         return wan.load_transformer(folder, dtype, device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kit.backbone import Backbone
 from kit.body import Body
 from kit.data.clips import cropped, motion_vector
-from kit.data.datasets import NUMBER
+from kit.data.datasets import NUMBER, read_options
 from kit.data.hmr import read_motion_file, stretches
 from kit.data.motion_files import Motion, at_times, smooth
 from kit.data.plausible import faults
@@ -38,7 +38,9 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
         raise ValueError(f"{path} lasts {end:.2f} s: --start {start:g} is not in it")
     times = start + torch.arange(frames, dtype=torch.float64) / fps
     if start + seconds > end + 1e-6:
-        if not loop or end == start:
+        if end == start:
+            raise ValueError(f"{path} has one frame from --start on, expected at least two")
+        if not loop:
             raise ValueError(
                 f"{path} has {end - start:.2f} s from --start on, {frames} frames at {fps:g} fps are "
                 f"{seconds:.2f} s: add --loop to play it forwards and backwards, or ask for fewer --frames"
@@ -56,10 +58,9 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
 
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
     """Path with options -> the file, and its motion at a constant rate; assumptions are printed."""
-    options = dict(OPTION.findall(path.name))
-    for name in options.keys() & {"fps", "smooth"}:
-        if not (re.fullmatch(NUMBER, options[name]) and float(options[name])):
-            raise ValueError(f"{path}: {name} is {options[name]!r}, expected a number above 0")
+    options = read_options(path.name, OPTION)
+    if "fps" in options and not (re.fullmatch(NUMBER, options["fps"]) and float(options["fps"])):
+        raise ValueError(f"{path}: fps is {options['fps']!r}, expected a number above 0")
     file = path.with_name(OPTION.sub("", path.name))
     found = read_motion_file(file, body, options.get("track", ""), options.get("axes", ""))
     said, times = list(found.notes), None

@@ -43,7 +43,7 @@ def jobs(
     if prompts:
         task, seeds, made = TASKS[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
         for file, text in read_prompts(prompts):  # a repeated prompt gets the next seeds
-            made += [Job(f"{file}-{i}", task, text, next(seeds[text])) for i in range(count)]
+            made += [Job(f"{file}-{i}", task, text, next(seeds[text]), False) for i in range(count)]
         return made
     made = []
     for short in [name] if name else DEFAULT_TASKS:
@@ -55,7 +55,7 @@ def jobs(
         elif text is None:
             text = PROMPT
         for i in range(count):
-            made.append(Job(f"{short}-{i}" if count > 1 else short, task, text, seed + i))
+            made.append(Job(f"{short}-{i}" if count > 1 else short, task, text, seed + i, True))
     return made
 
 
@@ -95,9 +95,9 @@ def _on_any_disk(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def missing(out: Path, jobs: list[Job], keep: bool) -> list[Job]:
-    """The samples still to be made: with `keep`, existing ones are left out."""
-    todo = [job for job in jobs if not (keep and (out / f"{job.name}.mp4").exists())]
+def missing(out: Path, jobs: list[Job]) -> list[Job]:
+    """The samples still to be made; those of a file of prompts that exist are left out."""
+    todo = [job for job in jobs if job.pictures or not (out / f"{job.name}.mp4").exists()]
     if len(todo) < len(jobs):
         print(f"{out} has {len(jobs) - len(todo)} of {len(jobs)} samples already: they are kept")
     return todo

@@ -37,6 +37,7 @@ class Job(NamedTuple):
     task: Task
     prompt: str
     seed: int
+    pictures: bool  # also a GIF, a sheet and its place on the page; else motion goes to motion/
 
 
 # ---------------------------------------------------------------- latents
@@ -56,9 +57,8 @@ class Saved(NamedTuple):
 def save_latents(
     out: Path, job: Job, backbone: Backbone, latents: Tensor, motion: Tensor | None, attention: Tensor | None
 ) -> Path:
-    """Write what load_latents reads -> the file."""
+    """Write what load_latents reads -> the file, in the folder out/latents, which must exist."""
     path = out / "latents" / f"{job.name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"latents": latents, "motion": motion, "attention": attention}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     with whole_file(path) as temporary:
@@ -76,8 +76,8 @@ def load_latents(path: Path) -> Saved:
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["sample"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        name, task, prompt, seed = record["job"]
-        job, latents = Job(name, Task(task), prompt, seed), tensors["latents"]
+        name, task, *rest = record["job"]
+        job, latents = Job(name, Task(task), *rest), tensors["latents"]
         others = tensors.get("motion"), tensors.get("attention")
         return Saved(job, record["fps"], record["body"], latents, *others)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -88,9 +88,8 @@ def load_latents(path: Path) -> Saved:
 
 
 def write_all(
-    out: Path, latents: list[Path], pixels: Tensor | None, backbone: Backbone, device: str, pictures: bool,
-    mesh: bool,
-) -> None:  # fmt: skip
+    out: Path, latents: list[Path], pixels: Tensor | None, backbone: Backbone, device: str, mesh: bool
+) -> None:
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
     codec, samples = None, []
     for file in latents:
@@ -103,9 +102,9 @@ def write_all(
             video = codec.decode(made.to(device))
         frames = to_frames(video[0])
         smpl = None if motion is None else decode_smpl(motion.float().cpu())
-        names = write(out, job, frames, smpl, backbone, fps, pictures, mesh)
+        names = write(out, job, frames, smpl, backbone, fps, mesh)
         print(f"{out}/{job.name}{'  '.join(names)}   {job.prompt!r}")
-        if pictures and len(samples) < SHOWN:
+        if job.pictures and len(samples) < SHOWN:
             joints = None if smpl is None else smpl["joints"][0].numpy()
             shown = frames.numpy(), joints, fps, attention
             samples.append(PageSample(job.name, WORDS[job.task], job.prompt, *shown))
@@ -116,7 +115,7 @@ def write_all(
 
 def write(
     out: Path, job: Job, frames: Tensor, smpl: dict[str, Tensor] | None, backbone: Backbone, fps: float,
-    pictures: bool, mesh: bool,
+    mesh: bool,
 ) -> list[str]:  # fmt: skip
     """One sample -> NAME.mp4, .npz, .bvh, and with pictures .gif (beside its skeleton) and .png (sheet).
 
@@ -126,19 +125,20 @@ def write(
     """
     made, rows, titles = [".mp4"], [frames], [f"{job.name}: {job.prompt or 'no text'}"]
     out.mkdir(parents=True, exist_ok=True)
-    write_video(out / f"{job.name}.mp4", frames, fps)
     if smpl:
         fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
         motion = Motion(*fields, fps, "neutral")
-        folder = out if pictures else out / "motion"
+        folder = out if job.pictures else out / "motion"
         folder.mkdir(exist_ok=True)
         save_amass(folder / f"{job.name}.npz", motion, backbone.body)
         save_bvh(folder / f"{job.name}.bvh", motion, backbone.body)
-        made += [".npz" if pictures else str(folder / f"{job.name}.npz"), ".bvh"]
+        made += [".npz" if job.pictures else str(folder / f"{job.name}.npz"), ".bvh"]
         if mesh:
             save_mesh(folder / f"{job.name}-mesh.npz", motion, backbone.body)
             made += ["-mesh.npz"]
-    if pictures:
+    # after the motion: a sample whose video exists is kept (kit/jobs.py)
+    write_video(out / f"{job.name}.mp4", frames, fps)
+    if job.pictures:
         if smpl:
             joints = smpl["joints"][0]
             project = backbone.project or fitted(joints)

@@ -86,7 +86,8 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     palette = Image.fromarray(np.ascontiguousarray(stack[::3, ::3])).quantize(256)
     stack = Image.fromarray(stack).quantize(palette=palette, dither=Image.Dither.NONE)
     images = [stack.crop((0, f * height, width, (f + 1) * height)) for f in range(count)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    duration = max(20, round(1000 / fps))  # milliseconds; viewers play shorter ones at a tenth of a second
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
 
 
 # ---------------------------------------------------------------- motion
@@ -173,6 +174,7 @@ def contact_sheet(path: str | Path, rows: Sequence[Tensor], titles: Sequence[str
     tile = max(round(TILE_HEIGHT * row.shape[2] / row.shape[1]) for row in rows)
     width = margin + COLUMNS * (tile + margin)
     room = width - 2 * margin
+    titles = [" ".join(title.split()) for title in titles]  # a prompt may have line breaks
     letters = [int(len(title) * room / (large.getlength(title) + 1)) for title in titles]  # of a line
     blocks = [textwrap.wrap(title, max(1, n)) for title, n in zip(titles, letters, strict=True)]
     height = margin + sum(line * len(block) + TILE_HEIGHT + strip + margin for block in blocks)

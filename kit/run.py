@@ -83,7 +83,8 @@ def microbatches(batch: int, world: World, accumulate: int | None) -> list[range
 
 
 def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run. `plan`: options that must be as they were.
+    """The checkpoint to resume from; None for a new run. `plan`: options that must be as they were, but that
+    --init and --precision may be left out: weights and precision are the checkpoint's.
 
     FileNotFoundError if one is required and missing; ValueError if its plan differs, or if a new run would
     overwrite a run.
@@ -97,7 +98,9 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
-    if found and (other := {k: v for k, v in found.record["plan"].items() if v != plan.get(k)}):
+    as_before = {"init": None, "precision": "auto"}
+    was = found.record["plan"] if found else {}
+    if other := {k: v for k, v in was.items() if plan.get(k) not in (v, as_before.get(k, v))}:
         options = ", ".join(f"{name} {value}" for name, value in other.items())
         raise ValueError(f"{found.folder} belongs to a run with {options}: resume with the same options")
     return found
@@ -229,8 +232,8 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     found, summary = checkpoints.newest(out), file.with_suffix(".json")
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
-    if file == summary:
-        raise ValueError(f"{file} would be the record of the weights: name these as .safetensors")
+    if file == summary or (summary.exists() and "hours" not in summary.read_text()):
+        raise ValueError(f"{summary} is where the record of the weights would go: choose another FILE")
     checkpoints.export(found.folder, file, dtype)
     lines = monitor.read_log(out / "metrics.jsonl")
     record = json.loads((out / "run.json").read_text()) | {

@@ -93,5 +93,5 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, DualDiTConfig, dict]]:
         raise ValueError(
             f"{path} is not a safetensors file or is truncated ({error}): copy it again"
         ) from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} was not written by this version of train.py ({error})") from error

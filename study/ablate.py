@@ -11,8 +11,8 @@ a83      two experts against one set of weights
 table5   video to motion
 table6   text to motion
 
-All networks start from the stages of one run of train.py (--from) and differ in one thing. Each is a run of
-train.py in DIR/NAME-SEED: finished ones are reused, interrupted ones are resumed. A part is written to
+All networks start from the stages of one run of train.py (--from). Each is a run of train.py in
+DIR/NAME-SEED: finished ones are reused, interrupted ones are resumed. A part is written to
 assets/results.json network by network; what is there, of the same weights, is not measured again.
 """
 

@@ -256,13 +256,13 @@ def test_video_of_any_rate_and_size_is_resampled_and_its_middle_cut_out(backbone
     assert "0.06 to 1.06 s are used, 17 frames at 16 fps" in printed
 
 
-def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_path):
+def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_path, monkeypatch):
     out = run_sample(tiny_weights, tmp_path / "there", "--task", "joint")
     before = contents(out)
     for name in ("joint.mp4", "index.html"):  # the page shows attention again
         (out / name).unlink()
-    latents = out / "latents" / "joint.safetensors"
-    assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", latents).code == 0
+    monkeypatch.chdir(out / "latents")
+    assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", "joint.safetensors").code == 0
     assert contents(out) == before
 
 
@@ -289,6 +289,8 @@ REFUSED = (  # options, and what the message must say
     ("--task m2v --motion missing.npz", r"missing\.npz.*no such file"),
     ("--task m2v --motion short.npz", "0.75 s.*1.00 s: add --loop"),
     ("--task m2v --motion good.npz --start 9", "--start 9 is not in it"),
+    ("--task m2v --motion good.npz --start 1 --loop", "has one frame from --start on"),
+    ("--out good.npz/a", "good.npz"),
     ("--motion good.npz", "condition of --task m2v"),
     ("--video good.mp4", "condition of --task v2m"),
     ("--task v2m --start 1", "--start is where in --video or --motion"),

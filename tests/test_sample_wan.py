@@ -19,7 +19,7 @@ from conftest import all_frames, contents
 import sample
 import train
 from dual_dit import DualDiT
-from kit import pictures, puppet, wan, weights
+from kit import output, pictures, puppet, wan, weights
 from kit.backbone import open_backbone
 from kit.data import __main__ as commands
 from kit.data.motion_files import Motion, save_amass
@@ -95,6 +95,7 @@ def test_defaults_are_the_papers(folder, capsys):
     opened = open_backbone(folder, None, None, None, None, None, None, "cpu")
     assert opened.geometry[:4] == {8: (16, 81, 480, 832), 16: (24, 121, 704, 1280)}[opened.geometry.stride]
     assert opened.defaults == (50, 6.0, 6.0, 8.0, 0.0)
+    opened.transformer()
     assert "the motion expert is untrained" in capsys.readouterr().out
 
 
@@ -119,6 +120,27 @@ def test_prompts_file_makes_what_vbench_reads_and_keeps_what_is_there(folder, tm
     (tmp_path / "out" / "a person waves-1.mp4").unlink()
     again = run(folder, tmp_path / "out", *call)
     assert json.loads(again["run.json"])["prompts"].keys() == names  # of all, not of the one made now
+    # decoded again it is what it was, and no pictures
+    (tmp_path / "out" / "a person waves-1.mp4").unlink()
+    capsys.readouterr()
+    latents = tmp_path / "out" / "latents" / "a person waves-1.safetensors"
+    assert run(folder, tmp_path / "out", "--decode", latents) == again
+    assert "untrained" not in capsys.readouterr().out
+
+
+def test_a_sample_whose_motion_could_not_be_written_is_made_again(folder, tmp_path, monkeypatch):
+    # catches the video written first: it says that the sample is there
+    (tmp_path / "prompts.txt").write_text("a person waves\n")
+    call = (folder, tmp_path / "out", "--prompts", tmp_path / "prompts.txt")
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "save_amass", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            run(*call)
+    assert {"a person waves-0.mp4", "motion/a person waves-0.npz"} <= run(*call).keys()
 
 
 def test_a_failed_decode_is_redone_from_the_latents(folder, tmp_path, monkeypatch):

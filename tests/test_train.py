@@ -527,6 +527,8 @@ PLANS = {
     "started anew": ((), "add --resume"),
     "others": (("--resume", "--steps", 2, "--ablate", "unsynced"), "with steps 1, ablate None: resume with"),
     "another body": (("--resume", "--steps", 1, "--body", "x.npz"), "with body None: resume with"),
+    "another start": (("--resume", "--steps", 1, "--init", "x"), r"with init .*\.safetensors: resume with"),
+    "another precision": (("--resume", "--steps", 1, "--precision", "bf16"), "with precision fp32: resume"),
 }
 
 
@@ -548,8 +550,10 @@ def test_export_writes_the_average_and_says_what_the_run_was(whole, tmp_path, ve
     assert file.read_bytes() == (whole.out / "weights.safetensors").read_bytes()
     ended = verb(train, "export", "--out", tmp_path, file)
     assert ended.code == 2 and "nothing to export" in ended.err
-    ended = verb(train, "export", "--out", whole.out, tmp_path / "a.json")  # the record's own name
-    assert ended.code == 2 and "name these as .safetensors" in ended.err
+    (tmp_path / "b.json").write_text("{}")
+    for other in ("a.json", "b.safetensors"):  # the record's own name; another's file beside it
+        ended = verb(train, "export", "--out", whole.out, tmp_path / other)
+        assert ended.code == 2 and "where the record of the weights would go" in ended.err
     assert verb(train, "export", "--out", whole.out, "--bf16", file).code == 0
     record, lines = json.loads(file.with_suffix(".json").read_text()), metrics(whole.out)
     steps = [line for line in lines if "loss" in line]
@@ -606,13 +610,14 @@ def test_gradients_are_clipped_in_training(tiny_weights, tmp_path, monkeypatch):
     assert metrics(tmp_path)[0]["grad_norm"] > 1 and norms == pytest.approx([1.0], rel=1e-3)
 
 
-def test_a_run_goes_on_in_the_precision_that_it_began_in(whole, tmp_path):
+def test_a_run_goes_on_in_the_precision_that_it_began_in(whole, tmp_path, monkeypatch):
     # catches half of a run in bf16 because it was moved to another machine
+    monkeypatch.setattr(train.devices, "has_bf16_units", lambda device: True)
     out = tmp_path / "run"
     shutil.copytree(whole.out, out)
     for later in range(11, 13):
         shutil.rmtree(checkpoints.folder_of(out, later))
-    run_train(out, *RUN, "--resume", "--precision", "bf16")
+    run_train(out, *RUN, "--resume", "--precision", "auto")
     assert curve(out) == curve(whole.out)
 
 

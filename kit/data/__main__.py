@@ -83,6 +83,8 @@ def say(data: DataSet) -> None:
 
 def picture(spec: str, geometry: Geometry, body: Body, out: Path, force: bool = False) -> int:
     """Draw a contact sheet (.png): the first sample of a few items, spread over the data set -> how many."""
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--out {out}: expected the name of a .png")
     data, samples, titles = open_dataset(spec, geometry, body, force), [], []
     rejected = list(data.problems)
     for item in torch.linspace(0, len(data.names) - 1, min(PREVIEWED, len(data.names))).long().tolist():

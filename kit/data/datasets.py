@@ -71,16 +71,25 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     return kind, where or "", None if weight is None else float(weight)
 
 
-def parse_reading(spec: str, force: bool = False) -> Reading:
-    """The options in a data set's name, such as @axes=opencv@smooth=0.1."""
-    options = dict(OPTION.findall(spec))
-    if (axes := options.get("axes", "")) and axes not in AXES:
-        raise ValueError(f"data set {spec!r}: axes {axes!r}, expected one of {', '.join(AXES)}")
+def read_options(name: str, option: re.Pattern) -> dict[str, str]:
+    """The options in the name of a data set or file, such as @axes=opencv@smooth=0.1, each at most once."""
+    found = option.findall(name)
+    options = dict(found)
+    if len(options) < len(found):
+        raise ValueError(f"{name!r} has an option twice, expected each at most once")
+    if (axes := options.get("axes")) is not None and axes not in AXES:
+        raise ValueError(f"{name!r}: axes {axes!r}, expected one of {', '.join(AXES)}")
     smooth = options.get("smooth", "0")
     if not re.fullmatch(NUMBER, smooth) or float(smooth) > LONGEST_SMOOTH:
         expected = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
-        raise ValueError(f"data set {spec!r}: smooth is {smooth!r}, {expected}")
-    return Reading(axes, float(smooth), force)
+        raise ValueError(f"{name!r}: smooth is {smooth!r}, {expected}")
+    return options
+
+
+def parse_reading(spec: str, force: bool = False) -> Reading:
+    """How a data set's motion is to be read, by the options in its name."""
+    options = read_options(spec, OPTION)
+    return Reading(options.get("axes", ""), float(options.get("smooth", 0)), force)
 
 
 def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:

@@ -64,6 +64,8 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     value = pick(record, part)
     if value is None:
         return None
+    if not value.size or value.dtype.kind not in "fiu":
+        raise ValueError(f"its {part} is {value.dtype} {value.shape}, expected numbers, a row for each frame")
     if part != "root" and value.shape in [(joints, 3) for joints in PARTS[part]]:
         value = value[None]  # the file holds one frame
     flat = torch.from_numpy(value.astype(np.float64).reshape(len(value), -1))

@@ -51,6 +51,20 @@ def test_gif_plays_every_frame_for_ever(tmp_path):
     assert np.abs(last - frames[8].numpy()).mean() < 6
 
 
+def test_a_gif_of_many_frames_a_second_is_not_slowed_down(tmp_path):
+    # catches frames of 0 or 10 ms, which viewers show for 100
+    pictures.write_video(tmp_path / "a.gif", pictures.to_frames(moving_picture()), 120)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.info["duration"] == 20
+
+
+def test_a_title_may_have_line_breaks(tmp_path):
+    # a prompt from a text file: Pillow has no length for it
+    for file, title in (("a.png", "a person\n\twaves"), ("b.png", "a person waves")):
+        pictures.contact_sheet(tmp_path / file, [pictures.to_frames(moving_picture())], [title])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_skeleton():
     joints = standing()
     frames = pictures.draw_skeleton(joints, project, size=96)

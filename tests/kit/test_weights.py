@@ -77,6 +77,7 @@ DAMAGE = {
         "not written by this version.*config",
     ),
     "unknown field": (lambda path: edit(path, '{"depth": 3}'), "not written by this version.*depth"),
+    "configuration of another tool": (lambda path: edit(path, "tiny.yaml"), "not written by this version"),
     "missing tensor": (
         lambda path: edit(path, json.dumps(vars(TINY) | {"layers": 3})),
         r"Missing key.*blocks\.2\.motion\.ffn",

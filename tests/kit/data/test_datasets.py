@@ -74,6 +74,7 @@ def test_a_name_its_weight_and_its_options(spec, expected):
         ("clips:.@axes=up", "axes 'up', expected one of"),
         ("clips:.@smooth=x", "expected seconds"),
         ("clips:.@smooth=60", "expected seconds"),
+        ("clips:.@axes=zup@smooth=0.1@axes=opencv", "an option twice"),
         ("cache:.@smooth=0.1", "are for amass, humanml3d and clips"),
         ("puppet:3@fps=0", "no option @fps=0, expected @axes=, @smooth= or @WEIGHT"),
         ("movies:x", r"expected one of puppet:\.\.\., amass"),
@@ -138,6 +139,8 @@ def test_verbs_end_with_1_where_nothing_is_usable(verb, amass, tmp_path, capsys)
     assert verb(commands, "check", f"amass:{amass}", "--frames", 401).code == 1
     assert verb(commands, "preview", f"amass:{amass}", "--out", tmp_path / "a.png").code == 0
     assert verb(commands, "preview", f"amass:{amass}", "--frames", 401, "--out", tmp_path / "b.png").code == 1
+    ended = verb(commands, "preview", f"amass:{amass}", "--out", tmp_path / "b")
+    assert ended.code == 2 and "expected the name of a .png" in ended.err
     ended = verb(commands, "cache", "puppet:3", "--out", tmp_path / "c")
     assert ended.code == 2 and "cache needs --wan FOLDER" in ended.err
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

@@ -316,6 +316,9 @@ def test_files_without_a_motion(tmp_path, who):
         assert "it holds no person" in lines_of(pickled(tmp_path / "none.pkl", empty))
     for thing in (5, "text", [1, 2], {"tid": 3}, {0: {"pose": None}}, {0: {"pose": "x"}}, {"poses": [[]]}):
         lines_of(pickled(tmp_path / "strange.pkl", thing))
+    for poses in (np.zeros((0, 72)), np.full((21, 72), "a"), np.zeros((21, 72), complex)):
+        np.savez(tmp_path / "p.npz", poses=poses, trans=np.zeros((len(poses), 3)), mocap_frame_rate=16.0)
+        assert "expected numbers, a row for each frame" in lines_of(tmp_path / "p.npz")
     np.save(tmp_path / "h.npy", np.zeros((50, 263)))
     assert "HumanML3D's vectors" in lines_of(tmp_path / "h.npy")
 
