@@ -83,11 +83,10 @@ def microbatches(batch: int, world: World, accumulate: int | None) -> list[range
 
 
 def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a new run. `plan`: options that must be as they were, but that
-    --init and --precision may be left out: weights and precision are the checkpoint's.
+    """The checkpoint to resume from; None for a new run.
 
-    FileNotFoundError if one is required and missing; ValueError if its plan differs, or if a new run would
-    overwrite a run.
+    The options in `plan` must be as they were; --init and --precision may be left out. FileNotFoundError if
+    a checkpoint is required and missing; ValueError if its plan differs, or if a new run would overwrite one.
     """
     found, finished = checkpoints.newest(out), out / "weights.safetensors"
     if found and not resume:
@@ -98,9 +97,9 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
         raise FileNotFoundError(
             f"nothing to resume: no checkpoint in {out}; start without --resume, or point --out at a run"
         )
-    as_before = {"init": None, "precision": "auto"}
+    left_out = {"init": None, "precision": "auto"}  # then weights and precision are the checkpoint's
     was = found.record["plan"] if found else {}
-    if other := {k: v for k, v in was.items() if plan.get(k) not in (v, as_before.get(k, v))}:
+    if other := {k: v for k, v in was.items() if plan.get(k) not in (v, left_out.get(k, v))}:
         options = ", ".join(f"{name} {value}" for name, value in other.items())
         raise ValueError(f"{found.folder} belongs to a run with {options}: resume with the same options")
     return found
