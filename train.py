@@ -240,6 +240,8 @@ def train(args: argparse.Namespace) -> None:
             run.report_skipped(args.seed, step, drawn.task, args.batch, rank, stop=bad == BAD_STEPS)
         if failed:
             writer.wait()  # raises the error
+        if held_out and done == len(steps):  # before the checkpoint: a run killed here repeats the step
+            validation.watch(args.out, done, now.stage, model, ema, held_out, codec, chunk, bf16, log)
         ended = now.index + 1 == now.steps  # of the stage: its weights become RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
             record = kept | run.record(done, now.stage, ended, settings)
@@ -248,8 +250,6 @@ def train(args: argparse.Namespace) -> None:
             break
 
     writer.wait()
-    if first < done == len(steps) and held_out:
-        validation.watch(args.out, done, now.stage, model, ema, held_out, codec, chunk, bf16, log)
     if log:
         log.close()
         run.leave(args.out, done, complete=done == len(steps))

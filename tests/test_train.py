@@ -356,6 +356,22 @@ def test_watching_a_run_changes_nothing_in_it(whole, tiny_weights, tmp_path):
     assert pictures == [f"step-{step:08}.png" for step in expected]
 
 
+def test_a_run_that_died_in_its_last_validation_has_it_after_a_resume(tmp_path, tiny_weights, monkeypatch):
+    # catches a last checkpoint from which a run is over before it was measured
+    call = (tmp_path / "run", "--init", tiny_weights, "--stage", 2, "--steps", 2, "--batch", 1)
+
+    def dies_at_the_end(out, step, *_):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "watch", dies_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(*call, "--validate-every", 9, "--save-every", 1)
+    run_train(*call, "--validate-every", 9, "--resume")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "validation" in line] == [2]
+
+
 def test_validation_is_the_loss_of_the_averaged_weights_on_samples_never_trained_on(one_step, tiny_weights):
     # recomputed sample by sample: catches other clips or noise, raw weights, means over the wrong axis
     sources, held = validation.hold_out(open_sources(["puppet"], PUPPET, puppet.body()))
