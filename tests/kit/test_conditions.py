@@ -66,9 +66,7 @@ def test_axes_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     [
         ("w.pkl@fps=-1", "fps is '-1', expected a number above 0"),
         ("w.pkl@fps=0", "fps is '0', expected a number above 0"),
-        ("w.pkl@smooth=inf", "smooth is 'inf', expected seconds, 0 to 2"),
         ("w.pkl@smooth=60", "smooth is '60', expected seconds, 0 to 2"),
-        ("w.pkl@fps=25@fps=30", "an option twice"),
         ("own.npz@fps=25", r"own\.npz has a rate of its own, 16: leave @fps= out"),
     ],
 )

@@ -81,6 +81,8 @@ def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+SWITCHES += ["--virtual-time-budget=5000", "--window-size=900,900"]
 BEFORE = """<script>
   const errors = [];
   for (const kind of ["error", "securitypolicyviolation"]) addEventListener(kind, () => errors.push(kind));
@@ -115,15 +117,9 @@ def browser(tmp_path_factory):
     def run(script: str, fragment: str = "", *options: str) -> dict:
         text = written.replace("<head>", f"<head>{BEFORE}").replace("</body>", f"{AFTER % script}</body>")
         (folder / "test.html").write_text(text, encoding="utf-8")
-        call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
-        call += [
-            "--disable-dev-shm-usage",
-            "--virtual-time-budget=5000",
-            "--window-size=900,900",
-            "--dump-dom",
-        ]
-        url = (folder / "test.html").as_uri() + fragment
-        dom = subprocess.run([*call, *options, url], capture_output=True, text=True, timeout=60).stdout
+        call = [CHROMIUM, *SWITCHES, f"--user-data-dir={folder}/profile", *options]
+        call.append((folder / "test.html").as_uri() + fragment)
+        dom = subprocess.run(call, capture_output=True, text=True, timeout=60).stdout
         found = json.loads(html.unescape(re.search('data-result="([^"]*)"', dom)[1]))
         assert not found["errors"]
         return found["result"]
