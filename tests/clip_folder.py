@@ -1,6 +1,8 @@
-"""Folders of paired clips as a user has them: puppet clips as MP4, AMASS .npz with camera, metadata.csv.
+"""Folders as a user has them: puppet clips as MP4, AMASS .npz with camera, metadata.csv; HumanML3D's index.
 
 write(folder, seeds)            one clip a seed
+write_humanml3d(folder, ...)    index.csv, texts/ and train.txt, over AMASS files
+motion_of(seed, frames)         what the puppet of this seed does
 write_video(path, frames, ...)  frames at any times, written with av alone
 ramp(path, times)               frame k is grey of level 12·k
 """
@@ -52,6 +54,12 @@ def at_rate(fps: Fraction | int, count: int = 20) -> list[Fraction]:
     return [Fraction(k) / fps for k in range(count)]
 
 
+def motion_of(seed: int, frames: int, fps: float = FPS) -> Motion:
+    clip = puppet.clips([seed], frames)
+    pose = clip.global_orient[0], clip.body_pose[0], clip.betas[0], clip.transl[0]
+    return Motion(*pose, fps, "neutral")
+
+
 def write_motion(path: Path, motion: Motion, camera: np.ndarray | None = CAMERA) -> None:
     """An AMASS file, with a camera unless that is None."""
     save_amass(path, motion, puppet.body())
@@ -71,17 +79,28 @@ def write_metadata(folder: Path, rows: Sequence[Sequence[str]]) -> None:
         csv.writer(file).writerows([("video", "prompt", "motion"), *rows])
 
 
+def write_humanml3d(
+    folder: Path, rows: Sequence[str], texts: dict[str, str], names: Sequence[str] | None = None
+) -> None:
+    """Lines of index.csv, texts by name, and the training split: by default all that have a text."""
+    (folder / "texts").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / "texts" / f"{name}.txt").write_text(text)
+    (folder / "index.csv").write_text("\n".join(["source_path,start_frame,end_frame,new_name", *rows]))
+    (folder / "train.txt").write_text("\n".join(names or texts))
+
+
 def write(folder: Path, seeds: Sequence[int], frames: int = FRAMES) -> Path:
     """Clips 0.mp4 with motions/0.npz, ... of these seeds, each seen by the camera at the origin."""
     (folder / "motions").mkdir(parents=True)
     clips = puppet.clips(seeds, frames)
     videos = puppet.render(clips.joints, clips.betas, clips.shirt)[0]
     rows = []
-    for k, video in enumerate(videos):
+    for k, (seed, video) in enumerate(zip(seeds, videos, strict=True)):
         levels = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
-        write_video(folder / f"{k}.mp4", list(levels), [Fraction(i, FPS) for i in range(frames)])
-        pose = (clips.global_orient[k], clips.body_pose[k], clips.betas[k], clips.transl[k] - PLACE)
-        write_motion(folder / "motions" / f"{k}.npz", Motion(*pose, FPS, "neutral"))
+        write_video(folder / f"{k}.mp4", list(levels), at_rate(FPS, frames))
+        motion = motion_of(seed, frames)
+        write_motion(folder / "motions" / f"{k}.npz", motion._replace(transl=motion.transl - PLACE))
         rows.append((f"{k}.mp4", clips.caption[k], f"motions/{k}.npz"))
     write_metadata(folder, rows)
     return folder

@@ -1,6 +1,8 @@
 """What several test files share: tiny weights with all that belongs to them, and verbs called in-process."""
 
+import functools
 import gc
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,17 @@ def tiny_model(config: DualDiTConfig = TINY) -> DualDiT:
     return model
 
 
+@functools.cache
+def small_codec() -> puppet.Codec:
+    """A puppet's codec that is fitted in no time."""
+    return puppet.Codec.fit(range(8))
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, one a step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
 def all_frames(path: Path) -> tuple[Tensor, float]:
     """Every frame of a video file as players show it, (f h w 3) uint8, and frames a second on the average."""
     frames = list(shown_frames(path))
@@ -63,7 +76,7 @@ def tiny_weights(tmp_path_factory) -> Path:
     model.motion_mean.copy_(mean)
     model.motion_std.copy_(std)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    weights.save_weights(path, TINY, model.state_dict(), puppet.Codec.fit(range(8)).state())
+    weights.save_weights(path, TINY, model.state_dict(), small_codec().state())
     return path
 
 
@@ -79,10 +92,18 @@ def plain_attention():
     dual_dit.attention = devices.fused_attention
 
 
+def run_main(module: ModuleType, *arguments: object) -> None:
+    """A script's main in this process, with these arguments of a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        module.main()
+
+
 class Ended(NamedTuple):
     """How a verb ended, as a shell would see it."""
 
     code: int
+    out: str
     err: str
 
 
@@ -93,11 +114,12 @@ def verb(monkeypatch, capsys) -> Callable[..., Ended]:
     def call(module: ModuleType, *arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
+        code = 0
         try:
             files.run(module.main)
         except SystemExit as end:
-            return Ended(end.code, capsys.readouterr().err)
-        return Ended(0, capsys.readouterr().err)
+            code = end.code
+        return Ended(code, *capsys.readouterr())
 
     return call
 

@@ -121,9 +121,9 @@ def phalp(path: Path, who: Person, ghosts: tuple[int, ...] = ()) -> None:
     path.write_bytes(pickle.dumps(content))
 
 
-def camerahmr(path: Path, who: Person) -> None:
+def camerahmr(path: Path, who: Person, camera: np.ndarray = CAMERA) -> None:
     """As users save what its demo has in memory."""
     np.savez(
         path, global_orient=who.matrices[:, :1], body_pose=who.matrices[:, 1:], betas=by_frame(who),
-        cam_trans=who.transl, cam_int=np.tile(CAMERA, (len(who.transl), 1, 1)),
+        cam_trans=who.transl, cam_int=np.tile(camera, (len(who.transl), 1, 1)),
     )  # fmt: skip

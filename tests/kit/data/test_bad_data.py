@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import sys
 from pathlib import Path
 
 import av
@@ -16,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cache import made_up, write
 
-from kit import files
 from kit.data import __main__ as commands
 
 # ---------------------------------------------------------------- paired clips; clip 0 stays good
@@ -168,15 +166,12 @@ def table(kind: str, cases: dict, code: int, accepted: int) -> list:
         *table("cache", SAMPLES, 0, 59),
     ],
 )
-def test_malformed_data(kind, spoil, says, code, accepted, good, tmp_path, monkeypatch, capsys):
+def test_malformed_data(kind, spoil, says, code, accepted, good, tmp_path, verb):
     shutil.copytree(good, tmp_path / "a")
     folder = tmp_path / "a" / kind
     spoil(folder)
     before = contents(tmp_path / "a")
-    monkeypatch.setattr(sys, "argv", ["kit.data", "check", f"{kind}:{folder}"])
-    with pytest.raises(SystemExit) as ended:
-        files.run(commands.main)
-    printed = capsys.readouterr()
-    assert ended.value.code == code and says in printed.out + printed.err
-    assert code == 2 or f": {accepted} samples accepted" in printed.out
+    ended = verb(commands, "check", f"{kind}:{folder}")
+    assert ended.code == code and says in ended.out + ended.err
+    assert code == 2 or f": {accepted} samples accepted" in ended.out
     assert contents(tmp_path / "a") == before

@@ -8,7 +8,7 @@ from pathlib import Path
 import clip_folder
 import pytest
 import torch
-from conftest import contents
+from conftest import contents, run_main
 from safetensors.torch import load_file
 
 from kit import puppet
@@ -99,9 +99,8 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def made(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("caches") / "made"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-        patch.setattr(sys, "argv", ["kit.data", *arguments(folder, out)])
-        commands.main()
+    with pytest.raises(SystemExit, match="0"):
+        run_main(commands, *arguments(folder, out))
     return out
 
 

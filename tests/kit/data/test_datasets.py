@@ -4,13 +4,14 @@ import clip_folder
 import numpy as np
 import pytest
 import torch
+from conftest import small_codec
 
 from kit import puppet
 from kit.data import __main__ as commands
 from kit.data import batch as batches
 from kit.data.datasets import open_dataset, parse, parse_reading, puppet_motion, read_all
 from kit.data.hmr import read_motion_file
-from kit.data.motion_files import Motion, save_amass
+from kit.data.motion_files import save_amass
 from kit.data.sources import open_sources
 from kit.geometry import PUPPET, Geometry, geometry_of
 from motion_tokens import decode_smpl
@@ -23,9 +24,8 @@ def amass(tmp_path_factory):
     """Two puppets' motions somewhere in the room, at 20 frames a second, and what else lies in AMASS."""
     folder = tmp_path_factory.mktemp("amass")
     for name, frames in (("CMU/01/walk_poses.npz", 44), ("BMLrub/turn_poses.npz", 80)):
-        clip = puppet.clips([frames], frames)
-        fields = clip.global_orient[0], clip.body_pose[0], clip.betas[0]
-        motion = Motion(*fields, clip.transl[0] + torch.tensor((3.0, 0.1, -7.0)), 20.0, "neutral")
+        motion = clip_folder.motion_of(frames, frames, 20.0)
+        motion = motion._replace(transl=motion.transl + torch.tensor((3.0, 0.1, -7.0)))
         (folder / name).parent.mkdir(parents=True)
         save_amass(folder / name, motion, puppet.body())
     np.savez(folder / "CMU" / "01" / "shape.npz", betas=np.zeros(16))
@@ -36,14 +36,9 @@ def amass(tmp_path_factory):
 @pytest.fixture(scope="module")
 def humanml3d(amass):
     folder = amass / "humanml3d"
-    (folder / "texts").mkdir(parents=True)
-    (folder / "index.csv").write_text(
-        "source_path,start_frame,end_frame,new_name\n./pose_data/CMU/01/walk_poses.npy,0,40,000001.npy\n"
-    )
-    text = "{}#a/DET#0.0#0.0\n{}#a/DET#0.0#0.0\n{}#a/DET#0.0#1.0\n"
-    (folder / "texts/000001.txt").write_text(text.format("a man walks", "someone, walking left", "he starts"))
-    (folder / "texts/M000001.txt").write_text(text.format("a man walks", "walking right", "he starts"))
-    (folder / "train.txt").write_text("000001\nM000001\n")
+    text = "a man walks#a/DET#0.0#0.0\n{}#a/DET#0.0#0.0\nhe starts#a/DET#0.0#1.0\n"
+    texts = {"000001": text.format("someone, walking left"), "M000001": text.format("walking right")}
+    clip_folder.write_humanml3d(folder, ["./pose_data/CMU/01/walk_poses.npy,0,40,000001.npy"], texts)
     return folder
 
 
@@ -151,19 +146,14 @@ def test_verbs_end_with_1_where_nothing_is_usable(verb, amass, tmp_path, capsys)
 # ---------------------------------------------------------------- for training
 
 
-@pytest.fixture(scope="module")
-def codec():
-    return puppet.Codec.fit(range(8))
-
-
-def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, codec, monkeypatch):
+def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, monkeypatch):
     monkeypatch.setattr(batches, "STATISTICS_CLIPS", 16)
     clip_folder.write(tmp_path / "clips", range(3))
     kinds = ["puppet@1", "puppet:5@1", f"amass:{amass}@1", f"humanml3d:{humanml3d}+{amass}@1"]
     sources = open_sources([*kinds, f"clips:{tmp_path / 'clips'}@1"], PUPPET, puppet.body())
     assert [source.count for source in sources] == [None, 5, 5, 2, 3]
     mean, std = batches.statistics([sources[1]], 0)
-    where = {"seed": 0, "batch": 24, "device": CPU, "codec": codec}
+    where = {"seed": 0, "batch": 24, "device": CPU, "codec": small_codec()}
     first, second = (
         batches.read(sources, mean, std, [batches.Wanted(stage, 0, 9, range(24))], **where)[0]
         for stage in (1, 2)
@@ -172,9 +162,9 @@ def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, codec,
     assert second.video.shape == (24, 48, 3, 8, 8) and second.motion.isfinite().all()
 
 
-def test_a_clip_is_read_as_it_was_written(tmp_path, codec):
+def test_a_clip_is_read_as_it_was_written(tmp_path):
     # catches another camera frame, and pixels in another range or order
-    folder = clip_folder.write(tmp_path / "clips", [7])
+    folder, codec = clip_folder.write(tmp_path / "clips", [7]), small_codec()
     source = open_sources([f"clips:{folder}"], PUPPET, puppet.body())[0]
     read = source.read([0], 17, True, codec, CPU)
     clip = puppet.clips([7], clip_folder.FRAMES)

@@ -106,7 +106,7 @@ def test_joints_are_on_the_pixels_where_the_tool_sees_them(folder, who, tool):
 def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
     """4D-Humans: in its box the person is at (s, tx, ty), seen from 2 f / (s b). Checked by projection: the
     pelvis has to be where the box' camera puts it. Catches: a box' centre counted from the corner, b for b/2,
-    a size given as width first."""
+    a size given as width first, by the video or, where there is none, by the file."""
     height, width, b, focal = 90, 160, 40.0, 500.0
     centre = np.stack([np.linspace(50, 90, FRAMES), np.linspace(40, 45, FRAMES)], axis=1)
     s, tx, ty = 0.9, 0.1, -0.2
@@ -128,6 +128,10 @@ def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
         np.testing.assert_allclose(seen[:, 2], 2 * focal / (s * b), rtol=1e-5)
     with pytest.raises(ValueError, match="needs the size of the picture"):
         read(tmp_path / "a.npz", size=None)
+    np.savez(tmp_path / "b.npz", box_size=box, size=np.array([height, width]), **fields)
+    stated = read(tmp_path / "b.npz", size=None)
+    assert torch.equal(stated.motion.transl, found.motion.transl)
+    assert torch.equal(stated.intrinsics, found.intrinsics)
 
 
 FORMS = {  # beside those of the tools and of AMASS
@@ -210,27 +214,21 @@ def test_the_longest_track_or_the_one_that_is_named(folder, who, tmp_path):
     assert hmr_files.apart(pose, other.pose[:17]) < 1e-2
 
 
-def test_rows_belong_to_frames_of_the_video(folder, who):
+def test_rows_belong_to_frames_of_the_video(folder, who, capsys):
     """A track of frames 3 to 20, in any order. Catches: rows taken from the video's beginning on, cut frames
-    that are not said, a window that begins before the person is there."""
+    that are not said, also in training, a window that begins before the person is there."""
     rows = np.arange(3, FRAMES)
     mixed = np.random.default_rng(0).permutation(rows)
     write_wham(folder / "part.pkl", (0, who.rows(mixed), mixed))
     paired(folder, "part.pkl")
     sample, said = sample_of(folder)
     assert hmr_files.apart(decode_smpl(sample.motion[None])["body_pose"][0], who.pose[3:20]) < 1e-2
-    assert "0.mp4: the person is in frames 3 to 20 of 0 to 20; the others are cut" in said
+    cut = "0.mp4: the person is in frames 3 to 20 of 0 to 20; the others are cut"
+    open_sources([f"clips:{folder}"], PUPPET, puppet.body())
+    assert cut in said and cut in capsys.readouterr().out
     paired(folder, "motions/0.npz")
     whole, _ = sample_of(folder)
     assert torch.equal(sample.video[:14], whole.video[3:])
-
-
-def test_training_says_what_was_cut(folder, who, capsys):
-    rows = np.arange(1, FRAMES)
-    write_wham(folder / "part.pkl", (0, who.rows(rows), rows))
-    paired(folder, "part.pkl")
-    open_sources([f"clips:{folder}"], PUPPET, puppet.body())
-    assert "0.mp4: the person is in frames 1 to 20 of 0 to 20; the others are cut" in capsys.readouterr().out
 
 
 def test_short_gaps_are_filled_and_long_ones_part_the_clip(folder, who):
@@ -275,10 +273,12 @@ def test_a_video_of_uneven_frames(folder, who):
     assert hmr_files.apart(between, slerp(moments.numpy()).as_rotvec()) < 1e-3
 
 
-def test_what_phalp_only_predicts_is_no_sight(tmp_path, who):
-    """Catches: a ghost's pose, which repeats the last one seen, taken for the person's."""
+def test_phalps_frames_are_those_that_it_names_and_in_which_it_saw_the_person(tmp_path, who):
+    """Catches: frames numbered as they come, where the file begins later; a ghost's pose, which repeats the
+    last one seen, taken for the person's."""
     hmr_files.phalp(tmp_path / "a.pkl", who, ghosts=(5, 6))
-    assert read(tmp_path / "a.pkl").frames.tolist() == [k for k in range(FRAMES) if k not in (5, 6)]
+    later = dict(list(pickle.loads((tmp_path / "a.pkl").read_bytes()).items())[3:])
+    assert read(pickled(tmp_path / "a.pkl", later)).frames.tolist() == [3, 4, *range(7, FRAMES)]
 
 
 def test_a_dictionary_by_image(tmp_path, who):
@@ -372,11 +372,7 @@ def test_a_distance_from_a_long_lens_may_sway(folder, who, tmp_path):
     found = who.transl * [1, 1, 1] + np.array([0, 0, 445.5])
     found[:, 2] += 2 * (np.arange(FRAMES) % 2)
     camera = clip_folder.CAMERA * np.array([[100, 1, 1], [1, 100, 1], [1, 1, 1]])
-    far = who._replace(transl=found)
-    np.savez(
-        folder / "far.npz", global_orient=far.matrices[:, :1], body_pose=far.matrices[:, 1:],
-        betas=hmr_files.by_frame(far), cam_trans=far.transl, cam_int=np.tile(camera, (FRAMES, 1, 1)),
-    )  # fmt: skip
+    hmr_files.camerahmr(folder / "far.npz", who._replace(transl=found), camera)
     paired(folder, "far.npz")
     sample, _ = sample_of(folder)
     assert sample.motion[:, 5].diff().abs().min() > 1
@@ -398,25 +394,3 @@ def test_gender_in_one_letter(tmp_path, who):
     for given, meant in (("f", "female"), ("M", "male"), (b"n", "neutral"), (np.array(["f"]), "female")):
         file = pickled(tmp_path / "a.pkl", {0: track | {"gender": given}})
         assert read(file).motion.gender == meant
-
-
-def test_the_size_that_the_file_states_is_height_first(tmp_path, who):
-    """Catches: width taken for height where no video says better."""
-    fields = {
-        "global_orient": who.orient, "body_pose": who.pose.reshape(-1, 69), "betas": who.betas,
-        "pred_cam": np.tile([0.9, 0.1, -0.2], (FRAMES, 1)), "box_center": np.full((FRAMES, 2), 50.0),
-        "box_size": np.full(FRAMES, 40.0), "focal_length": np.array(500.0),
-    }  # fmt: skip
-    np.savez(tmp_path / "a.npz", **fields)
-    asked = read(tmp_path / "a.npz", size=(90, 160))
-    np.savez(tmp_path / "b.npz", **fields, size=np.array([90, 160]))
-    found = read(tmp_path / "b.npz", size=None)
-    assert torch.equal(found.motion.transl, asked.motion.transl)
-    assert found.intrinsics[:2, 2].tolist() == [80, 45]
-
-
-def test_phalps_frames_are_those_that_it_names(tmp_path, who):
-    """Catches: frames numbered as they come, where the file begins later or has a gap."""
-    hmr_files.phalp(tmp_path / "a.pkl", who)
-    content = dict(list(pickle.loads((tmp_path / "a.pkl").read_bytes()).items())[3:])
-    assert read(pickled(tmp_path / "a.pkl", content)).frames.tolist() == list(range(3, FRAMES))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from clip_folder import write_humanml3d
 
 from kit.data.hmr import read_motion_file
 from kit.data.humanml3d import entries, read_entry
@@ -28,15 +29,6 @@ def index(*rows):
     return HEADER + "".join(f"{row}\n" for row in rows)
 
 
-def write_index(folder, rows, texts, split):
-    (folder / "texts").mkdir(parents=True, exist_ok=True)
-    (folder / "index.csv").write_text(index(*rows))
-    for name, text in texts.items():
-        (folder / "texts" / f"{name}.txt").write_text(text)
-    (folder / "train.txt").write_text("\n".join(split))
-    (folder / "amass").mkdir(exist_ok=True)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A clip of 83 frames, its mirrored twin, one with captions of parts, and one of HumanAct12."""
@@ -49,7 +41,8 @@ def folder(tmp_path):
     parts = "first#x/NOUN#0.0#2.3\nlast#x/NOUN#2.0#5.4\n\n also first #x/NOUN#0.0#2.3\r\nall#x/NOUN#0#0"
     mirrored = CAPTION.replace("left", "right")
     texts = {"000000": CAPTION + other, "M000000": mirrored, "000004": parts}
-    write_index(tmp_path, rows, texts, ["000000", "M000000", "000001", "000004"])
+    write_humanml3d(tmp_path, rows, texts, ["000000", "M000000", "000001", "000004"])
+    (tmp_path / "amass").mkdir()
     return tmp_path
 
 
@@ -69,28 +62,21 @@ def test_entries_without_any_motion(folder):
     assert problems == ["1 clips of HumanAct12 left out: no AMASS source"]
 
 
-TRIMMED = {
-    "Eyes_Japan_Dataset": 3.0, "MPI_HDM05": 3.0, "TotalCapture": 1.0, "MPI_Limits": 1.0,
-    "Transitions_mocap": 0.5, "SSM_synced": 0,
-}  # fmt: skip
-
-
 def write_clip(folder, dataset, fps, text=CAPTION, place=None):
     """Frames 7 to 50 of one file of this data set, in the folder `place` -> the file."""
     file = folder / "amass" / (place or dataset) / "s1/run_poses.npz"
     write_amass(file, frames=1500, fps=fps)
     rows = [f"./pose_data/{dataset}/s1/run_poses.npy,7,50,000009.npy"]
-    write_index(folder, rows, {"000009": text}, ["000009"])
+    write_humanml3d(folder, rows, {"000009": text})
     return file
 
 
 @pytest.mark.parametrize("fps", [100.0, 120.0, 59.9999885559082, 250.0])
-@pytest.mark.parametrize("dataset", TRIMMED)
-def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
+def test_frames_are_those_of_humanml3d(tmp_path, body, fps):
     """Its notebook: every int(fps / 20)-th frame, then the trim, then [start:end]."""
-    file = write_clip(tmp_path, dataset, fps, "all#x#0#0\npart#x#0.5#1.3\n")
+    file = write_clip(tmp_path, "MPI_HDM05", fps, "all#x#0#0\npart#x#0.5#1.3\n")
     step = int(fps / 20)
-    kept = np.arange(1500)[::step][int(TRIMMED[dataset] * 20) :][7:50]
+    kept = np.arange(1500)[::step][60:][7:50]
     original = read_motion_file(file, body).motion
     (whole, part), _ = entries(tmp_path, tmp_path / "amass")
     for entry, frames in ((whole, kept), (part, kept[10:26])):
@@ -102,20 +88,21 @@ def test_frames_are_those_of_humanml3d(tmp_path, body, dataset, fps):
         assert motion.fps == fps / step and motion.gender == "male"
 
 
-RENAMED = [
-    ("BioMotionLab_NTroje", "BMLrub"), ("MPI_HDM05", "HDM05"), ("TCD_handMocap", "TCDHands"),
-    ("MPI_Limits", "PosePrior"), ("MPI_mosh", "Mosh"), ("SSM_synced", "SSM"), ("DFaust_67", "DFaust"),
-    ("Transitions_mocap", "Transitions"), ("KIT", "kit"),
+DATASETS = [  # as index.csv names them, their folders in AMASS today, seconds of a calibration pose
+    ("BioMotionLab_NTroje", "BMLrub", 0), ("MPI_HDM05", "HDM05", 3), ("TCD_handMocap", "TCDHands", 0),
+    ("MPI_Limits", "PosePrior", 1), ("MPI_mosh", "Mosh", 0), ("SSM_synced", "SSM", 0), ("KIT", "kit", 0),
+    ("Transitions_mocap", "Transitions", 0.5), ("Eyes_Japan_Dataset", "Eyes_Japan_Dataset", 3),
+    ("TotalCapture", "TotalCapture", 1), ("DFaust_67", "DFaust", 0),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("old, new", RENAMED)
-def test_amass_may_have_its_folders_of_today(tmp_path, old, new):
+@pytest.mark.parametrize("old, new, trimmed", DATASETS)
+def test_amass_may_have_its_folders_of_today(tmp_path, old, new, trimmed):
     # catches half of HumanML3D lost, and a calibration pose kept because its folder has another name
     file = write_clip(tmp_path, old, 100.0, place=new)
     ((entry,), problems) = entries(tmp_path, tmp_path / "amass")
     assert entry.source == file and not problems
-    assert entry.start == TRIMMED.get(old, 0) + 7 / 20
+    assert entry.start == trimmed + 7 / 20
 
 
 def test_other_rates_and_the_mirror(folder, body):
