@@ -1,14 +1,13 @@
 """Many ranks train as one process does: DDP, FSDP, HSDP, microbatches, and going on with other ranks."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import metrics, tiny_model
 from processes import finish, start
 from safetensors.torch import load_file
 
@@ -27,13 +26,9 @@ RUNS = {  # number of ranks, options
 }
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
-
-
 def agree(run: Path, other: Path) -> None:
     """Losses, gradient norms, validation and final weights of two runs are the same to fp32's tolerance."""
-    for mine, expected in zip(lines(run), lines(other), strict=True):
+    for mine, expected in zip(metrics(run), metrics(other), strict=True):
         assert mine.keys() == expected.keys()
         for key in ("step", "stage", "frames", "task"):
             assert mine.get(key) == expected.get(key)
@@ -64,7 +59,7 @@ def test_ranks_and_microbatches_are_one_process(run, name):
     # catches a loss that is not the mean over the global batch, repeated samples, no exchange, or too many;
     # under FSDP sums taken for averages, slices clipped by their own norm, Muon on slices, stale weights
     agree(run(name), run("one"))
-    steps = [line for line in lines(run("one")) if "loss" in line]
+    steps = [line for line in metrics(run("one")) if "loss" in line]
     assert {line["task"] for line in steps} == {task.name.lower() for task in Task}  # each was compared
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, metrics, small_codec
 from processes import finish, start, wait_for
 
 from dual_dit import DualDiT
-from kit import checkpoints, puppet, weights
+from kit import checkpoints, weights
 from kit.data import batch as batches
 from kit.data.batch import Batch
 
@@ -31,7 +31,7 @@ def call(tmp_path_factory) -> tuple[object, ...]:
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, layers=1, width=16, ffn=16)
     path = tmp_path_factory.mktemp("weights") / "smallest.safetensors"
-    weights.save_weights(path, config, DualDiT(config).state_dict(), puppet.Codec.fit(range(8)).state())
+    weights.save_weights(path, config, DualDiT(config).state_dict(), small_codec().state())
     plan = ("--steps", STEPS, "--batch", 2, "--frames", 5, "--save-every", 2, "--validate-every", 0)
     return ("--init", path, *plan)
 
@@ -51,7 +51,7 @@ def lines(out: Path) -> list[str]:
 
 def losses(out: Path) -> dict[int, float]:
     """Of every step; none may be missing or logged twice."""
-    records = [json.loads(line) for line in lines(out)]
+    records = metrics(out)
     assert [record["step"] for record in records] == list(range(len(records)))
     return {record["step"]: record["loss"] for record in records}
 
@@ -179,7 +179,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_ten_in_a_row_en
     # catches NaN in weights, optimizer states or averages, one rank that goes on alone, a count never reset
     out, log = tmp_path / "run", tmp_path / "log"
     printed = finish(start(*call, "--out", out, ranks=2, log=log, before=poison), log, code=2)
-    records = [json.loads(line) for line in lines(out)]
+    records = metrics(out)
     assert [record["step"] for record in records] == list(range(19))
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 8]
     assert [record["skipped"] for record in records] == [0, 0, 0, 1, 2, 3, 4, 5, 5, *range(6, 16)]
