@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -363,8 +364,10 @@ def test_a_run_that_died_in_its_last_validation_has_it_after_a_resume(tmp_path, 
     call = (tmp_path / "run", "--init", tiny_weights, "--stage", 2, "--steps", 2, "--batch", 1)
 
     def dies_at_the_end(out, step, *_):
-        if step == 2:
-            raise KeyboardInterrupt
+        while step == 2:
+            if checkpoints.folder_of(out, 1).is_dir():  # it is written in the background
+                raise KeyboardInterrupt
+            time.sleep(0.01)
 
     with monkeypatch.context() as patch:
         patch.setattr(validation, "watch", dies_at_the_end)
