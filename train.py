@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> None:
     bf16 = found.record["bf16"] if found else devices.use_bf16(args.precision, device)
     settings = run.settings(sources[0], geometry, shift, args.ablate)
     extra = codec.state() if codec else {}
-    plan |= found.record["plan"] if found else {}
+    plan |= found.record["plan"] if found else {}  # with what was left out on --resume
     kept = {"bf16": bf16, "plan": plan, "config": dataclasses.asdict(model.config)}
     writer = checkpoints.Writer(args.out, args.keep, world)
     log = None

@@ -43,7 +43,8 @@ def jobs(
     if prompts:
         task, seeds, made = TASKS[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
         for file, text in read_prompts(prompts):  # a repeated prompt gets the next seeds
-            made += [Job(f"{file}-{i}", task, text, next(seeds[text]), False) for i in range(count)]
+            for i in range(count):
+                made.append(Job(f"{file}-{i}", task, text, next(seeds[text]), pictures=False))
         return made
     made = []
     for short in [name] if name else DEFAULT_TASKS:
@@ -55,7 +56,7 @@ def jobs(
         elif text is None:
             text = PROMPT
         for i in range(count):
-            made.append(Job(f"{short}-{i}" if count > 1 else short, task, text, seed + i, True))
+            made.append(Job(f"{short}-{i}" if count > 1 else short, task, text, seed + i, pictures=True))
     return made
 
 

@@ -231,6 +231,7 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     found, summary = checkpoints.newest(out), file.with_suffix(".json")
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
+    # the record of an earlier export may be replaced, other files may not
     if file == summary or (summary.exists() and "hours" not in summary.read_text()):
         raise ValueError(f"{summary} is where the record of the weights would go: choose another FILE")
     checkpoints.export(found.folder, file, dtype)

@@ -83,7 +83,7 @@ def say(data: DataSet) -> None:
 
 def picture(spec: str, geometry: Geometry, body: Body, out: Path, force: bool = False) -> int:
     """Draw a contact sheet (.png): the first sample of a few items, spread over the data set -> how many."""
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+    if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: expected the name of a .png")
     data, samples, titles = open_dataset(spec, geometry, body, force), [], []
     rejected = list(data.problems)
@@ -134,7 +134,7 @@ def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | Non
     say(data)
     try:
         made = cache.open_cache(args.out)
-    except FileNotFoundError:  # another rank is still at it
+    except FileNotFoundError:  # another rank is not done yet
         return None
     rejected = data.problems + made.rejected
     print(*rejected, f"{args.out}: {len(made.samples)} samples, {len(rejected)} rejected", sep="\n")
