@@ -170,7 +170,7 @@ class DualBlock(nn.Module):
 
     def __init__(self, config: DualDiTConfig, dual: bool):
         super().__init__()
-        self.shared = config.shared
+        self.shared = dual and config.shared  # one expert for both
         self.video = ExpertBlock(config)
         self.motion = ExpertBlock(config) if dual and not config.shared else None
 

@@ -76,7 +76,8 @@ class Draw(NamedTuple):
 
     task: Task  # of all samples: an absent modality has no tokens in any of them
     drop_text: Tensor  # (b,) bool
-    t: Tensor  # (b,) noise levels, each shared by both modalities
+    # paper is silent: one noise level for both modalities, or one for each
+    t: Tensor  # (b,) noise levels, of both modalities
     seeds: Tensor  # (b,) int64, of each sample's noise
 
     def rows(self, first: int, end: int) -> "Draw":

@@ -139,7 +139,8 @@ def main() -> None:
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
         pixels = jobs.condition_video(args.video, backbone, args.start)
     if any(job.task is Task.MOTION_TO_VIDEO for job in todo):
-        motion = jobs.condition_motion(args.motion, backbone, args.start, args.loop)
+        motion, gender = jobs.condition_motion(args.motion, backbone, args.start, args.loop)
+        todo = [job._replace(gender=gender) for job in todo]
 
     made = [args.decode] if args.decode else []
     if todo:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kit.backbone import Backbone
 from kit.body import Body
-from kit.data.clips import cropped, motion_vector
+from kit.data.clips import assumed_camera, cropped, motion_vector
 from kit.data.datasets import NUMBER, read_options
 from kit.data.hmr import read_motion_file, stretches
 from kit.data.motion_files import Motion, at_times, smooth
@@ -21,15 +21,17 @@ from kit.video import images_at
 
 OPTION = re.compile(r"@(axes|track|fps|smooth)=([^@]*)")
 USUAL_FPS = 30.0  # assumed of videos that motion was recovered from
-MIDDLE = 4.0  # metres in front of a camera of unknown lens: where a person from behind it is moved
+MIDDLE = 4.0  # metres in front of a camera of unknown lens: where a person out of its view is moved
+IN_VIEW = 0.25  # of the joints: a head and shoulders
 
 
-def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool = False) -> Tensor:
-    """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate.
+def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool = False) -> tuple[Tensor, str]:
+    """A file that kit/data/hmr.py reads, from `start` seconds on -> motion (1 f 235) at the backbone's rate,
+    and the person's gender, which names a body.
 
     `path` may end in @axes=, @track=, @smooth=SECONDS and, for a file without a rate, @fps=. With `loop`, a
-    motion that is too short is played forwards and backwards; else ValueError. A person out of the puppet's
-    view, or behind Wan's camera, is moved into view.
+    motion that is too short is played forwards and backwards; else ValueError. A person out of the camera's
+    view is moved into it.
     """
     fps, frames = backbone.geometry[:2]
     path, motion = open_motion(path, backbone.body)
@@ -41,9 +43,10 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
         if end == start:
             raise ValueError(f"{path} has one frame from --start on, expected at least two")
         if not loop:
+            fewer = "" if backbone.project else ", or ask for fewer --frames"
             raise ValueError(
                 f"{path} has {end - start:.2f} s from --start on, {frames} frames at {fps:g} fps are "
-                f"{seconds:.2f} s: add --loop to play it forwards and backwards, or ask for fewer --frames"
+                f"{seconds:.2f} s: add --loop to play it forwards and backwards{fewer}"
             )
         print(f"{path}: {end - start:.2f} s are played forwards and backwards to fill {seconds:.2f} s")
         phase = (times - start) % (2 * (end - start))
@@ -53,7 +56,7 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
     if motion.fps != fps:
         print(f"{path}: {motion.fps:g} fps is resampled to {fps:g} fps")
     motion = at_times(motion, times.clamp(max=end))._replace(fps=fps)
-    return motion_vector(in_view(motion, backbone, path), backbone.body)[None]
+    return motion_vector(in_view(motion, backbone, path), backbone.body)[None], motion.gender
 
 
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
@@ -84,20 +87,18 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
 
 
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
-    """The motion, moved in front of the camera if its first frame's pelvis is out of view."""
-    pelvis = backbone.body.of(motion.gender).rest_joints(motion.betas)[0] + motion.transl[0]
-    if backbone.project is None:
-        if pelvis[2] < 0:  # the camera stands at the origin and looks along -z
-            return motion
-        print(f"{path}: starts behind the camera; moved {MIDDLE:g} m in front of it")
-        aim = torch.tensor((0.0, pelvis[1], -MIDDLE))
-    else:
-        pixels, depth = backbone.project(pelvis)
-        size = pixels.new_tensor((backbone.geometry.width, backbone.geometry.height))
-        if depth > 0 and (pixels >= 0).all() and (pixels <= size).all():
-            return motion
-        print(f"{path}: starts outside the camera's view; moved to the middle of it")
-        aim = torch.tensor((0.0, pelvis[1], 0.0))
+    """The motion, moved to the middle of the view if hardly a joint of its first frame is in it."""
+    height, width = backbone.geometry.height, backbone.geometry.width
+    first = motion.global_orient[0], motion.body_pose[0], motion.betas, motion.transl[0]
+    joints = backbone.body.of(motion.gender).joints(*first)  # (24 3)
+    pixels, depth = (backbone.project or assumed_camera(height, width))(joints)
+    inside = (depth > 0) & ((pixels >= 0) & (pixels <= pixels.new_tensor((width, height)))).all(-1)
+    if inside.float().mean() >= IN_VIEW:
+        return motion
+    print(f"{path}: starts outside the camera's view; moved to the middle of it")
+    pelvis = joints[0]
+    # the puppet's camera looks at the origin; Wan's stands at the origin and looks along -z
+    aim = pelvis * pelvis.new_tensor((0, 1, 0)) if backbone.project else pelvis.new_tensor((0, 0, -MIDDLE))
     return motion._replace(transl=motion.transl + aim - pelvis)
 
 
@@ -106,7 +107,7 @@ def read_video(path: Path, geometry: Geometry, start: float = 0.0) -> Tensor:
     fps, frames, height, width, _ = geometry
     if not 0 <= start < math.inf:
         raise ValueError(f"--start is a number of seconds from 0 on, got {start:g}")
-    first = math.ceil(start * fps)
+    first = math.ceil(start * fps - 1e-6)  # 2.2 * 25 is a little more than 55
     original = next(images_at(path, fps))
     images = islice(images_at(path, fps), first, first + frames + 1)  # one more tells whether any are left
     pixels = [cropped(image, height, width) for image in images]  # one by one: a camera's frames are large

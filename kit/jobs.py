@@ -2,6 +2,7 @@
 
 import itertools
 import unicodedata
+from codecs import BOM_UTF8
 from collections import defaultdict
 from pathlib import Path
 
@@ -64,9 +65,9 @@ def read_prompts(file: Path) -> list[tuple[str, str]]:
     """A prompt a line (UTF-8) -> for each, a unique name for its files, and the prompt."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
-    content = file.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    content = file.read_bytes().removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        lines = content.decode("utf-8-sig").split("\n")
+        lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
@@ -114,10 +115,10 @@ def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tens
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
 
-def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: bool) -> Tensor:
-    """Motion (1 f 235): the file's from `start` seconds on, or the puppet's own."""
+def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: bool) -> tuple[Tensor, str]:
+    """Motion (1 f 235), the file's from `start` seconds on or the puppet's own; the gender of its body."""
     if file:
         return read_motion(file, backbone, start, loop)
     if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
-    return puppet_motion(puppet.clips([CONDITION_CLIP]))
+    return puppet_motion(puppet.clips([CONDITION_CLIP])), "neutral"

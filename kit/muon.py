@@ -62,7 +62,7 @@ def optimizers(model: DualDiT, kind: str) -> list[torch.optim.Optimizer]:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decay = {"weight_decay": WEIGHT_DECAY[kind]}
     if kind == "wan":  # Muon's steps have full rank: they would overwrite what the video expert has learned
-        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.99), fused=True, **decay)]
+        return [torch.optim.AdamW([p for _, p in trained], fused=True, **decay)]
     matrices = {name: p for name, p in trained if name.startswith("blocks.") and p.ndim == 2}
     others = [p for name, p in trained if name not in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **decay)

@@ -38,6 +38,7 @@ class Job(NamedTuple):
     prompt: str
     seed: int
     pictures: bool  # also a GIF, a sheet and its place on the page; else motion goes to motion/
+    gender: str = "neutral"  # of the body that a --motion was made with
 
 
 # ---------------------------------------------------------------- latents
@@ -127,7 +128,7 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     if smpl:
         fields = (smpl[name][0] for name in ("global_orient", "body_pose", "betas", "transl"))
-        motion = Motion(*fields, fps, "neutral")
+        motion = Motion(*fields, fps, job.gender)
         folder = out if job.pictures else out / "motion"
         folder.mkdir(exist_ok=True)
         save_amass(folder / f"{job.name}.npz", motion, backbone.body)
@@ -161,6 +162,7 @@ def save_bvh(path: str | Path, motion: Motion, body: Body) -> None:
     pelvis has position and rotation channels, all other joints rotation channels only; a rotation is
     Rz·Rx·Ry, in the order of its channels. The same motion gives the same bytes.
     """
+    body = body.of(motion.gender)
     rest, parents = body.rest_joints(motion.betas).double(), body.parents.tolist()
     offsets = rest - rest[[0, *parents[1:]]]  # zero for the pelvis: its channels hold its whole position
     order: list[int] = []
@@ -209,6 +211,7 @@ def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
 
     The same motion gives the same bytes.
     """
+    body = body.of(motion.gender)
     vertices, _ = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
     arrays = {"vertices": vertices.numpy(), "faces": body.faces.int().numpy()}
     with whole_file(path) as temporary:

@@ -116,8 +116,8 @@ def open_data(
     """The data sets (default: the puppet), and the size of their clips."""
     if wan and not specs:
         raise ValueError(
-            "--wan trains on latents: make some with `python -m kit.data cache SPEC --wan FOLDER --out DIR`, "
-            "then add --data cache:DIR"
+            "--wan trains on latents: make some with "
+            "`python -m kit.data cache SPEC --wan FOLDER --body SMPL --out DIR`, then add --data cache:DIR"
         )
     if wan and body:
         raise ValueError("--body: a cache has its own body; leave the option out")

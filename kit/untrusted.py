@@ -4,7 +4,10 @@ A pickle may name any function to be called; this reader resolves names only to 
 writes a pickle, too, in which an array's bytes follow a wrapper that says its shape and type.
 """
 
+import bz2
+import gzip
 import io
+import lzma
 import pickle
 import re
 import zipfile
@@ -18,7 +21,9 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-ZLIB = tuple(b"x" + level for level in (b"\x01", b"\x5e", b"\x9c", b"\xda"))
+COMPRESSED = {b"x" + level: zlib.decompress for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")} | {
+    b"\x1f\x8b": gzip.decompress, b"BZ": bz2.decompress, b"\xfd7": lzma.decompress,
+}  # by joblib: by a file's first two bytes  # fmt: skip
 
 
 def read_arrays(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -58,8 +63,7 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
 def _read(data: bytes, what: str) -> object:
     if not data:
         raise ValueError("it is empty")
-    if data.startswith(ZLIB):  # compressed by joblib
-        data = zlib.decompress(data)
+    data = COMPRESSED.get(data[:2], bytes)(data)
     stream = io.BytesIO(data)
     if data.startswith(b"PK"):
         return _read_torch(stream)

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from kit import puppet
 
+SMPLX_PELVIS = (0.00312326, -0.35140744, 0.01203655)  # of the neutral model at rest
 FLIP = np.diag([1.0, -1.0, -1.0])  # from y up, looking along -z
 
 
@@ -67,6 +68,8 @@ def by_frame(who: Person) -> np.ndarray:
 
 
 def gvhmr(path: Path, who: Person) -> None:
+    """Its transl moves SMPL-X, whose pelvis is elsewhere at rest."""
+
     def tensor(x):
         return torch.from_numpy(np.ascontiguousarray(x)).float()
 
@@ -74,7 +77,7 @@ def gvhmr(path: Path, who: Person) -> None:
         "body_pose": tensor(who.pose[:, :21].reshape(-1, 63)),
         "betas": tensor(by_frame(who)),
         "global_orient": tensor(who.orient),
-        "transl": tensor(who.transl),
+        "transl": tensor(who.transl + puppet.body().rest_joints(torch.zeros(10))[0].numpy() - SMPLX_PELVIS),
     }
     world = {name: torch.full_like(x, 9.0) for name, x in params.items()}
     cameras = tensor(CAMERA).repeat(len(who.transl), 1, 1)

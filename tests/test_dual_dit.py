@@ -151,10 +151,11 @@ def test_each_stream_attends_to_both(name):
         torch.testing.assert_close(out[m], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @torch.no_grad()
-def test_motion_passes_a_video_only_block_unchanged():
+def test_motion_passes_a_video_only_block_unchanged(shared):
     # catches motion that is attended to there, dropped, or lost where it is alone
-    block, (xs, contexts) = randomised(CONFIGS["hybrid"]).blocks[0], streams()
+    block, (xs, contexts) = randomised(replace(CONFIGS["hybrid"], shared=shared)).blocks[0], streams()
     assert block.motion is None
     out = block(xs, contexts)
     assert torch.equal(out["motion"], xs["motion"])

@@ -182,6 +182,12 @@ def test_motion_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tin
     assert json.loads((out / "run.json").read_text())["prompts"] == {"m2v": ""}
 
 
+def test_the_gender_of_a_motion_comes_back(tiny_weights, tmp_path):
+    saved(tmp_path / "m.npz", 17)
+    out = run_sample(tiny_weights, tmp_path / "out", "--task", "m2v", "--motion", tmp_path / "m.npz")
+    assert amass(tmp_path / "m.npz")["gender"] == amass(out / "m2v.npz")["gender"] == "male"
+
+
 def test_video_that_a_sample_wrote_conditions_the_next_and_comes_back(made, tiny_weights, tmp_path, backbone):
     # catches a condition that is shown as it was given, and is another one to the network
     out = run_sample(tiny_weights, tmp_path, "--task", "v2m", "--video", made / "joint.mp4")
@@ -222,7 +228,7 @@ def test_the_body_of_training_is_asked_for(tiny_weights, tmp_path, capsys):
 
 def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbone, tmp_path, capsys):
     saved(tmp_path / "far.npz", 21, far=50.0)
-    motion = read_motion(tmp_path / "far.npz", backbone)
+    motion, _ = read_motion(tmp_path / "far.npz", backbone)
     assert motion.shape == (1, 17, 235)
     joints, real = decode_smpl(motion)["joints"], puppet.clips([0]).joints[:, :17]
     assert joints[0, 0, 0, [0, 2]].abs().max() < 1e-5
@@ -233,14 +239,14 @@ def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbo
 
 def test_motion_from_a_start_at_another_rate(backbone, tmp_path, capsys):
     saved(tmp_path / "m.npz", 61, fps=32.0)
-    joints = decode_smpl(read_motion(tmp_path / "m.npz", backbone, start=0.5))["joints"]
+    joints = decode_smpl(read_motion(tmp_path / "m.npz", backbone, start=0.5)[0])["joints"]
     torch.testing.assert_close(joints, puppet.clips([0], frames=61).joints[:, 16:49:2], atol=1e-4, rtol=0)
     assert "32 fps is resampled to 16 fps" in capsys.readouterr().out
 
 
 def test_short_motion_is_played_there_and_back(backbone, tmp_path, capsys):
     saved(tmp_path / "m.npz", 9)
-    joints = decode_smpl(read_motion(tmp_path / "m.npz", backbone, loop=True))["joints"][0]
+    joints = decode_smpl(read_motion(tmp_path / "m.npz", backbone, loop=True)[0])["joints"][0]
     order = [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(joints, joints[order], atol=1e-5, rtol=0)
     torch.testing.assert_close(joints[:9], puppet.clips([0], frames=9).joints[0], atol=1e-4, rtol=0)

@@ -69,7 +69,7 @@ def check(spec: str, geometry: Geometry, body: Body, force: bool = False) -> int
 
 def say(data: DataSet) -> None:
     """Print what was assumed, cut, or forced, what could be forced, and what smoothing did."""
-    for line in data.reading.said:
+    for line in data.reading.lines():
         print(line)
     if refused := len(data.reading.refused):
         print(f"--force would accept {refused} of those rejected: motion that no person does")
@@ -145,6 +145,8 @@ def main() -> None:
     args = options()
     geometry = geometry_of(args.wan, args.frames, args.size, args.fps)
     body = Body.load(args.body) if args.body else puppet.body()
+    if args.wan and not args.body and parse(args.spec)[0] not in ("puppet", "cache"):
+        print("no --body: joints are the puppet's, not SMPL's")
     if args.verb == "check":
         usable = check(args.spec, geometry, body, args.force)
     elif args.verb == "preview":

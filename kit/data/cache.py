@@ -36,7 +36,7 @@ from kit.pictures import from_frames
 from kit.wan.load import fingerprint
 from motion_tokens import MOTION_DIM
 
-VERSION = 2
+VERSION = 3
 SHARD_ITEMS = 16  # few, so that a killed run loses little
 SETTINGS = "settings.json"
 

@@ -148,8 +148,9 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading:
     first = next(images_at(video_file, fps))
     size, project = (first.height, first.width), None
     found = read_motion_file(motion_file, body, clip.track, clip.axes or reading.axes, size)
-    parts = _parts(found, clip, video_file, body, reading, size)
+    parts = _parts(found, clip, video_file, body, reading, size, (frames - 1) / fps)
     if found.intrinsics is not None:
+        reading.refuse(of_another_picture(found.intrinsics, size), clip.motion)
         project = cropped_camera(found.intrinsics, first, height, width)
     pixels, longest, current = [], 0, None
     for count, image in enumerate(images_at(video_file, fps)):
@@ -176,9 +177,11 @@ def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading:
 
 
 def _parts(
-    found: Recovered, clip: Clip, video: Path, body: Body, reading: Reading, size: tuple[int, int]
-) -> list[Stretch]:
-    """The motion on its video's clock, checked; assumptions and cuts are noted in `reading`."""
+    found: Recovered, clip: Clip, video: Path, body: Body, reading: Reading, size: tuple[int, int],
+    shortest: float,
+) -> list[Stretch]:  # fmt: skip
+    """The motion on its video's clock, checked, without parts of less than `shortest` seconds if there are
+    longer ones; assumptions and cuts are noted in `reading`."""
     times = None
     if found.frames is not None:
         times = torch.tensor([shown.time for shown in shown_frames(video)], dtype=torch.float64)
@@ -191,7 +194,21 @@ def _parts(
     reading.say(clip.motion, found.notes)
     # through a long lens, distances from the camera are estimated badly
     depth = 1.0 if found.intrinsics is None else min(1.0, math.hypot(*size) / float(found.intrinsics[0, 0]))
-    return [p._replace(motion=checked(p.motion, body, clip.motion, reading, depth=depth)) for p in parts]
+    kept = []
+    for part in [p for p in parts if p.times[-1] - p.times[0] >= shortest - SAME_TIME] or parts:
+        # a fault's frames count from the first one of the part
+        name = clip.motion if len(parts) == 1 else f"{clip.motion} from {part.times[0]:.2f} s on"
+        kept.append(part._replace(motion=checked(part.motion, body, name, reading, depth=depth)))
+    return kept
+
+
+def of_another_picture(intrinsics: Tensor, size: tuple[int, int]) -> list[str]:
+    """What is wrong if the principal point is far from the middle of a picture of this (height, width)."""
+    width, height = (2 * intrinsics[:2, 2]).tolist()
+    if all(0.8 < there / here < 1.25 for there, here in ((width, size[1]), (height, size[0]))):
+        return []
+    seen = f"its camera is of pictures of about {width:.0f}x{height:.0f}, the video is {size[1]}x{size[0]}"
+    return [f"{seen}: name the video that the motion was recovered from, or scale the camera's numbers"]
 
 
 def unseen(motion: Tensor, project: Project | None, height: int, width: int) -> list[str]:

@@ -26,6 +26,8 @@ from kit.untrusted import read_arrays, read_object
 
 GAP = 0.5  # seconds without the person that are filled
 HY_MOTION_FPS = 30.0
+# SMPL-X's pelvis at rest, metres: where its transl counts from (J_regressor[0] @ v_template, neutral)
+SMPLX_PELVIS = (0.00312326, -0.35140744, 0.01203655)
 PHALP = ("camera", "size", "camera_bbox", "center", "scale")  # what is read of a person, besides smpl
 NOT_SMPL = (
     "HumanML3D's vectors (263 numbers a frame) are no SMPL pose: their rotations are refitted to another "
@@ -73,8 +75,9 @@ def read_motion_file(
         reason = error if isinstance(error, ValueError) else f"{NO_POSE} ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {reason}") from error
     gender = found.motion.gender
-    if body.folder and gender not in ("neutral", *body.genders()):
-        found.notes.append(f"it is {gender}, and {body.folder} has no such model: the neutral one is used")
+    if gender not in ("neutral", *body.genders()):
+        where = body.folder or "--body"
+        found.notes.append(f"it is {gender}, and {where} has no {gender} model: another is used")
     return found
 
 
@@ -135,8 +138,9 @@ def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
     lengths = {name: len(pick(record, "body", "pose")) for name, record in tracks.items()}
     longest = [name for name, length in lengths.items() if length == max(lengths.values())]
     if len(longest) > 1:
-        names, count = " and ".join(longest), lengths[longest[0]]
-        raise ValueError(f"its tracks {names} have {count} frames each: name one, column track or @track=")
+        names = ", ".join(longest[:5]) + (" and more" if len(longest) > 5 else "")
+        hint = "name one, column track or @track=; if each is a frame of one person, stack them into one .npz"
+        raise ValueError(f"its tracks {names} are equally long: {hint}")
     return longest[0], tracks[longest[0]]
 
 
@@ -146,7 +150,8 @@ def _choose(tracks: dict[str, dict], wanted: str) -> tuple[str, dict]:
 def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size: Size | None) -> Recovered:
     record, notes = dict(record), []
     model = str(np.asarray(record.get("surface_model_type", "")))
-    if "smplx" in model or "expression" in record or np.shape(record.get("poses"))[-1:] == (165,):
+    smplx = "smplx" in model or "expression" in record or np.shape(record.get("poses"))[-1:] == (165,)
+    if smplx:
         notes.append("its betas are SMPL-X's, the body is SMPL's: the shape is not quite the same")
     # PHALP's `camera` is a translation; a `camera` next to AMASS's `trans` holds intrinsics
     if "camera" in record and ("trans" in record or np.shape(record["camera"])[-2:] == (3, 3)):
@@ -173,6 +178,9 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
     fps = HY_MOTION_FPS if rate is None else float(rate.reshape(-1)[0])
     motion = Motion(pose[:, 0], pose[:, 1:], betas.mean(0), transl, fps, _gender(record))
     check_motion(motion, "its motion")
+    if smplx:  # the pelvis stays where SMPL-X has it
+        pelvis = body.of(motion.gender).rest_joints(torch.zeros(10))[0]
+        motion = motion._replace(transl=motion.transl + torch.tensor(SMPLX_PELVIS) - pelvis)
     motion = turn(motion, AXES[axes or axes_of(record)], body)
     motion = motion if rate is not None else motion._replace(fps=float("nan"))
     frames = None if own_clock else torch.from_numpy(rows[kept].astype(np.int64))

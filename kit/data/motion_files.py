@@ -61,7 +61,8 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
     betas = np.zeros(16, dtype=np.float32)
     betas[:10] = z_up.betas.numpy()
     arrays = {"poses": poses, "trans": z_up.transl.numpy(), "betas": betas}
-    arrays |= {"gender": np.array(motion.gender), "mocap_frame_rate": np.array(float(motion.fps))}
+    rate = np.array(float(motion.fps))  # AMASS's SMPL+H and SMPL-X releases differ in its name
+    arrays |= {"gender": np.array(motion.gender), "mocap_framerate": rate, "mocap_frame_rate": rate}
     with whole_file(path) as temporary:
         np.savez(temporary, **arrays)
 

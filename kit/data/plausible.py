@@ -26,12 +26,21 @@ class Reading:
     axes: str = ""  # of all files, one of AXES; empty: as each file tells
     smooth: float = 0.0  # seconds, the standard deviation of a Gaussian; 0: no smoothing
     force: bool = False  # also accept motion that no person can do
-    said: list[str] = field(default_factory=list)  # notes to print
+    said: dict[str, list[str]] = field(default_factory=dict)  # notes, each with the names it is about
     refused: list[str] = field(default_factory=list)  # names of what `force` would accept
     smoothed: list[Tensor] = field(default_factory=list)  # smoothing_effect of each motion
 
     def say(self, name: str, notes: list[str]) -> None:
-        self.said.extend(f"{name}: {note}" for note in notes)
+        for note in notes:
+            self.said.setdefault(note, []).append(name)
+
+    def lines(self) -> list[str]:
+        """The notes to print, each once."""
+        lines = []
+        for note, (name, *others) in self.said.items():
+            more = f" and {len(others)} more" if others else ""
+            lines.append(f"{name}{more}: {note}")
+        return lines
 
     def refuse(self, faults: list[str], name: str) -> None:
         """Raise ValueError if there are faults; with `force` only note them."""
@@ -49,7 +58,8 @@ def checked(
     if not reading.smooth:
         return motion
     smoothed = smooth(motion, reading.smooth)
-    reading.smoothed.append(smoothing_effect(motion, smoothed, body))
+    if len(motion.transl) > 3:  # jerk needs four frames
+        reading.smoothed.append(smoothing_effect(motion, smoothed, body))
     return smoothed
 
 

@@ -58,7 +58,7 @@ def open_sources(
     sources = []
     for spec, (kind, where, weight) in zip(specs, parsed, strict=True):
         if wan and kind != "cache":
-            command = f"python -m kit.data cache {spec} --wan FOLDER --out DIR"
+            command = f"python -m kit.data cache {spec} --wan FOLDER --body SMPL --out DIR"
             raise ValueError(f"{spec}: Wan trains on latents, made by `{command}`, then --data cache:DIR")
         if kind == "cache" and not wan:
             raise ValueError(f"{spec} holds Wan's latents: the puppet preset takes the data set itself")
@@ -110,8 +110,8 @@ def _read_source(spec: str, geometry: Geometry, body: Body, rank: int) -> tuple[
     """A data set in memory, as motion vectors and pixels -> the source, and what was rejected."""
     data = open_dataset(spec, geometry, body)
     samples, rejected = read_all(data, lambda sample: sample, title="" if rank else spec)
-    if rank == 0 and data.reading.said:  # what was assumed or cut
-        print(*_shortened(data.reading.said, spec), sep="\n")
+    if rank == 0 and (said := data.reading.lines()):  # what was assumed or cut
+        print(*_shortened(said, spec), sep="\n")
 
     def read(numbers: list[int], frames: int, video: bool, codec: puppet.Codec | None, device) -> Read:
         chosen = [samples[number] for number in numbers]

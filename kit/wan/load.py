@@ -15,6 +15,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -177,12 +178,16 @@ class VideoVAE:
         return self.vae.decode(latents.to(self.mean) * self.std + self.mean).sample.cpu()
 
 
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"a real Wan needs {name}: pip install -r requirements-wan.txt") from error
+
+
 def _pretrained(library: str, cls: str, path: Path, **options):
     """library.cls.from_pretrained(path), offline, with an error that says what is missing."""
-    try:
-        kind = getattr(importlib.import_module(library), cls)
-    except ImportError as error:
-        raise ValueError(f"a real Wan needs {library}: pip install -r requirements-wan.txt") from error
+    kind = getattr(_library(library), cls)
     if not path.is_dir():
         raise FileNotFoundError(f"no {path}: expected the Diffusers layout's {path.name}/ there; {SUPPORTED}")
     try:
@@ -236,5 +241,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def clean_prompt(prompt: str) -> str:
-    """HTML entities resolved and white space collapsed, as in Wan's own pipeline."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """Broken Unicode mended, curly quotes made straight, HTML entities resolved and white space collapsed, as
+    in Wan's own pipeline."""
+    fixed = _library("ftfy").fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(fixed))).strip()

@@ -5,11 +5,13 @@ import pickle
 import hmr_files
 import numpy as np
 import pytest
-from clip_folder import PLACE
+import torch
+from clip_folder import PLACE, at_rate, levels, ramp
 
 from kit import puppet
 from kit.backbone import SHIPPED, Backbone, puppet_backbone
-from kit.conditions import open_motion, read_motion
+from kit.conditions import in_view, open_motion, read_motion, read_video
+from kit.data.motion_files import Motion
 from motion_tokens import decode_smpl
 
 FRAMES = 41
@@ -34,7 +36,7 @@ def test_recovered_motion_is_played_at_thirty_frames_a_second_or_as_named(tmp_pa
     file, motion = open_motion(tmp_path / "w.pkl@fps=16", backbone.body)
     assert motion.fps == 16 and file == tmp_path / "w.pkl" and "assumed" not in capsys.readouterr().out
     np.testing.assert_allclose(motion.transl, puppet.clips([3], FRAMES).transl[0] - PLACE, atol=1e-4)
-    read = decode_smpl(read_motion(tmp_path / "w.pkl@fps=16", backbone))
+    read = decode_smpl(read_motion(tmp_path / "w.pkl@fps=16", backbone)[0])
     assert hmr_files.apart(read["body_pose"][0], who.pose[:17]) < 1e-2
 
 
@@ -59,6 +61,41 @@ def test_axes_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     assert len(motion.transl) == 11 and hmr_files.apart(motion.body_pose, who.pose[30:]) < 1e-3
     said = capsys.readouterr().out
     assert "frames 0 to 7, 30 to 40" in said and "the longest part is used" in said
+
+
+def test_a_person_out_of_view_is_moved_into_it_and_one_close_to_the_camera_is_not(backbone, who, capsys):
+    """A camera of unknown lens. Catches: a person at or beside the lens taken as seen, one whose head is cut
+    off after the move, and a close-up that is moved."""
+    wide = backbone._replace(project=None, geometry=backbone.geometry._replace(height=480, width=832))
+    focal, pelvis = 832.0, backbone.body.rest_joints(torch.zeros(10))[0]
+
+    def seen(*place: float, move: bool = True) -> int:
+        """How many joints of a standing person are in the picture; pelvis at `place`."""
+        still = (
+            torch.zeros(2, 3),
+            torch.zeros(2, 23, 3),
+            torch.zeros(10),
+            (torch.tensor(place) - pelvis).expand(2, 3),
+        )
+        motion = Motion(*still, 16.0, "neutral")
+        if move:
+            motion = in_view(motion, wide, "m.npz")
+        x, y, z = backbone.body.joints(*motion[:4])[0].double().unbind(-1)
+        return int(((z < 0) & (abs(x / z) * focal < 416) & (abs(y / z) * focal < 240)).sum())
+
+    for place in ((0, 0, -0.05), (0, 0, -0.4), (6, 0, -2), (0, 1, 4), (0, 0, 0)):
+        assert seen(*place, move=False) < 6 and seen(*place) == 24
+        assert "moved to the middle of it" in capsys.readouterr().out
+    head_and_shoulders = 0, -0.55, -0.8
+    assert 6 <= seen(*head_and_shoulders) == seen(*head_and_shoulders, move=False) < 15
+    assert not capsys.readouterr().out
+
+
+def test_a_video_begins_at_its_start(tmp_path, backbone):
+    """0.28·25 is a little more than 7. Catches: the frame after."""
+    path = ramp(tmp_path / "a.mp4", at_rate(25), size=(64, 64))
+    pixels = read_video(path, backbone.geometry._replace(fps=25.0, frames=5), start=0.28)
+    assert levels((pixels[0].movedim(0, -1) + 1) * 127.5) == [7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(

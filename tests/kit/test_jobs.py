@@ -31,6 +31,7 @@ def test_every_prompt_gets_files_of_its_own(tmp_path, content, names):
 
 REFUSED = {
     "another encoding": (b"a cat\r\n\r\ncaf\xe9\r\n", r"p\.txt line 3 is not UTF-8"),
+    "another encoding after a mark": (b"\xef\xbb\xbfa cat\n\xff\n", r"p\.txt line 2 is not UTF-8"),
     "UTF-16": ("a cat\n".encode("utf-16"), r"p\.txt line 1 is not UTF-8"),
     "empty": (b"\n \n", r"p\.txt has no prompt"),
     "too long": (b"a cat\n" + b"x" * (LONGEST + 1), r"p\.txt line 2: a prompt names its files: at most"),

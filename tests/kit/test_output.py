@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from kit.body import JOINT_NAMES
+from kit.body import JOINT_NAMES, Body
 from kit.data.motion_files import Motion
 from kit.output import save_bvh, save_mesh
+from kit.puppet.skeleton import _body_data
 
 FRAMES = 6
 
@@ -78,6 +79,21 @@ def test_bvh_moves_as_the_body(tmp_path, body):
     for joint, name in enumerate(JOINT_NAMES):
         np.testing.assert_allclose(positions[name], expected[:, joint], atol=1e-5, err_msg=name)
     assert sorted(ends) == ["head", "left_foot", "left_hand", "right_foot", "right_hand"]
+
+
+def test_a_gendered_motion_has_that_genders_bones_and_skin(tmp_path, body):
+    """Catches: the neutral model's, around parameters of another."""
+    data = _body_data()
+    for name, size in (("SMPL_NEUTRAL", 1.0), ("SMPL_FEMALE", 1.1)):
+        np.savez(tmp_path / f"{name}.npz", **data | {"v_template": size * data["v_template"]})
+    motion, bodies, female = random_motion(), Body.load(tmp_path), Body.load(tmp_path, "female")
+    save_bvh(tmp_path / "a.bvh", motion, bodies)
+    positions, *_ = read_bvh(tmp_path / "a.bvh")
+    expected = female.joints(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
+    np.testing.assert_allclose(positions["head"], expected[:, JOINT_NAMES.index("head")], atol=1e-5)
+    save_mesh(tmp_path / "a.npz", motion, bodies)
+    with np.load(tmp_path / "a.npz") as file:
+        np.testing.assert_allclose(file["vertices"], female.mesh(*motion[:4])[0], atol=1e-5)
 
 
 def test_mesh_arrays(tmp_path, body):

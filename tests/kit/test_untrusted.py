@@ -1,7 +1,10 @@
 """Files that may hold anything: read as their own libraries would, and none of them runs."""
 
 import base64
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import zlib
@@ -48,7 +51,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("pack", [bytes, zlib.compress])
+@pytest.mark.parametrize("pack", [bytes, zlib.compress, gzip.compress, bz2.compress, lzma.compress])
 def test_what_joblib_dumps(tmp_path, pack):
     """Catches: arrays read from the pickle's next bytes without their padding, columns taken for rows."""
     (tmp_path / "a.pkl").write_bytes(pack(zlib.decompress(JOBLIB)))

@@ -101,7 +101,8 @@ CLIPS = {  # what is done to clip 1, and what is then said
     "no focal length": (lambda f: lens(f, 0, 0, 0), "expected [[fx"),
     "a camera that is NaN": (lambda f: lens(f, 0, 2, np.nan), "expected [[fx"),
     "a camera with skew": (lambda f: lens(f, 0, 1, 3), "expected [[fx"),
-    "a camera elsewhere": (lambda f: lens(f, 0, 2, 4000), "1.npz: no joint is ever in the picture"),
+    "a camera of larger pictures": (lambda f: lens(f, 0, 2, 64), "of pictures of about 128x64, the video is"),
+    "beside the camera": (lambda f: change(f, "trans", lambda x: x - (9, 0, 0)), "no joint is ever in the"),
     "behind the camera": (lambda f: change(f, "trans", lambda x: x - (0, 9, 0)), "m behind the camera"),
 }
 TABLES = {
@@ -131,7 +132,7 @@ CACHES = {
     "half a shard": (lambda f: cut(f / ONE), f"{ONE} is damaged"),
     "no shard": (lambda f: (f / ONE).unlink(), f"is not finished, it has no {ONE}"),
     "no record": (lambda f: save_file({"x": torch.ones(1)}, f / ONE), f"{ONE} is damaged"),
-    "another version": (lambda f: (f / SETTINGS).write_text('{"version": 9}'), "version 9, expected 2"),
+    "another version": (lambda f: (f / SETTINGS).write_text('{"version": 9}'), "version 9, expected 3"),
     "half its settings": (lambda f: cut(f / SETTINGS), "settings.json is damaged"),
     "no settings": (lambda f: (f / SETTINGS).unlink(), "settings.json: expected what"),
 }

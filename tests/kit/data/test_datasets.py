@@ -198,7 +198,7 @@ def test_bad_files_are_told_of_before_training(tmp_path, capsys):
 @pytest.mark.parametrize(
     "specs, wan, reason",
     [
-        (["amass:x"], True, "python -m kit.data cache amass:x --wan FOLDER --out DIR"),
+        (["amass:x"], True, "python -m kit.data cache amass:x --wan FOLDER --body SMPL --out DIR"),
         (["cache:x"], False, "holds Wan's latents"),
         (["cache:x"], True, "expected what `python -m kit.data cache` wrote"),
         (["puppet", "puppet:3"], False, "state the weight of every data set, such as puppet@1"),

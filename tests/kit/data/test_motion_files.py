@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.transform import Rotation, Slerp
 
 from kit.body import JOINT_NAMES, Body
-from kit.data.hmr import read_motion_file
+from kit.data.hmr import SMPLX_PELVIS, read_motion_file
 from kit.data.motion_files import (
     Motion,
     at_times,
@@ -82,6 +82,8 @@ def test_amass_variants(tmp_path, body, width, joints_kept):
     expected[:, :joints_kept] = poses[:, 3 : 3 + 3 * joints_kept].reshape(FRAMES, joints_kept, 3)
     np.testing.assert_array_equal(motion.body_pose, expected)
     trans, betas = (torch.from_numpy(fields[key]).float() for key in ("trans", "betas"))
+    if width == 165:  # SMPL-X counts trans from a pelvis of its own
+        trans = trans + torch.tensor(SMPLX_PELVIS) - body.rest_joints(torch.zeros(10))[0]
     x, y, z = body.joints(torch.from_numpy(poses[:, :3]), motion.body_pose, betas[:10], trans).unbind(-1)
     torch.testing.assert_close(joints(motion, body), torch.stack([x, z, -y], dim=-1), atol=1e-5, rtol=0)
 

@@ -24,6 +24,7 @@ from kit.wan.names import config_of, diffusers_name, own_names
 
 NEEDS = "pip install -r requirements-wan.txt"
 diffusers = pytest.importorskip("diffusers", reason=NEEDS)
+pipeline_wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan", reason=NEEDS)
 tokenizers = pytest.importorskip("tokenizers", reason=NEEDS)
 wan_folder = pytest.importorskip("wan_folder", reason=NEEDS)
 
@@ -357,12 +358,18 @@ def test_features_are_diffusers_prompt_embeddings(folder, dtype):
     pipeline = diffusers.WanPipeline.from_pretrained(folder, transformer=None)
     expected = pipeline._get_t5_prompt_embeds(PROMPTS, max_sequence_length=512)
     found = wan.TextEncoder(folder, dtype)(PROMPTS)
-    assert found.shape == (4, 512, wan_folder.TEXT_DIM) and found.dtype == dtype
+    assert found.shape == (len(PROMPTS), 512, wan_folder.TEXT_DIM) and found.dtype == dtype
     assert max(map(relative, found, expected)) < (1e-5 if dtype == torch.float32 else 2e-2)
     lengths = [len(pipeline.tokenizer(clean_prompt(prompt)).input_ids) for prompt in PROMPTS]
     assert lengths[1] == 1 and lengths[3] > 512
     for row, length in zip(found, lengths, strict=True):
         assert row[:length].any(dim=1).all() and not row[length:].any()
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "a cafÃ© dancer’s “left”\u3000arm"])
+def test_prompts_are_cleaned_as_diffusers_cleans_them(prompt):
+    # catches curly quotes, as writing programs set them, that become other tokens than in Wan's training
+    assert clean_prompt(prompt) == pipeline_wan.prompt_clean(prompt)
 
 
 def test_tokens_are_those_of_tokenizer_json(folder):
