@@ -18,8 +18,9 @@ from kit.files import whole_file
 TEMPLATE = Path(__file__).with_name("page.html")
 SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]
 SHOWN = 12  # samples at most
-LOSSLESS = 128  # pixels: videos of at most this height are embedded as they are
-RUNGS = ((256, 70), (256, 50), (192, 50), (128, 40), (96, 30))  # height and quality of taller ones
+LOSSLESS = 128  # pixels: at the best quality, videos of at most this height are embedded as they are
+BEST = 70
+RUNGS = ((256, BEST), (256, 50), (192, 50), (128, 40), (96, 30))  # height and quality of videos
 LIMIT = 2_000_000  # bytes of the page
 
 
@@ -38,9 +39,9 @@ class PageSample(NamedTuple):
 def write_page(path: Path, samples: list[PageSample], total: int) -> None:
     """Write one HTML file below 2 MB that shows these samples and says how many there are in all.
 
-    A video becomes one WebP image with all its frames: lossless up to 128 pixels high; taller ones, such as
-    Wan's, are shrunk and compressed as far as the limit requires. If that is not enough, the last samples are
-    left out.
+    A video becomes one WebP image with all its frames, shrunk and compressed as far as the limit requires; if
+    there is room, videos of up to 128 pixels are lossless. If that is not enough, the last samples are left
+    out.
     """
     head = JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
@@ -72,7 +73,7 @@ def thousandths(x: np.ndarray | Tensor | None) -> list | None:
 def sheet(video: np.ndarray, height: int, quality: int) -> dict:
     """All frames in one image, row by row."""
     f, h, w = video.shape[:3]
-    lossless = h <= LOSSLESS
+    lossless = h <= LOSSLESS and quality == BEST
     if not lossless and h > height:
         w, h = max(1, round(w * height / h)), height
     columns = math.ceil(math.sqrt(f * h / w))  # about as wide as high: a browser limits both

@@ -100,7 +100,9 @@ def table(results: dict, part: str) -> str:
         rows.append([name_of(part, network), *cells, str(found["seeds"]), trained])
     clips = next(iter(results[part].values()))["clips"]
     lines = markdown(["", *COLUMNS[part].values(), "seeds", "clips in its last stage"], rows)
-    return f"{lines}\n\nOn {clips} held-out clips{', ± the standard error' * ('±' in lines)}."
+    errors = [x["error"] for found in networks(results, part).values() for x in found["measures"].values()]
+    over = "" if any(errors) else " over seeds"
+    return f"{lines}\n\nOn {clips} held-out clips{f', ± the standard error{over}' * ('±' in lines)}."
 
 
 def shares(results: dict, part: str) -> str:

@@ -78,6 +78,13 @@ def test_a_wan_is_shrunk_and_still_to_be_seen(tmp_path, monkeypatch):
     assert 30_000 < (tmp_path / "index.html").stat().st_size < 100_000
 
 
+def test_grain_of_a_low_video_does_not_pass_the_limit(tmp_path):
+    # which no lossless code makes small
+    grain = np.random.default_rng(0).integers(0, 256, (81, 128, 224, 3), dtype=np.uint8)
+    write_page(tmp_path / "index.html", [puppet_sample("joint")._replace(video=grain)], total=1)
+    assert (tmp_path / "index.html").stat().st_size < page.LIMIT
+
+
 # ---------------------------------------------------------------- in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
