@@ -54,8 +54,8 @@ def start(device: str) -> World:
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     store, rank, ranks = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
-        # torchrun's store outlives a restart, and with it the addresses of ranks that died; several nodes count
-        # restarts each for itself: docs/cluster.md has a variable for them
+        # torchrun's store outlives a restart, and with it the addresses of ranks that died. Several nodes
+        # count restarts each for itself: docs/cluster.md has a variable for them
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     return World(torch.device(device), rank, ranks)
