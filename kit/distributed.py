@@ -248,6 +248,14 @@ def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:
     return value / ranks
 
 
+def of_rank_0(value: object) -> object:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; other tensors are returned as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]
 SHOWN = 12  # samples at most
 LOSSLESS = 128  # pixels: at the best quality, videos of at most this height are embedded as they are
-BEST = 70
+BEST = 70  # quality of WebP
 RUNGS = ((256, BEST), (256, 50), (192, 50), (128, 40), (96, 30))  # height and quality of videos
 LIMIT = 2_000_000  # bytes of the page
 

@@ -10,7 +10,7 @@ import torch
 
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
-from kit import checkpoints, monitor, plots, puppet, wan, weights
+from kit import checkpoints, distributed, monitor, plots, puppet, wan, weights
 from kit.backbone import check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
@@ -88,7 +88,8 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
     The options in `plan` must be as they were; --init and --precision may be left out. FileNotFoundError if
     a checkpoint is required and missing; ValueError if its plan differs, or if a new run would overwrite one.
     """
-    found, finished = checkpoints.newest(out), out / "weights.safetensors"
+    found = distributed.of_rank_0(checkpoints.newest(out))  # a network disk may list older ones elsewhere
+    finished = out / "weights.safetensors"
     if found and not resume:
         raise ValueError(f"{found.folder} exists: add --resume to go on, or choose another --out")
     if not found and finished.is_file():

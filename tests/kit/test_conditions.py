@@ -63,7 +63,7 @@ def test_axes_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     assert "frames 0 to 7, 30 to 40" in said and "the longest part is used" in said
 
 
-def test_a_person_out_of_view_is_moved_into_it_and_one_close_to_the_camera_is_not(backbone, who, capsys):
+def test_a_person_out_of_view_is_moved_into_it_and_one_close_to_the_camera_is_not(backbone, capsys):
     """A camera of unknown lens. Catches: a person at or beside the lens taken as seen, one whose head is cut
     off after the move, and a close-up that is moved."""
     wide = backbone._replace(project=None, geometry=backbone.geometry._replace(height=480, width=832))
@@ -71,12 +71,8 @@ def test_a_person_out_of_view_is_moved_into_it_and_one_close_to_the_camera_is_no
 
     def seen(*place: float, move: bool = True) -> int:
         """How many joints of a standing person are in the picture; pelvis at `place`."""
-        still = (
-            torch.zeros(2, 3),
-            torch.zeros(2, 23, 3),
-            torch.zeros(10),
-            (torch.tensor(place) - pelvis).expand(2, 3),
-        )
+        transl = (torch.tensor(place) - pelvis).expand(2, 3)
+        still = torch.zeros(2, 3), torch.zeros(2, 23, 3), torch.zeros(10), transl
         motion = Motion(*still, 16.0, "neutral")
         if move:
             motion = in_view(motion, wide, "m.npz")

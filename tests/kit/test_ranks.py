@@ -1,4 +1,4 @@
-"""What two ranks do inside a step: what FSDP gathers, keeps and reads."""
+"""What two ranks do: what FSDP gathers, keeps and reads, and where both go on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 import train
 from flow import Draw, Task
 from kit import distributed, run, wan
+from kit.checkpoints import Checkpoint
 from kit.distributed import World
 
 # what FSDP calls
@@ -82,12 +83,19 @@ def reads(world: World) -> None:
             assert torch.equal(distributed.local(distributed.gathered(x)), expected[name]), name
 
 
+def resumes(world: World) -> None:
+    """Rank 1 does not see the last checkpoint yet, as on a network disk. Catches: each resumes its own."""
+    seen = [Checkpoint(Path(f"step-{step}"), {"plan": {}, "step": step}) for step in (4, 2)]
+    run.checkpoints.newest = lambda out: seen[world.rank]
+    assert run.resumed(Path("nowhere"), "must", {}) == seen[0]
+
+
 def as_a_rank(check: Callable[[World], None]) -> None:
     torch.set_num_threads(1)
     check(distributed.start("cpu"))
     distributed.stop()
 
 
-@pytest.mark.parametrize("check", (sharded, reads))
+@pytest.mark.parametrize("check", (sharded, reads, resumes))
 def test_each_of_two_ranks(check, tmp_path):
     finish(start_ranks(as_a_rank, check, ranks=2), tmp_path / "log")

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hmr_files import SMPLX_PELVIS
 from scipy.spatial.transform import Rotation, Slerp
 
 from kit.body import JOINT_NAMES, Body
-from kit.data.hmr import SMPLX_PELVIS, read_motion_file
+from kit.data.hmr import read_motion_file
 from kit.data.motion_files import (
     Motion,
     at_times,
