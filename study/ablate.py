@@ -4,6 +4,7 @@
     python -m study.ablate table1 figure8      some of it
 
 table1   the video of joint modelling against the backbone's and against more training on video alone
+table1-18  the same networks, sampled in 18 solver steps instead of 6
 figure8  attention between motion and video, both ways: with MVS-RoPE, unsynced, in collision
 a81      what positions in collision do to a network that can already make video
 a82      stage 2 with stage 1 before it and without
@@ -250,14 +251,18 @@ TABLES: dict[str, dict[str, Task | None]] = {  # rows, and the task that each is
 }
 
 
-def table(part: str, plan: Plan) -> None:
-    """One of TABLES: samples of each network for the same clips, measured over clips and seeds."""
+def table(rows: str, plan: Plan, steps: int | None = None) -> None:
+    """One of TABLES: samples of each network for the same clips, measured over clips and seeds.
+
+    In the puppet's usual solver steps, or in `steps`: then the part is called ROWS-STEPS.
+    """
+    part, sampling = (f"{rows}-{steps}", {"steps": steps}) if steps else (rows, {})
     real = real_clips(plan.clips)
     of = {
         "table1": lambda video, _: scores.of_video(video, real),
         "table5": lambda _, motion: scores.of_pose(decode_smpl(motion)["joints"], real),
         "table6": lambda _, motion: scores.of_motion(motion, real),
-    }[part]
+    }[rows]
 
     def columns(name: str, task: Task, file: Path) -> Columns:
         model, codec = opened(file, plan.device)
@@ -265,13 +270,13 @@ def table(part: str, plan: Plan) -> None:
             return scores.of_pose(scores.mean_motion(real), real)
         if name == "real":
             return of(scores.through_codec(codec, real), real.motion)
-        return of(*scores.generate(model, codec, real, task, redraw=name.endswith("redrawn")))
+        return of(*scores.generate(model, codec, real, task, redraw=name.endswith("redrawn"), **sampling))
 
     def measured(name: str, task: Task, paths: list[Path]) -> dict:
         found = [columns(name, task, path) for path in paths]
         return {"measures": {key: summary(torch.stack([each[key] for each in found])) for key in found[0]}}
 
-    for name, task in TABLES[part].items():
+    for name, task in TABLES[rows].items():
         measure(plan, part, name, partial(measured, name, task))
 
 
@@ -328,6 +333,7 @@ PARTS: dict[str, Callable[[Plan], None]] = {  # the cheapest first
     "a83": partial(curves, "a83", ("one-stage", "single-stream"), STAGE_2),  # both without a stage 1
     "figure8": figure8,
     "table1": partial(table, "table1"),
+    "table1-18": partial(table, "table1", steps=18),
 }
 
 

@@ -33,18 +33,20 @@ OTHER_NAMES = {
     ("table6", "real"): "other real motions",
 }
 LOSS = {"first_loss": "at the start", "loss": "at the end ↓", "behind": "behind the first row by ↓"}
+TABLE_1 = {
+    "limbs_whole": "limbs whole ↑",
+    "limbs_missing": "missing ↓",
+    "length_variation": "length variation ↓",
+    "odd_bends": "odd bends ↓",
+    "flicker": "flicker",
+    "dynamic_degree": "dynamic degree",
+    "sharpness": "sharpness",
+    "prompt_following": "prompt ↑",
+    "plausible_postures": "posture ↑",
+}
 COLUMNS = {
-    "table1": {
-        "limbs_whole": "limbs whole ↑",
-        "limbs_missing": "missing ↓",
-        "length_variation": "length variation ↓",
-        "odd_bends": "odd bends ↓",
-        "flicker": "flicker",
-        "dynamic_degree": "dynamic degree",
-        "sharpness": "sharpness",
-        "prompt_following": "prompt ↑",
-        "plausible_postures": "posture ↑",
-    },
+    "table1": TABLE_1,
+    "table1-18": TABLE_1,
     "a81": LOSS,
     "a82": LOSS,
     "a83": LOSS,
@@ -133,7 +135,7 @@ def best_layer(found: dict[str, dict], side: str) -> int:
 BLOCKS: dict[str, Callable[[dict, str], str]] = {
     **dict.fromkeys(COLUMNS, table),
     "figure8": shares,
-    "table1-short": short,
+    "table1-18-short": short,
 }
 
 

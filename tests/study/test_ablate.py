@@ -136,7 +136,7 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     asked, generate = [], scores.generate
 
     def listen(*given, **sampling):
-        asked.append((given[3], sampling["redraw"]))
+        asked.append((given[3], sampling["redraw"], sampling.get("steps")))
         return generate(*given, **sampling)
 
     monkeypatch.setattr(scores, "generate", listen)
@@ -144,7 +144,7 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     ended = verb(ablate, *call, "--device", "cpu")
     assert ended.code == 0, ended.err
     results = json.loads(plan.out.read_text())
-    assert set(results) == {"table1", "figure8", "a81", "a82", "a83", "table5", "table6"}
+    assert set(results) == {"table1", "table1-18", "figure8", "a81", "a82", "a83", "table5", "table6"}
     for part in results.values():
         for name, found in part.items():
             seeds = 2 if name in NETWORKS or "redrawn" in name else 1
@@ -163,10 +163,15 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     assert shares == pytest.approx(ablate.frame_share(maps).tolist(), abs=1e-4)  # each layer's own
     mean, ours = (results["table5"][name]["measures"] for name in ("mean-motion", "echomotion"))
     assert all(mean[key]["mean"] != ours[key]["mean"] for key in mean)
-    # table 1 comes last. Catches a backbone that is asked for motion, and a row that says redrawn in vain
-    joint, redrawn, video = (Task.JOINT, False), (Task.JOINT, True), (Task.VIDEO_ONLY, False)
-    echomotion = [joint] * 2 + [redrawn] * 2
-    assert asked[-15:] == [video, *echomotion, *[video] * 4, *echomotion, *[video] * 2]
+    # table 1 comes last, in 1 step and in 18. Catches a backbone that is asked for motion, and a row that
+    # says redrawn, or 18 steps, in vain
+    table1 = []
+    for steps in (None, 18):
+        ways = (Task.JOINT, False), (Task.JOINT, True), (Task.VIDEO_ONLY, False)
+        joint, redrawn, video = ((*way, steps) for way in ways)
+        echomotion = [joint] * 2 + [redrawn] * 2
+        table1 += [video, *echomotion, *[video] * 4, *echomotion, *[video] * 2]
+    assert asked[-30:] == table1
     # catches work done again, and old numbers kept beside new weights
     measured = []
     for _ in range(2):
