@@ -3,14 +3,14 @@
     python -m study.ablate all                 after `python train.py`: all of it
     python -m study.ablate table1 figure8      some of it
 
-table1   the video of joint modelling against the backbone's and against more training on video alone
+table1     the video of joint modelling against the backbone's and against more training on video alone
 table1-18  the same networks, sampled in 18 solver steps instead of 6
-figure8  attention between motion and video, both ways: with MVS-RoPE, unsynced, in collision
-a81      what positions in collision do to a network that can already make video
-a82      stage 2 with stage 1 before it and without
-a83      two experts against one set of weights
-table5   video to motion
-table6   text to motion
+figure8    attention between motion and video, both ways: with MVS-RoPE, unsynced, in collision
+a81        what positions in collision do to a network that can already make video
+a82        stage 2 with stage 1 before it and without
+a83        two experts against one set of weights
+table5     video to motion
+table6     text to motion
 
 All networks start from the stages of one run of train.py (--from). Each is a run of train.py in
 DIR/NAME-SEED: finished ones are reused, interrupted ones are resumed. A part is written to
