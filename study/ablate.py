@@ -256,7 +256,8 @@ def table(rows: str, plan: Plan, steps: int | None = None) -> None:
 
     In the puppet's usual solver steps, or in `steps`: then the part is called ROWS-STEPS.
     """
-    part, sampling = (f"{rows}-{steps}", {"steps": steps}) if steps else (rows, {})
+    part = f"{rows}-{steps}" if steps else rows
+    sampling = {"steps": steps} if steps else {}
     real = real_clips(plan.clips)
     of = {
         "table1": lambda video, _: scores.of_video(video, real),
