@@ -132,8 +132,8 @@ def main() -> None:
     out = args.out or (args.decode.absolute().parent.parent if args.decode else Path("samples"))
 
     # the samples to make, and their conditions
-    condition = args.motion, args.video, args.start, args.loop
-    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, *condition)
+    others = args.motion, args.video, args.start, args.loop, args.redraw, args.mesh
+    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, *others)
     todo = [] if args.decode else jobs.missing(out, wanted)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):

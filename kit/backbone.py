@@ -34,6 +34,7 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "puppet.safetensors"
 ABLATED = ("synced", "apart", "shared")  # fields of DualDiTConfig that only ablations change
 
 PUPPET_DEFAULTS = Defaults(6, guidance_text=1.5, guidance_condition=1.5, shift=1.0, redraw=True)
+WAN_DEFAULTS = Defaults(50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False)
 
 
 class Backbone(NamedTuple):
@@ -53,11 +54,12 @@ def open_backbone(
 ) -> Backbone:  # fmt: skip
     """The Wan in `folder`, or the puppet, with the weights in `file` (default: the shipped puppet's).
 
-    Frames, size and rate default to what the weights were trained on, or without weights to the published
-    settings.
+    Frames, size, rate and shift default to what the weights were trained with, or without weights to the
+    published settings.
     """
     file = file or (None if folder else SHIPPED)
     trained = weights.read_header(file)[1] if file else {}
+    defaults = as_trained(WAN_DEFAULTS if folder else PUPPET_DEFAULTS, trained)
     own = Body.load(body) if body else puppet.body()
     known = trained.get("body") or (own if folder else puppet.body()).digest
     if known != own.digest:
@@ -66,7 +68,8 @@ def open_backbone(
         given = {"frames": frames, "size": size, "fps": fps, "precision": precision}
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size and one rate")
-        return puppet_backbone(file, device)._replace(body=own)
+        geometry = geometry_of(None, trained.get("frames"))
+        return puppet_backbone(file, device)._replace(body=own, geometry=geometry, defaults=defaults)
     if file:
         check_weights(file, folder)
     if not body:
@@ -88,7 +91,7 @@ def open_backbone(
 
     return Backbone(
         geometry_of(folder, frames, size, fps),
-        Defaults(steps=50, guidance_text=6.0, guidance_condition=6.0, shift=8.0, redraw=False),
+        defaults,
         False,
         own,
         lambda: wan.TextEncoder(folder, dtype, device),
@@ -112,6 +115,11 @@ def puppet_backbone(file: Path, device: str) -> Backbone:
         lambda: model,
         puppet.project,
     )
+
+
+def as_trained(defaults: Defaults, trained: dict) -> Defaults:
+    """The same, with the shift that weights of these settings were trained with."""
+    return defaults._replace(shift=trained.get("recipe", {}).get("shift", defaults.shift))
 
 
 def check_weights(file: Path, folder: Path) -> None:

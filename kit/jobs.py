@@ -26,7 +26,7 @@ LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may 
 
 def jobs(
     name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
-    motion: Path | None, video: Path | None, start: float, loop: bool,
+    motion: Path | None, video: Path | None, start: float, loop: bool, redraw: bool | None, mesh: bool,
 ) -> list[Job]:  # fmt: skip
     """The samples that sample.py's options ask for; ValueError where they contradict each other."""
     if prompt is not None and prompts:
@@ -39,6 +39,10 @@ def jobs(
         raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
     if loop and not motion:
         raise ValueError("--loop says how --motion is read: add that, with --task m2v, or leave --loop out")
+    if redraw is not None and name not in (None, "joint"):
+        raise ValueError("--redraw is for --task joint: leave it out")
+    if mesh and name == "video":
+        raise ValueError("--mesh needs motion, and --task video makes none: leave --mesh out")
     if name == "v2m" and (prompt or prompts):
         raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
     if prompts:
@@ -111,7 +115,7 @@ def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tens
         return read_video(file, backbone.geometry, start)
     if backbone.project is None:
         raise ValueError("--video FILE is needed: it is the condition of this task")
-    own = puppet.clips([CONDITION_CLIP])
+    own = puppet.clips([CONDITION_CLIP], backbone.geometry.frames)
     return puppet.render(own.joints, own.betas, own.shirt)[0]
 
 
@@ -121,4 +125,4 @@ def condition_motion(file: Path | None, backbone: Backbone, start: float, loop: 
         return read_motion(file, backbone, start, loop)
     if backbone.project is None:
         raise ValueError("--motion FILE is needed: it is the condition of this task")
-    return puppet_motion(puppet.clips([CONDITION_CLIP])), "neutral"
+    return puppet_motion(puppet.clips([CONDITION_CLIP], backbone.geometry.frames)), "neutral"

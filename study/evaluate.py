@@ -20,7 +20,7 @@ from dual_dit import DualDiT
 from flow import Task
 from kit import files, plots, puppet, weights
 from kit.attention import frame_share, latent_share
-from kit.backbone import PUPPET_DEFAULTS, SHIPPED
+from kit.backbone import PUPPET_DEFAULTS, SHIPPED, as_trained
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
@@ -138,8 +138,10 @@ def main() -> None:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
     model, extra = weights.load_weights(args.weights, args.device)
     codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
+    _, trained = weights.read_header(args.weights)
     names = "steps", "guidance_text", "guidance_condition", "redraw"
-    numbers = measured(model, codec, real, **{name: getattr(args, name) for name in names})
+    asked = {name: getattr(args, name) for name in names}
+    numbers = measured(model, codec, real, **as_trained(PUPPET_DEFAULTS, trained)._replace(**asked)._asdict())
     to_video, to_motion = scores.maps(model, codec, real)
     there, back, chance = frame_share(to_video), latent_share(to_motion), 1 / to_video.shape[-1]
     print_table(numbers)

@@ -142,6 +142,18 @@ def test_options_reach_the_sampler_and_the_rest_is_the_puppets(verb, tiny_weight
     assert all(torch.equal(x, y) for found in texts for x, y in zip(found, expected, strict=True))
 
 
+def test_length_and_shift_are_those_of_training(tiny_weights, tmp_path):
+    # catches a network trained on short clips that is sampled, or given conditions, of 17 frames
+    model, codec = weights.load_weights(tiny_weights)
+    settings = {"frames": 5, "recipe": {"stage": 2, "shift": 3.0, "ablate": None}}
+    weights.save_weights(tmp_path / "short", TINY, model.state_dict(), codec, settings=settings)
+    opened = open_backbone(None, tmp_path / "short", None, None, None, None, None, "cpu")
+    assert opened.defaults._asdict() == DEFAULTS | {"shift": 3.0, "redraw": True}
+    out = run_sample(tmp_path / "short", tmp_path / "out")
+    for name in NAMES:
+        assert len(all_frames(out / f"{name}.mp4")[0]) == len(amass(out / f"{name}.npz")["poses"]) == 5
+
+
 def test_redraw_makes_the_video_again_from_the_motion_and_leaves_the_motion():
     # catches the same noise used twice, a motion whose units are not the network's, guidance that is lost
     model = tiny_model()
@@ -306,6 +318,8 @@ REFUSED = (  # options, and what the message must say
     ("--task v2m --start 1", "--start is where in --video or --motion"),
     ("--task m2v --loop", "--loop says how --motion is read"),
     ("--task v2m --video good.mp4 --loop", "--loop says how --motion is read"),
+    ("--task m2v --redraw", "--redraw is for --task joint"),
+    ("--task video --mesh", "--mesh needs motion"),
     ("--task v2m --prompt walks", "video to motion takes no text"),
     ("--task v2m --prompts p.txt", "video to motion takes no text"),
     ("--prompt '' --prompts p.txt", "give one of the two"),

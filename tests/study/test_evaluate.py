@@ -24,14 +24,18 @@ def test_evaluate_writes_every_measure_with_its_error_and_draws_the_maps(
     few, verb, tiny_weights, tmp_path, monkeypatch
 ):
     asked, denoise = [], scores.denoise
-    listen = lambda *given, **how: asked.append((given[1].name, how["redraw"])) or denoise(*given, **how)
+    record = lambda task, how: asked.append((task.name, how["redraw"], how["shift"]))
+    listen = lambda *given, **how: record(given[1], how) or denoise(*given, **how)
+    model, codec = weights.load_weights(tiny_weights)
+    settings = {"recipe": {"stage": 2, "shift": 2.0, "ablate": None}}
+    weights.save_weights(tmp_path / "trained", TINY, model.state_dict(), codec, settings=settings)
     monkeypatch.setattr(scores, "denoise", listen)
     files = ("--json", tmp_path / "measures.json", "--attention", tmp_path / "maps.png")
     how = ("--clips", 3, "--steps", 1, "--no-redraw", "--device", "cpu")
-    ended = verb(evaluate, "--weights", tiny_weights, *how, *files)
+    ended = verb(evaluate, "--weights", tmp_path / "trained", *how, *files)
     assert ended.code == 0, ended.err
     tasks = ("VIDEO_TO_MOTION", "MOTION_TO_VIDEO", "JOINT")
-    assert list(dict.fromkeys(asked)) == [(task, False) for task in tasks]
+    assert list(dict.fromkeys(asked)) == [(task, False, 2.0) for task in tasks]
     result = json.loads((tmp_path / "measures.json").read_text())
     attention = result.pop("attention")
     assert attention["chance"] == 1 / 5
