@@ -54,7 +54,7 @@ def options() -> argparse.Namespace:
     add("--redraw", action=argparse.BooleanOptionalAction, help=what)
     add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
     # what comes out
-    add("--out", type=Path, metavar="DIR", help="default: samples; with --decode, the parent of latents/")
+    add("--out", type=Path, metavar="DIR", help="default: samples; with --decode, the latents' own")
     add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
     return parser.parse_args()
@@ -129,12 +129,15 @@ def main() -> None:
     asked = {name: value for name, value in vars(args).items() if value is not None}
     sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
     sampling |= {"solver": args.solver, "bf16": backbone.autocast}
-    out = args.out or (args.decode.absolute().parent.parent if args.decode else Path("samples"))
+    out = args.out or (output.folder_of(args.decode) if args.decode else Path("samples"))
 
     # the samples to make, and their conditions
+    task = args.task or ("joint" if args.wan else None)  # a Wan has no conditions of its own
     others = args.motion, args.video, args.start, args.loop, args.redraw, args.mesh
-    wanted = jobs.jobs(args.task, args.prompt, args.prompts, args.count, args.seed, *others)
-    todo = [] if args.decode else jobs.missing(out, wanted)
+    wanted = jobs.jobs(task, args.prompt, args.prompts, args.count, args.seed, *others)
+    if args.prompts:
+        jobs.check_options(out, vars(args))
+    todo, made = ([], [args.decode]) if args.decode else jobs.missing(out, wanted)
     pixels = motion = None
     if any(job.task is Task.VIDEO_TO_MOTION for job in todo):
         pixels = jobs.condition_video(args.video, backbone, args.start)
@@ -142,14 +145,16 @@ def main() -> None:
         motion, gender = jobs.condition_motion(args.motion, backbone, args.start, args.loop)
         todo = [job._replace(gender=gender) for job in todo]
 
-    made = [args.decode] if args.decode else []
+    prompts = {job.name: job.prompt for job in wanted}
+    record = functools.partial(files.write_record, out / "run.json", vars(args), prompts=prompts)
+    if todo and args.prompts:
+        record()  # before sampling: a call that was stopped goes on with the same options
     if todo:
-        made = make(backbone, todo, pixels, motion, sampling, out, args.device)
+        made += make(backbone, todo, pixels, motion, sampling, out, args.device)
         free_memory(args.device)
     output.write_all(out, made, pixels, backbone, args.device, args.mesh)
     if todo:
-        prompts = {job.name: job.prompt for job in wanted}
-        files.write_record(out / "run.json", vars(args), prompts=prompts)
+        record()
 
 
 if __name__ == "__main__":

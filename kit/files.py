@@ -41,6 +41,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def recorded(options: dict[str, object]) -> dict[str, object]:
+    """Options as they stand in a record."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
 def write_record(path: Path, options: dict[str, object], **more: object) -> None:
     """Write how a result was made, as JSON: command, options, versions and `more`.
 
@@ -48,7 +53,7 @@ def write_record(path: Path, options: dict[str, object], **more: object) -> None
     """
     record = {
         "command": sys.argv,
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
+        "options": recorded(options),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

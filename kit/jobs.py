@@ -1,6 +1,7 @@
 """What a call of sample.py has to make: samples with their names, prompts, seeds and conditions."""
 
 import itertools
+import json
 import unicodedata
 from codecs import BOM_UTF8
 from collections import defaultdict
@@ -13,7 +14,8 @@ from kit import puppet
 from kit.backbone import Backbone
 from kit.conditions import read_motion, read_video
 from kit.data.datasets import puppet_motion
-from kit.output import Job
+from kit.files import recorded
+from kit.output import Job, latents_file, load_latents
 
 TASKS = {
     "joint": Task.JOINT, "m2v": Task.MOTION_TO_VIDEO, "v2m": Task.VIDEO_TO_MOTION, "video": Task.VIDEO_ONLY,
@@ -21,6 +23,7 @@ TASKS = {
 DEFAULT_TASKS = ("joint", "m2v", "v2m")  # what a call without --task makes
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that is the condition if no file is given
+FREE = ("prompts", "count", "out", "mesh", "decode", "device")  # may change when a file of prompts is resumed
 LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
 
 
@@ -101,12 +104,33 @@ def _on_any_disk(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def missing(out: Path, jobs: list[Job]) -> list[Job]:
-    """The samples still to be made; those of a file of prompts that exist are left out."""
-    todo = [job for job in jobs if job.pictures or not (out / f"{job.name}.mp4").exists()]
-    if len(todo) < len(jobs):
-        print(f"{out} has {len(jobs) - len(todo)} of {len(jobs)} samples already: they are kept")
-    return todo
+def missing(out: Path, jobs: list[Job]) -> tuple[list[Job], list[Path]]:
+    """What is left: samples to make, and latents to decode, of a file of prompts that was stopped."""
+    left = [job for job in jobs if job.pictures or not (out / f"{job.name}.mp4").exists()]
+    if len(left) < len(jobs):
+        print(f"{out} has {len(jobs) - len(left)} of {len(jobs)} samples already: they are kept")
+    saved = [job for job in left if not job.pictures and _has_latents(out, job)]
+    if saved:
+        print(f"{out}/latents has {len(saved)} more: they are only decoded")
+    return [job for job in left if job not in saved], [latents_file(out, job) for job in saved]
+
+
+def _has_latents(out: Path, job: Job) -> bool:
+    """Whether the latents of this sample are there; its gender is read with its condition."""
+    file = latents_file(out, job)
+    return file.exists() and load_latents(file).job._replace(gender=job.gender) == job
+
+
+def check_options(out: Path, options: dict[str, object]) -> None:
+    """ValueError if `out` has samples of a file of prompts that were made with other options."""
+    record = out / "run.json"
+    before = json.loads(record.read_text())["options"] if record.is_file() else {}
+    if not before.get("prompts"):
+        return
+    now = json.loads(json.dumps(recorded(options)))
+    changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    if changes := "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in changed):
+        raise ValueError(f"{out} was made with other options ({changes}): use the same, or another --out")
 
 
 def condition_video(file: Path | None, backbone: Backbone, start: float) -> Tensor:

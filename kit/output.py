@@ -47,8 +47,9 @@ class Job(NamedTuple):
 class Saved(NamedTuple):
     """A sample saved before decoding: if the decoder runs out of memory, nothing is lost."""
 
-    job: Job
+    job: Job  # its name is the file's
     fps: float
+    stride: int  # of the video codec
     body: str  # Body.digest
     latents: Tensor  # (b c T h w)
     motion: Tensor | None  # (b f 235)
@@ -59,14 +60,19 @@ def save_latents(
     out: Path, job: Job, backbone: Backbone, latents: Tensor, motion: Tensor | None, attention: Tensor | None
 ) -> Path:
     """Write what load_latents reads -> the file, in the folder out/latents, which must exist."""
-    path = out / "latents" / f"{job.name}.safetensors"
+    path = latents_file(out, job)
     tensors = {"latents": latents, "motion": motion, "attention": attention}
     tensors = {name: x.float().cpu().contiguous() for name, x in tensors.items() if x is not None}
     with whole_file(path) as temporary:
         # one key of metadata: safetensors keeps no order of several
-        record = {"job": job, "fps": backbone.geometry.fps, "body": backbone.body.digest}
+        fps, stride = backbone.geometry.fps, backbone.geometry.stride
+        record = {"job": job, "fps": fps, "stride": stride, "body": backbone.body.digest}
         save_file(tensors, temporary, metadata={"sample": json.dumps(record)})
     return path
+
+
+def latents_file(out: Path, job: Job) -> Path:
+    return out / "latents" / f"{job.name}.safetensors"
 
 
 def load_latents(path: Path) -> Saved:
@@ -77,12 +83,18 @@ def load_latents(path: Path) -> Saved:
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["sample"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        name, task, *rest = record["job"]
-        job, latents = Job(name, Task(task), *rest), tensors["latents"]
+        _, task, *rest = record["job"]
+        job, latents = Job(path.stem, Task(task), *rest), tensors["latents"]
         others = tensors.get("motion"), tensors.get("attention")
-        return Saved(job, record["fps"], record["body"], latents, *others)
+        return Saved(job, record["fps"], record["stride"], record["body"], latents, *others)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no latents of sample.py ({error!r})") from error
+
+
+def folder_of(latents: Path) -> Path:
+    """Where the decoded files of latents go: next to the folder latents/, else next to the file."""
+    folder = latents.absolute().parent
+    return folder.parent if folder.name == "latents" else folder
 
 
 # ---------------------------------------------------------------- what people look at
@@ -94,7 +106,9 @@ def write_all(
     """Decode saved latents and write what people look at; `pixels` (1 3 f h w) is the condition, if any."""
     codec, samples = None, []
     for file in latents:
-        job, fps, body, made, motion, attention = load_latents(file)
+        job, fps, stride, body, made, motion, attention = load_latents(file)
+        if stride != backbone.geometry.stride:
+            raise ValueError(f"{file} was sampled with another video codec: name its Wan, if any, with --wan")
         if motion is not None and body != backbone.body.digest:
             raise ValueError(f"{file} was sampled with another body: name that with --body")
         video = pixels

@@ -74,7 +74,7 @@ def test_the_page_has_every_sample_with_the_attention_of_its_own_latents(made, t
     assert [one["name"] for one in shown["samples"]] == list(NAMES)
     for one in shown["samples"]:
         saved = output.load_latents(made / "latents" / f"{one['name']}.safetensors")
-        job, _, _, latents, motion, attention = saved
+        job, *_, latents, motion, attention = saved
         expected = attention_to_latents(model, latents, motion, puppet.encode_text([job.prompt]), job.task)
         torch.testing.assert_close(attention, expected, atol=1e-5, rtol=0)
         np.testing.assert_allclose(np.array(one["attention"]) / 1000, expected, atol=1e-3)
@@ -288,6 +288,72 @@ def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_pat
     monkeypatch.chdir(out / "latents")
     assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", "joint.safetensors").code == 0
     assert contents(out) == before
+
+
+def test_latents_that_a_user_has_renamed_or_moved_replace_no_other_sample(made, verb, tiny_weights, tmp_path):
+    # catches files named by what the latents were called, in a folder two levels up
+    latents = made / "latents"
+    for copy in (tmp_path / "a" / "latents" / "best.safetensors", tmp_path / "b" / "best.safetensors"):
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes((latents / "joint.safetensors").read_bytes())
+        assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", copy).code == 0
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert a.pop("latents/best.safetensors") == b.pop("best.safetensors")
+    assert a == b and a.keys() == {f"best.{suffix}" for suffix in ("mp4", "npz", "bvh", "gif", "png")} | {
+        "index.html"
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_latents_of_another_codec_are_refused(made, backbone, tmp_path):
+    # catches noise written over a video: Wan2.2's latents have as many channels as the puppet's
+    other = backbone._replace(geometry=backbone.geometry._replace(stride=16))
+    latents = made / "latents" / "joint.safetensors"
+    with pytest.raises(ValueError, match=r"joint\.safetensors was sampled with another video codec"):
+        output.write_all(tmp_path / "out", [latents], None, other, "cpu", False)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- a file of prompts
+
+
+def test_prompts_that_were_stopped_go_on_from_their_latents(verb, tiny_weights, tmp_path, monkeypatch):
+    # catches hours of sampling done again because no video was decoded yet
+    (tmp_path / "p.txt").write_text("a person jumps\na person squats\n")
+    call = (*PLAIN, "--weights", tiny_weights, "--prompts", tmp_path / "p.txt", "--out")
+    assert verb(sample, *call, tmp_path / "whole").code == 0
+    denoise, asked = sample.denoise, []
+
+    def stopped(model, task, *given, **how):
+        asked.append(task)
+        if len(asked) == 2:
+            raise OSError("the power went")
+        return denoise(model, task, *given, **how)
+
+    monkeypatch.setattr(sample, "denoise", stopped)
+    assert verb(sample, *call, tmp_path / "out").code == 2 and not list((tmp_path / "out").glob("*.mp4"))
+    assert "steps was 2, now 3" in verb(sample, *call, tmp_path / "out", "--steps", 3).err
+    ended = verb(sample, *call, tmp_path / "out")
+    assert ended.code == 0 and "out/latents has 1 more: they are only decoded" in ended.out
+    assert len(asked) == 3  # one made, one stopped, one made now
+    whole, made = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert whole.pop("run.json") and made.pop("run.json") and whole == made
+
+
+def test_more_prompts_are_made_with_the_options_of_those_that_are_there(verb, tiny_weights, tmp_path):
+    # catches a record that says of kept videos what was asked for new ones
+    (tmp_path / "p.txt").write_text("a person jumps\n")
+    call = (*PLAIN, "--weights", tiny_weights, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    assert verb(sample, *call).code == 0
+    before = contents(tmp_path / "out")
+    (tmp_path / "p.txt").write_text("a person jumps\na person squats\n")
+    for changed in (("--steps", 3), ("--seed", 7), ("--no-redraw",), ("--task", "video")):
+        ended = verb(sample, *call, *changed)
+        name = changed[0].removeprefix("--").removeprefix("no-")
+        assert ended.code == 2 and f"was made with other options ({name} was" in ended.err
+    assert contents(tmp_path / "out") == before
+    assert verb(sample, *call, "--count", 2).code == 0
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
 
 
 # ---------------------------------------------------------------- what is refused
