@@ -77,8 +77,9 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
         raise ValueError(f"{file} has a rate of its own, {found.motion.fps:g}: leave @fps= out")
     parts, cut = stretches(found, times)
     motion = max(parts, key=lambda part: len(part.times)).motion
+    said += cut
     if len(parts) > 1:
-        said += [*cut, "the longest part is used"]
+        said.append("the longest part is used")
     if seconds := float(options.get("smooth", 0)):
         motion = smooth(motion, seconds)
     for note in said + faults(motion, body):
@@ -96,9 +97,10 @@ def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
     if inside.float().mean() >= IN_VIEW:
         return motion
     print(f"{path}: starts outside the camera's view; moved to the middle of it")
-    pelvis = joints[0]
-    # the puppet's camera looks at the origin; Wan's stands at the origin and looks along -z
-    aim = pelvis * pelvis.new_tensor((0, 1, 0)) if backbone.project else pelvis.new_tensor((0, 0, -MIDDLE))
+    pelvis, lowest = joints[0], joints[:, 1].min()
+    # the puppet's camera looks at a person on the floor, at x = z = 0; Wan's stands at the origin and looks
+    # along -z
+    aim = pelvis.new_tensor((0, pelvis[1] - lowest, 0) if backbone.project else (0, 0, -MIDDLE))
     return motion._replace(transl=motion.transl + aim - pelvis)
 
 

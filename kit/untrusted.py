@@ -84,7 +84,7 @@ def _read_npy(stream: io.BytesIO, what: str) -> object:
 def _read_torch(stream: io.BytesIO) -> object:
     core = np._core.multiarray
     types = [core._reconstruct, core.scalar, np.ndarray, np.dtype]
-    types += [type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    types += [type(np.dtype(code)) for code in np.typecodes["AllFloat"] + np.typecodes["AllInteger"] + "?SU"]
     with torch.serialization.safe_globals(types):
         return torch.load(stream, map_location="cpu", weights_only=True)
 

@@ -239,12 +239,14 @@ def test_the_body_of_training_is_asked_for(tiny_weights, tmp_path, capsys):
 
 
 def test_motion_out_of_view_is_moved_before_the_camera_and_a_long_one_cut(backbone, tmp_path, capsys):
-    saved(tmp_path / "far.npz", 21, far=50.0)
+    saved(tmp_path / "far.npz", 21, far=50.0)  # and as high: catches legs below the picture, or all of it
     motion, _ = read_motion(tmp_path / "far.npz", backbone)
     assert motion.shape == (1, 17, 235)
     joints, real = decode_smpl(motion)["joints"], puppet.clips([0]).joints[:, :17]
-    assert joints[0, 0, 0, [0, 2]].abs().max() < 1e-5
+    assert joints[0, 0, 0, [0, 2]].abs().max() < 1e-5 and abs(joints[0, 0, :, 1].min()) < 1e-5
     torch.testing.assert_close(joints - joints[:, :1, :1], real - real[:, :1, :1], atol=1e-4, rtol=0)
+    pixels, _ = puppet.project(joints[0])
+    assert ((pixels >= 0) & (pixels <= puppet.SIZE)).all()
     said = capsys.readouterr().out
     assert "0.00 to 1.00 s of 1.25 s" in said and "outside the camera's view" in said
 

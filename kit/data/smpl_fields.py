@@ -91,6 +91,8 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     """(f 3) in the file's axes, metres: as it is, or from a weak-perspective camera (4D-Humans' rule)."""
     transl, weak = pick(record, "transl"), pick(record, "weak")
     if transl is not None:
+        if transl.shape[-1:] != (3,):
+            raise ValueError(f"its transl is {transl.shape}, expected (frames, 3)")
         return transl.reshape(-1, 3)
     box, centre = pick(record, "box"), pick(record, "centre")
     if "bbx_xys" in record:  # GVHMR's name
@@ -98,7 +100,8 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
     if weak is None or box is None or centre is None:
         raise ValueError("it has no transl, and no camera (s, tx, ty) with a box and the box's centre")
     if size is None:
-        raise ValueError("a camera (s, tx, ty) needs the size of the picture: give the file with its video")
+        hint = "give the file with its video, or add `size`, an array of its height and width, to it"
+        raise ValueError(f"a camera (s, tx, ty) needs the size of the picture: {hint}")
     box = box.reshape(len(weak), -1).max(axis=1)
     box = box * BOX_UNIT if box.max() < BOX_UNIT / 10 else box
     (s, x, y), (cx, cy) = weak.reshape(-1, 3).T, centre.reshape(-1, 2).T

@@ -61,6 +61,10 @@ def test_axes_tracks_gaps_and_smoothing(tmp_path, backbone, who, capsys):
     assert len(motion.transl) == 11 and hmr_files.apart(motion.body_pose, who.pose[30:]) < 1e-3
     said = capsys.readouterr().out
     assert "frames 0 to 7, 30 to 40" in said and "the longest part is used" in said
+    rows = np.r_[0:8, 12:41]
+    (tmp_path / "short.pkl").write_bytes(pickle.dumps({1: hmr_files.wham_track(who.rows(rows), rows)}))
+    open_motion(tmp_path / "short.pkl", backbone.body)
+    assert "4 frames without the person are filled" in capsys.readouterr().out
 
 
 def test_a_person_out_of_view_is_moved_into_it_and_one_close_to_the_camera_is_not(backbone, capsys):

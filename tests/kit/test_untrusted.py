@@ -63,13 +63,16 @@ def test_what_joblib_dumps(tmp_path, pack):
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_tensors_and_arrays_come_back(tmp_path, kind):
-    """Catches: a view of a tensor read as its whole storage, half precision left as what numpy lacks."""
+    """Catches: a view of a tensor read as its whole storage, half precision left as what numpy lacks, and
+    AMASS's gender taken for damage."""
     whole = torch.arange(24.0).reshape(4, 6)
     value = {"view": whole[1:3, ::2], "bf16": whole[0].bfloat16(), "array": np.arange(3), "list": [1, "a"]}
+    value |= {"text": np.array("neutral"), "bytes": np.array([b"male"]), "small": np.arange(3, dtype="i2")}
     WRITERS[kind](tmp_path / "file", value)
     read = read_object(tmp_path / "file", "motion")
     assert (read["view"] == [[6, 8, 10], [12, 14, 16]]).all() and (read["bf16"] == range(6)).all()
     assert (read["array"] == range(3)).all() and read["list"] == [1, "a"]
+    assert read["text"] == "neutral" and read["bytes"] == [b"male"] and (read["small"] == range(3)).all()
 
 
 @pytest.mark.parametrize("kind", WRITERS)

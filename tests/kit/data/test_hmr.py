@@ -159,6 +159,13 @@ def test_rotations_in_any_form(tmp_path, who, form):
         assert not angles(found)[:, 22:].any()
 
 
+def test_a_translation_of_another_shape_is_refused(tmp_path, who):
+    """Catches: coordinates of several frames read as one place."""
+    np.savez(tmp_path / "a.npz", poses=who.full.reshape(-1, 72), trans=who.transl.T, betas=who.betas, fps=25)
+    with pytest.raises(ValueError, match=rf"its transl is \(3, {FRAMES}\), expected \(frames, 3\)"):
+        read(tmp_path / "a.npz", axes="opencv")
+
+
 # ---------------------------------------------------------------- axes
 
 
