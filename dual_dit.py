@@ -97,8 +97,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def concatenated(streams: tuple[Tensor, ...]) -> Tensor:
-    """torch.cat along n of streams (b heads n head_dim). In memory n stays before heads, so that attention's
-    result need not be copied to become (b n d), and training does not keep that copy."""
+    """torch.cat along n of streams (b heads n head_dim). In memory it is (b n heads head_dim), so that
+    attention's result becomes (b n d) without a copy."""
     return torch.cat([x.transpose(1, 2) for x in streams], dim=1).transpose(1, 2)
 
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
 class Context(NamedTuple):
     """What a block receives for a modality besides its tokens; the same for every block."""
 
-    level: Tensor  # (b 6 d) the noise level's part of the modulation, float32
+    timestep_proj: Tensor  # (b 6 d) the noise level's part of the modulation, float32
     text: Tensor  # (b l d)
     rope: tuple[Tensor, Tensor]  # cos and sin of the tokens' positions, each (n head_dim/2)
 
@@ -151,14 +151,14 @@ class ExpertBlock(nn.Module):
 
     def before_attention(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (b n d) -> rotated queries and keys, and values: each (b heads n head_dim)."""
-        shift, scale, *_ = (self.modulation + context.level).chunk(6, dim=1)  # each (b 1 d)
+        shift, scale, *_ = (self.modulation + context.timestep_proj).chunk(6, dim=1)  # each (b 1 d)
         y = modulate(x, shift, scale, self.eps)
         q, k, v = self.self_attn.qkv(y, y)
         return apply_rope(q, *context.rope), apply_rope(k, *context.rope), v
 
     def after_attention(self, x: Tensor, attended: Tensor, context: Context) -> Tensor:
         """Tokens, and the joint attention's result for them (b n d) -> the tokens after the block."""
-        _, _, gate, shift2, scale2, gate2 = (self.modulation + context.level).chunk(6, dim=1)
+        _, _, gate, shift2, scale2, gate2 = (self.modulation + context.timestep_proj).chunk(6, dim=1)
         x = (x + gate * self.self_attn.o(attended)).type_as(x)  # the gate is fp32
         q, k, v = self.cross_attn.qkv(layer_norm(x, self.norm3), context.text)
         x = x + self.cross_attn.o(attention(q, k, v))
@@ -199,9 +199,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.width))
         self.head = head
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """x (b n d), level (b d) float32."""
-        shift, scale = (self.modulation + level[:, None]).chunk(2, dim=1)  # each (b 1 d)
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x (b n d); temb (b d), the noise level's embedding, float32."""
+        shift, scale = (self.modulation + temb[:, None]).chunk(2, dim=1)  # each (b 1 d)
         return self.head(modulate(x, shift, scale, self.eps))
 
 
@@ -220,11 +220,11 @@ class VideoEnds(nn.Module):
         self.head = Head(config, nn.Linear(d, math.prod(config.patch) * config.channels))
 
     def context(self, t: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Context]:
-        """t (b,), text (b l text_dim) -> the noise level for the head (b d), float32; the blocks' context."""
-        with torch.autocast(t.device.type, enabled=False):  # autocast would round the level to bf16
-            level = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
-            level6 = rearrange(self.time_projection(level), "b (six d) -> b six d", six=6)
-        return level, Context(level6, self.text_embedding(text), rope)
+        """t (b,), text (b l text_dim) -> the noise level's embedding (b d), float32; the blocks' context."""
+        with torch.autocast(t.device.type, enabled=False):  # autocast would round it to bf16
+            temb = self.time_embedding(timestep_embedding(t, self.freq_dim))  # (b d)
+            timestep_proj = rearrange(self.time_projection(temb), "b (six d) -> b six d", six=6)
+        return temb, Context(timestep_proj, self.text_embedding(text), rope)
 
     def embed(self, video: Tensor) -> Tensor:
         ph, pw = self.patch
@@ -232,10 +232,10 @@ class VideoEnds(nn.Module):
         # the same as the convolution, whose patches do not overlap
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
-    def predict(self, x: Tensor, level: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def predict(self, x: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
         (T, H, W), (ph, pw) = grid, self.patch
         pattern = "b (T H W) (ph pw c) -> b c T (H ph) (W pw)"  # c comes last here, as in Wan
-        return rearrange(self.head(x, level), pattern, T=T, H=H, W=W, ph=ph, pw=pw)
+        return rearrange(self.head(x, temb), pattern, T=T, H=H, W=W, ph=ph, pw=pw)
 
 
 # ---------------------------------------------------------------- the network
@@ -286,20 +286,20 @@ class DualDiT(nn.Module):
 
         xs, contexts = {}, {}
         if video is not None:
-            level_video, contexts["video"] = self.video.context(t_video, text, rope_video)
+            temb_video, contexts["video"] = self.video.context(t_video, text, rope_video)
             x = self.video.embed(video)  # (b T·H·W d)
             xs["video"] = x + hint.type_as(x)
         if motion is not None:
             # paper is silent: Wan's embeddings of noise level and text serve both experts
-            level_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
+            temb_motion, contexts["motion"] = self.video.context(t_motion, text, rope_motion)
             x = self.motion["encoder"](motion)  # (b f·51 d)
             xs["motion"] = x + hint.type_as(x)
 
         for block in self.blocks:
             xs = block(xs, contexts)
 
-        u_video = None if video is None else self.video.predict(xs["video"], level_video, (T, H, W))
-        u_motion = None if motion is None else self.motion["head"](xs["motion"], level_motion)
+        u_video = None if video is None else self.video.predict(xs["video"], temb_video, (T, H, W))
+        u_motion = None if motion is None else self.motion["head"](xs["motion"], temb_motion)
         return u_video, u_motion
 
     def video_parameters(self) -> list[nn.Parameter]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
 
 JOINTS = 24
-# numbers a frame, in the order of the 235-vector
+# numbers a frame: v, η, θ, γ and β, in the order of the 235-vector
 SIZES = {"transl": 3, "joints": JOINTS * 3, "rotations": JOINTS * 6, "orient": 6, "betas": 10}
 # each group owns an MLP: (tokens a frame, numbers a token), in the same order
 GROUPS = {"position": (25, 3), "rotation": (25, 6), "shape": (1, 10)}

@@ -126,8 +126,8 @@ def main() -> None:
     backbone = open_backbone(
         args.wan, args.weights, args.body, args.frames, args.size, args.fps, args.precision, args.device
     )
-    asked = {name: value for name, value in vars(args).items() if value is not None}
-    sampling = {name: asked.get(name, usual) for name, usual in backbone.defaults._asdict().items()}
+    sampling = backbone.defaults._asdict()
+    sampling |= {name: x for name, x in vars(args).items() if name in sampling and x is not None}
     sampling |= {"solver": args.solver, "bf16": backbone.autocast}
     out = args.out or (output.folder_of(args.decode) if args.decode else Path("samples"))
 

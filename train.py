@@ -107,16 +107,16 @@ def freeze(model: DualDiT, stage: int) -> None:
 
 def hand_over(model: DualDiT, ema: dict[str, Tensor], stage: int) -> None:
     """Start the next stage from the averaged weights of `stage`; after 0, copy the video expert to motion."""
-    follow(model.state_dict(), ema, 1.0)  # weight 1: model <- ema
+    lerp(model.state_dict(), ema, 1.0)  # weight 1: model <- ema
     if stage == 0:
         copy_video_to_motion(model)
-        follow(ema, model.state_dict(), 1.0)
+        lerp(ema, model.state_dict(), 1.0)
 
 
 @torch.no_grad()
-def follow(average: dict[str, Tensor], state: dict[str, Tensor], weight: float) -> None:
-    """average <- average + weight·(state - average), for every tensor."""
-    torch._foreach_lerp_([local(average[name]) for name in state], [local(x) for x in state.values()], weight)
+def lerp(target: dict[str, Tensor], source: dict[str, Tensor], weight: float) -> None:
+    """target <- target + weight·(source - target), for every tensor."""
+    torch._foreach_lerp_([local(target[key]) for key in source], [local(x) for x in source.values()], weight)
 
 
 def update(
@@ -129,7 +129,7 @@ def update(
             group["lr"] = rate
         optimizer.step()
     # early in a stage, average over few steps
-    follow(ema, state, 1 - min(EMA_DECAY, (1 + now.index) / (10 + now.index)))
+    lerp(ema, state, 1 - min(EMA_DECAY, (1 + now.index) / (10 + now.index)))
 
 
 def gradients(

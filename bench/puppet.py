@@ -72,7 +72,7 @@ def training_step(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return Parts(data, gradients, optimizers, lambda: train.follow(average, model.state_dict(), 0.002))
+    return Parts(data, gradients, optimizers, lambda: train.lerp(average, model.state_dict(), 0.002))
 
 
 @torch.no_grad()

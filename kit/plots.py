@@ -37,14 +37,10 @@ def loss_picture(path: str | Path, lines: Sequence[dict]) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Running average over about a twentieth of the run, without the usual bias towards the first value."""
-    keep = 1 - 1 / max(1, len(values) / 20)
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight)
-    return averages
+    """Mean over a centred window of about a twentieth of the run."""
+    half = len(values) // 40
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def blank_figure(width: float, height: float) -> Figure:

@@ -145,7 +145,7 @@ def main() -> None:
     to_video, to_motion = scores.maps(model, codec, real)
     there, back, chance = frame_share(to_video), latent_share(to_motion), 1 / to_video.shape[-1]
     print_table(numbers)
-    print(f"\n4:1 attention, chance {chance:.2f}")
+    print(f"\nattention on its own latent, or own frames, chance {chance:.2f}")
     for layer in range(len(there)):
         print(f"layer {layer}    motion→video {there[layer]:.3f}    video→motion {back[layer]:.3f}")
     if args.json:

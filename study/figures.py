@@ -68,7 +68,8 @@ def tasks(path: Path, weights: Path) -> None:
     columns += [titled(motion, "motion →"), titled(video, "video")]
     video, motion = sampled(backbone, Task.VIDEO_TO_MOTION, caption)
     columns += [titled(video, "video →"), titled(motion, "motion")]
-    gap = torch.tensor(pictures.PAPER, dtype=torch.uint8).expand(*columns[0].shape[:2], 10, 3)
+    line = [pictures.PAPER] * 11 + [pictures.FAINT] * 2 + [pictures.PAPER] * 11  # between two tasks
+    gap = torch.tensor(line, dtype=torch.uint8).expand(*columns[0].shape[:2], -1, 3)
     columns.insert(4, gap)
     columns.insert(2, gap)
     pictures.write_video(path, torch.cat(columns, dim=2), puppet.FPS)

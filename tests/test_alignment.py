@@ -32,7 +32,7 @@ by_grid_and_head = [(grid, head_dim) for grid in GRIDS for head_dim in (64, 128)
 # ---------------------------------------------------------------- the clock
 
 
-def test_a_latent_holds_its_first_frame_or_four():
+def test_latent_0_holds_one_frame_and_the_others_four():
     # The codec is causal: catches floor(f/4), which would be one early for three frames of four.
     frames = torch.arange(FRAMES)
     assert latent_of(frames).tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]

@@ -211,10 +211,10 @@ def test_a_batch_is_its_samples(model, task):
 def test_autocast_leaves_the_noise_level_in_fp32(model):
     call = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        level, context = model.video.context(call["t_video"], call["text"], None)
+        temb, context = model.video.context(call["t_video"], call["text"], None)
         low = model(**call)
     exact = model.video.context(call["t_video"], call["text"], None)
-    assert torch.equal(level, exact[0]) and torch.equal(context.level, exact[1].level)
+    assert torch.equal(temb, exact[0]) and torch.equal(context.timestep_proj, exact[1].timestep_proj)
     for u, v in zip(low, model(**call), strict=True):
         assert (u - v).std() < 0.05 * v.std()
 

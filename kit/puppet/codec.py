@@ -1,4 +1,4 @@
-"""A tiny linear video codec, fitted to the puppet's clips, with the geometry of Wan's VAE."""
+"""A tiny linear video codec, fitted to the puppet's clips, with the geometry of Wan2.1's VAE."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ RIDGE = 1e-5  # of a latent's variance
 
 
 class Codec:
-    """A linear video codec with the geometry of Wan's VAE: 4x in time, 8x in space, first frame alone.
+    """A linear video codec with the geometry of Wan2.1's VAE: 4x in time, 8x in space, first frame alone.
 
     A latent frame is the principal components of 4 frames of 8x8 pixels; decoding reads a latent and its
     eight neighbours, which removes the blocks' edges. The components are not whitened: one number scales
