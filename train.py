@@ -211,7 +211,7 @@ def train(args: argparse.Namespace) -> None:
                 held if args.validate_every else [], model, now.stage, geometry.frames, codec, device
             )
         if held_out and step % args.validate_every == 0:
-            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, chunk, bf16, log)
+            validation.watch(args.out, step, now.stage, model, ema, held_out, codec, chunk, bf16, log, shift)
 
         # this rank's clips through flow.loss; gradients averaged over the ranks
         start = time.perf_counter()
@@ -241,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
         if failed:
             writer.wait()  # raises the error
         if held_out and done == len(steps):  # before the checkpoint: a run killed here repeats the step
-            validation.watch(args.out, done, now.stage, model, ema, held_out, codec, chunk, bf16, log)
+            validation.watch(args.out, done, now.stage, model, ema, held_out, codec, chunk, bf16, log, shift)
         ended = now.index + 1 == now.steps  # of the stage: its weights become RUN/stage-N.safetensors
         if stop or ended or done % args.save_every == 0:
             record = kept | run.record(done, now.stage, ended, settings)

@@ -33,7 +33,7 @@ from kit.distributed import World, gathered
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 DONE = "done.json"
-PATTERN = "step-*"
+PATTERN = "step-" + 8 * "[0-9]"  # what else is there is the user's
 
 
 class Checkpoint(NamedTuple):
@@ -138,6 +138,7 @@ class Writer:
         self.thread.submit(int).result()  # starts it now; threads that torch starts later use one thread, too
         self.pending: Future | None = None
         if world.rank == 0:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)  # an error now, not after hours
             for left in (run / "checkpoints").glob("." + PATTERN):
                 shutil.rmtree(left)
 

@@ -25,6 +25,8 @@ STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 CPU_CLIPS = 8  # clips of a microbatch on a CPU
+LIKE_CLIPS = 64  # of the data, compared with what weights were trained on
+UNLIKE = 4.0  # times the mean square of motion that weights were trained on
 # what an ablation changes in the network's configuration; the first two change positions, no weights
 CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
@@ -53,6 +55,8 @@ def stage_steps(kind: str, stage: int | None, steps: int | None, one_stage: bool
     """Steps of each stage: the defaults, or `steps` in all, in the same proportions."""
     usual = STEPS[kind]
     if stage is not None:
+        if one_stage and stage == 1:
+            raise ValueError("--ablate one-stage leaves stage 1 out: leave --stage 1 out, or the ablation")
         if stage not in usual and not steps:
             raise ValueError("--stage 0 tunes a Wan on video: say for how many --steps")
         return {stage: steps or usual[stage]}
@@ -122,6 +126,8 @@ def open_data(
         )
     if wan and body:
         raise ValueError("--body: a cache has its own body; leave the option out")
+    if body and not specs:
+        raise ValueError("--body is the body of --data: add that, or leave --body out")
     own_body = Body.load(body) if body else puppet.body()
     geometry = cached_geometry(specs[0], frames) if wan else geometry_of(None, frames)
     sources = open_sources(specs or ["puppet"], geometry, own_body, wan=bool(wan), rank=rank)
@@ -173,12 +179,25 @@ def build(
             state = model.state_dict()
             model = DualDiT(dataclasses.replace(model.config, **CHANGES[ablate]))
             model.load_state_dict({name: state[name] for name in model.state_dict()})
+        if recipe.get("stage") in (1, 2) and 0 in stages and (1 in stages or 2 in stages):
+            raise ValueError(
+                f"{init} has a trained motion expert, which would be overwritten after stage 0: "
+                "go on with --stage 2 (or 1), or tune its video with --stage 0"
+            )
         if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
         for p in model.parameters():  # copies: with a file's alignment sums would differ in the last bits
             p.data = p.data.clone()
-        if not init:
-            mean, std = batches.statistics(sources, seed)
+        if init:
+            mean, std = batches.statistics(sources, seed, LIKE_CLIPS)
+            square = ((mean - model.motion_mean) ** 2 + std**2) / model.motion_std**2
+            if square.mean() > UNLIKE and world.rank == 0:
+                print(
+                    f"{init} was trained on other motion: normalised as that was, this has a mean square of "
+                    f"{square.mean():.0f} instead of 1. Let its stage 1 see such motion too"
+                )
+        else:
+            mean, std = batches.statistics(sources, seed, batches.STATISTICS_CLIPS)
             model.motion_mean.copy_(mean)
             model.motion_std.copy_(std)
     for source in sources if folder else ():
@@ -233,7 +252,7 @@ def export(out: Path, file: Path, dtype: torch.dtype) -> None:
     if not found:
         raise FileNotFoundError(f"nothing to export: no checkpoint in {out}; point --out at a run")
     # the record of an earlier export may be replaced, other files may not
-    if file == summary or (summary.exists() and "hours" not in summary.read_text()):
+    if file == summary or (summary.exists() and '"hours":' not in summary.read_text()):
         raise ValueError(f"{summary} is where the record of the weights would go: choose another FILE")
     checkpoints.export(found.folder, file, dtype)
     lines = monitor.read_log(out / "metrics.jsonl")

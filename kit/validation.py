@@ -105,6 +105,7 @@ def watch(
     chunk: int,
     bf16: bool,
     log: Log | None,
+    shift: float,
 ) -> None:
     """Losses of the averaged weights, and for the puppet a picture in RUN/samples; only rank 0 has a log."""
     tasks = flow.STAGES[stage]
@@ -112,7 +113,7 @@ def watch(
         losses = validate(model, held, tasks, chunk, bf16)
         if codec:
             path = run / "samples" / f"step-{step:08}.png" if log else None
-            picture(path, model, held, tasks, codec, bf16)
+            picture(path, model, held, tasks, codec, bf16, shift)
     if log:
         log.validation(step, losses)
 
@@ -142,8 +143,9 @@ def validate(
 
 @torch.no_grad()
 def picture(
-    path: Path | None, model: DualDiT, held: HeldOut, tasks: Sequence[Task], codec: puppet.Codec, bf16: bool
-) -> None:
+    path: Path | None, model: DualDiT, held: HeldOut, tasks: Sequence[Task], codec: puppet.Codec, bf16: bool,
+    shift: float,
+) -> None:  # fmt: skip
     """A contact sheet of the first held-out sample: real, and as each task generates it; None: no file."""
     rows, titles = [], []
 
@@ -156,7 +158,7 @@ def picture(
             rows.append(pictures.draw_skeleton(joints, puppet.project, PICTURE))
             titles.append(f"{title}: motion")
 
-    one, how = held.rows(0, 1), PUPPET_DEFAULTS._asdict()
+    one, how = held.rows(0, 1), PUPPET_DEFAULTS._replace(shift=shift)._asdict()
     del how["redraw"]  # motion to video is a picture of its own
     show("held out", one.video, one.motion)
     for task in tasks:

@@ -83,10 +83,13 @@ class Plan(NamedTuple):
     runs: Path
     out: Path
     device: str
-    # how the run was trained
+    # how the run was trained, and so the networks
     stages: dict[int, int]  # steps
     batch: int
     frames: int | None  # of clips; None: growing clips
+    lr: float | None  # None: train.py's default
+    shift: float | None
+    precision: str
     compile: bool
 
     def stage(self, stage: int) -> Path:
@@ -105,7 +108,10 @@ def check_start(folder: Path) -> dict[str, object]:
     steps = train.stage_steps("puppet", None, options["steps"], False)
     if not ended(folder, sum(steps.values())):
         raise ValueError(f"{folder} has not ended: go on with `python train.py --out {folder} --resume`")
-    return {"stages": steps} | {name: options[name] for name in ("batch", "frames", "compile")}
+    if other := [name for name in ("wan", "data", "body") if options[name]]:
+        raise ValueError(f"{folder} was trained with --{other[0]}: expected a run on the puppet's own clips")
+    as_trained = ("batch", "frames", "lr", "shift", "precision", "compile")
+    return {"stages": steps} | {name: options[name] for name in as_trained}
 
 
 def ended(run: Path, steps: int) -> bool:
@@ -155,7 +161,11 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         return plan.start / "weights.safetensors"  # the run itself
     options = {"init": str(plan.stage(network.start)), "stage": network.stage, "steps": steps}
     options |= {"batch": plan.batch, "frames": network.frames or plan.frames, "ablate": network.ablate}
+    options |= {"lr": plan.lr, "shift": plan.shift, "precision": plan.precision}
     options |= {"seed": seed + 1}  # not 0: the run's stages were trained on those clips
+    init, trained_from = digests([plan.stage(network.start)])[0], out / "init"
+    if trained_from.is_file() and trained_from.read_text() != init:
+        raise ValueError(f"{out} was trained from other weights of {plan.start}: choose another --runs")
     if (out / "run.json").is_file():
         found = json.loads((out / "run.json").read_text())["options"]
         if other := {key: found[key] for key, value in options.items() if found[key] != value}:
@@ -167,6 +177,8 @@ def trained(name: str, seed: int, plan: Plan) -> Path:
         for key, value in options.items():
             command += [] if value is None else [f"--{key}", str(value)]
         command += ["--compile"] * plan.compile
+        out.mkdir(parents=True, exist_ok=True)
+        trained_from.write_text(init)
         print(f"{name}, seed {seed}: {steps} steps", flush=True)
         code = subprocess.run(command).returncode
         if code or not ended(out, steps):
@@ -258,6 +270,7 @@ def table(rows: str, plan: Plan, steps: int | None = None) -> None:
     """
     part = f"{rows}-{steps}" if steps else rows
     sampling = {"steps": steps} if steps else {}
+    sampling |= {"shift": plan.shift} if plan.shift else {}
     real = real_clips(plan.clips)
     of = {
         "table1": lambda video, _: scores.of_video(video, real),

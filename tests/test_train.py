@@ -359,6 +359,15 @@ def test_watching_a_run_changes_nothing_in_it(whole, tiny_weights, tmp_path):
     assert pictures == [f"step-{step:08}.png" for step in expected]
 
 
+def test_pictures_are_sampled_with_the_shift_of_training(tmp_path, tiny_weights, monkeypatch):
+    shifts = []
+    listen = lambda model, video, motion, *_, shift, **__: shifts.append(shift) or (video, motion)
+    monkeypatch.setattr(flow, "sample", listen)
+    plan = ("--stage", 0, "--steps", 1, "--frames", 5, "--batch", 1, "--shift", 3)
+    run_train(tmp_path, "--init", tiny_weights, *plan, "--validate-every", 1)
+    assert shifts == [3.0, 3.0]
+
+
 def test_a_run_that_died_in_its_last_validation_has_it_after_a_resume(tmp_path, tiny_weights, monkeypatch):
     # catches a last checkpoint from which a run is over before it was measured
     call = (tmp_path / "run", "--init", tiny_weights, "--stage", 2, "--steps", 2, "--batch", 1)
@@ -508,6 +517,8 @@ MISUSE = {
     "two streams in one": (("--ablate", "single-stream"), "single-stream has one set of weights: start from"),
     "no such weights": (("--init", "missing.safetensors"), r"missing\.safetensors"),
     "a body of no use": (("--wan", "folder", "--data", "cache:x", "--body", "x"), "--body: a cache"),
+    "a body without data": (("--body", "x"), "--body is the body of --data"),
+    "an ablation's missing stage": (("--stage", 1, "--ablate", "one-stage"), "one-stage leaves stage 1 out"),
     "Wan without data": (("--wan", "folder"), "--wan trains on latents"),
 }
 
@@ -536,6 +547,27 @@ def test_weights_of_one_ablation_do_not_become_another(verb, ablations, tmp_path
             refused(verb, tmp_path / "run", f"trained with --ablate {name}: add that", *init, *given)
         call = ("--stage", 2, "--steps", 1, "--batch", 1, "--frames", 5, "--ablate", name, *init, *PLAIN)
         assert verb(train, *call, "--out", tmp_path / name).code == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--ablate", "one-stage")])
+def test_a_trained_motion_expert_is_not_overwritten_by_all_stages(verb, tmp_path, arguments):
+    for stage in (1, 2):
+        init = weights_of(tmp_path / f"{stage}.safetensors", stage)
+        words = f"{stage}.safetensors has a trained motion expert, .* --stage 2"
+        refused(verb, tmp_path / "run", words, "--init", init, *arguments)
+
+
+def test_weights_trained_on_other_motion_are_told(tmp_path, tiny_weights, capsys):
+    # catches metres away from the camera that are read as hundreds of deviations, without a word
+    plan = ("--stage", 1, "--steps", 1, "--frames", 5, "--batch", 1)
+    run_train(tmp_path / "same", "--init", tiny_weights, *plan)
+    assert "other motion" not in capsys.readouterr().out
+    model, codec = weights.load_weights(tiny_weights)
+    model.motion_mean += 10 * model.motion_std
+    weights.save_weights(tmp_path / "other.safetensors", TINY, model.state_dict(), codec)
+    run_train(tmp_path / "other", "--init", tmp_path / "other.safetensors", *plan)
+    said = capsys.readouterr().out
+    assert re.search(r"other\.safetensors was trained on other motion: .* of 10\d instead of 1", said)
 
 
 def test_motion_alone_is_refused_before_stage_1_is_trained(verb, tiny_weights, tmp_path, monkeypatch):
@@ -618,3 +650,17 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     checkpoints.Writer(tmp_path, 1, ALONE)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_none(whole, tmp_path):
+    # catches a copy that is resumed from, and then deleted
+    run = tmp_path / "run"
+    shutil.copytree(whole.out, run)
+    kept = shutil.copytree(checkpoints.folder_of(run, 12), run / "checkpoints" / "step-00000012-good")
+    (run / "checkpoints" / "step-99999999.tar").touch()
+    assert checkpoints.newest(run).folder == checkpoints.folder_of(run, 12)
+    shutil.rmtree(checkpoints.folder_of(run, 12))
+    run_train(run, *RUN, "--resume", "--keep", 1)
+    assert contents(kept) and sorted((run / "checkpoints").glob("step-*"))[-2:] == [
+        kept, run / "checkpoints" / "step-99999999.tar",
+    ]  # fmt: skip

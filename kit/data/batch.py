@@ -103,11 +103,11 @@ def _gather(
     )
 
 
-def statistics(sources: Sequence[Source], seed: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (235,) of motion, from 2,048 samples, mixed as in training."""
-    seeds = torch.randint(2**62, (STATISTICS_CLIPS,), generator=rng("statistics", seed)).tolist()
+def statistics(sources: Sequence[Source], seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (235,) of motion, from so many samples, mixed as in training."""
+    seeds = torch.randint(2**62, (count,), generator=rng("statistics", seed)).tolist()
     drawn = []
-    for position in range(STATISTICS_CLIPS):
+    for position in range(count):
         j, number = locate(sources, seed, position)
         drawn.append((j, seeds[position] if number is None else number))
     frames = min(source.frames for source in sources)

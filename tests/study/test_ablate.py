@@ -24,9 +24,9 @@ from study.ablate import NETWORKS
 def plan(tiny_weights, tmp_path) -> ablate.Plan:
     """From what train.py leaves of a run of all stages."""
     start = tmp_path / "run"
-    write_record(
-        start / "run.json", {"ablate": None, "steps": 12, "batch": 2, "frames": None, "compile": True}
-    )
+    options = {"steps": 12, "batch": 2, "frames": None, "lr": 1e-3, "shift": 2.0, "precision": "fp32"}
+    options |= {"wan": None, "data": None, "body": None, "ablate": None, "compile": True}
+    write_record(start / "run.json", options)
     for name in ("stage-0", "stage-1", "weights"):
         shutil.copy(tiny_weights, start / f"{name}.safetensors")
     where = tmp_path / "runs", tmp_path / "results.json"
@@ -65,7 +65,8 @@ def test_ablations_differ_in_one_thing(trainings, plan):
     changes = [{name for name, value in other.items() if value != base[name]} for other in others]
     assert changes == [{"ablate"}, {"ablate"}, {"ablate", "init"}, {"ablate", "init"}]
     one_stage, single_stream = others[2:]
-    assert base["compile"] == "True"  # as the run was
+    as_the_run = {"compile": "True", "lr": "0.001", "shift": "2.0", "precision": "fp32"}
+    assert as_the_run.items() <= base.items()
     assert one_stage["init"] == single_stream["init"] == str(plan.stage(0))
     assert base["init"] == str(plan.stage(1))
 
@@ -105,6 +106,9 @@ def test_a_network_is_trained_once_and_only_taken_for_what_it_is(trainings, plan
     assert len(trainings) == 2
     with pytest.raises(ValueError, match=r"trained with \{'steps': 500\}, expected .*choose another --runs"):
         ablate.trained("unsynced", 3, plan._replace(steps=9))
+    plan.stage(1).write_bytes(b"of another run")
+    with pytest.raises(ValueError, match=r"unsynced-3 was trained from other weights of .*run: choose"):
+        ablate.trained("unsynced", 3, plan)
 
 
 @pytest.mark.parametrize(("code", "saved"), ((2, True), (0, False)), ids=("fails at its end", "SIGTERM"))
@@ -120,7 +124,15 @@ def test_training_that_fails_or_stops_ends_the_work(code, saved, plan, monkeypat
         ablate.trained("collision", 0, plan)
 
 
-def test_a_start_without_its_stages_is_refused(plan):
+def test_a_start_without_its_stages_or_on_other_data_is_refused(plan):
+    record = json.loads((plan.start / "run.json").read_text())
+    for name in ("data", "body"):
+        write_record(plan.start / "run.json", record["options"] | {name: "mine"})
+        with pytest.raises(
+            ValueError, match=f"run was trained with --{name}: expected a run on the puppet's"
+        ):
+            ablate.check_start(plan.start)
+    write_record(plan.start / "run.json", record["options"])
     (plan.start / "checkpoints" / "step-00000004").mkdir(parents=True)
     with pytest.raises(ValueError, match="has not ended"):
         ablate.check_start(plan.start)
@@ -133,10 +145,11 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):  # little work that shows everything
         monkeypatch.setattr(scores, name, number)
     monkeypatch.setattr(scores, "PUPPET_DEFAULTS", scores.PUPPET_DEFAULTS._replace(steps=1))
-    asked, generate = [], scores.generate
+    asked, shifts, generate = [], set(), scores.generate
 
     def listen(*given, **sampling):
         asked.append((given[3], sampling["redraw"], sampling.get("steps")))
+        shifts.add(sampling["shift"])
         return generate(*given, **sampling)
 
     monkeypatch.setattr(scores, "generate", listen)
@@ -171,7 +184,7 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
         joint, redrawn, video = ((*way, steps) for way in ways)
         echomotion = [joint] * 2 + [redrawn] * 2
         table1 += [video, *echomotion, *[video] * 4, *echomotion, *[video] * 2]
-    assert asked[-30:] == table1
+    assert asked[-30:] == table1 and shifts == {plan.shift}  # of training
     # catches work done again, and old numbers kept beside new weights
     measured = []
     for _ in range(2):

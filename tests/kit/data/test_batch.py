@@ -50,7 +50,7 @@ def test_the_puppets_statistics_stay_what_they_were(monkeypatch):
     sources = open_sources(["puppet"], PUPPET, puppet.body())
     seeds = torch.randint(2**62, (64,), generator=rng("statistics", 7)).tolist()
     expected = motion_statistics(puppet_motion(puppet.clips(seeds)))
-    for found, value in zip(batches.statistics(sources, 7), expected, strict=True):
+    for found, value in zip(batches.statistics(sources, 7, batches.STATISTICS_CLIPS), expected, strict=True):
         torch.testing.assert_close(found, value, atol=0, rtol=0)
 
 
@@ -138,6 +138,6 @@ def test_text_is_a_caption_of_its_own_sample_padded_with_zeros():
 def test_statistics_are_of_all_sources_in_their_shares():
     # catches the first data set's statistics taken for all
     sources = [numbered(64, weight=3), numbered(64, weight=1, offset=1000)]
-    mean, std = batches.statistics(sources, 0)
+    mean, std = batches.statistics(sources, 0, batches.STATISTICS_CLIPS)
     torch.testing.assert_close(mean, torch.full((235,), 31.5 + 250))
     torch.testing.assert_close(std, torch.full((235,), 433.5), atol=1, rtol=0)

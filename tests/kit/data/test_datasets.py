@@ -152,7 +152,7 @@ def test_every_kind_of_data_trains_the_puppet(tmp_path, amass, humanml3d, monkey
     kinds = ["puppet@1", "puppet:5@1", f"amass:{amass}@1", f"humanml3d:{humanml3d}+{amass}@1"]
     sources = open_sources([*kinds, f"clips:{tmp_path / 'clips'}@1"], PUPPET, puppet.body())
     assert [source.count for source in sources] == [None, 5, 5, 2, 3]
-    mean, std = batches.statistics([sources[1]], 0)
+    mean, std = batches.statistics([sources[1]], 0, 2048)
     where = {"seed": 0, "batch": 24, "device": CPU, "codec": small_codec()}
     first, second = (
         batches.read(sources, mean, std, [batches.Wanted(stage, 0, 9, range(24))], **where)[0]
