@@ -25,8 +25,8 @@ STEPS = {"puppet": {0: 3500, 1: 1200, 2: 11_300}, "wan": {1: 15_000, 2: 12_000}}
 # Only long ones teach the 4:1 alignment.
 CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on, frames)
 CPU_CLIPS = 8  # clips of a microbatch on a CPU
-LIKE_CLIPS = 64  # of the data, compared with what weights were trained on
-UNLIKE = 4.0  # times the mean square of motion that weights were trained on
+LIKE_CLIPS = 64  # of the data, to compare with what --init was trained on
+UNLIKE = 4.0  # mean square of normalised motion, from which on it is other motion
 # what an ablation changes in the network's configuration; the first two change positions, no weights
 CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
@@ -188,18 +188,12 @@ def build(
             wan.copy_video_to_motion(model)
         for p in model.parameters():  # copies: with a file's alignment sums would differ in the last bits
             p.data = p.data.clone()
-        if init:
-            mean, std = batches.statistics(sources, seed, LIKE_CLIPS)
-            square = ((mean - model.motion_mean) ** 2 + std**2) / model.motion_std**2
-            if square.mean() > UNLIKE and world.rank == 0:
-                print(
-                    f"{init} was trained on other motion: normalised as that was, this has a mean square of "
-                    f"{square.mean():.0f} instead of 1. Let its stage 1 see such motion too"
-                )
-        else:
+        if not init:
             mean, std = batches.statistics(sources, seed, batches.STATISTICS_CLIPS)
             model.motion_mean.copy_(mean)
             model.motion_std.copy_(std)
+        elif world.rank == 0:
+            compare_motion(init, model, sources, seed)
     for source in sources if folder else ():
         if source.paired:
             channels = source.read([0], 1, True, None, torch.device("cpu")).latents.shape[1]
@@ -208,6 +202,17 @@ def build(
                 raise ValueError(f"{has}: cache the data with this Wan")
     codec = None if folder else puppet.Codec.from_state({k: v.to(world.device) for k, v in extra.items()})
     return model, codec
+
+
+def compare_motion(init: Path, model: DualDiT, sources: Sequence[Source], seed: int) -> None:
+    """Print a warning if the data's motion is far from what the weights in `init` were trained on."""
+    mean, std = batches.statistics(sources, seed, LIKE_CLIPS)
+    square = (((mean - model.motion_mean) ** 2 + std**2) / model.motion_std**2).mean()  # 1 if it is alike
+    if square > UNLIKE:
+        print(
+            f"{init} was trained on other motion: normalised as that was, this has a mean square of "
+            f"{square:.0f} instead of 1. Let its stage 1 see such motion too"
+        )
 
 
 # ---------------------------------------------------------------- records
