@@ -27,9 +27,7 @@ def options() -> argparse.Namespace:
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what
-    add(
-        "--task", choices=jobs.TASKS, help="default: joint; of the puppet without --prompts, also m2v and v2m"
-    )
+    add("--task", choices=jobs.TASKS, help="default: joint; without --prompts or --wan also m2v and v2m")
     add("--prompt", metavar="TEXT", help="an empty one means no text")
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line: makes each missing PROMPT-INDEX.mp4")
     add("--count", type=files.count, default=1, metavar="N", help="of each prompt; seeds SEED, SEED+1, ...")
