@@ -38,7 +38,7 @@ def options() -> argparse.Namespace:
     common = files.Parser(add_help=False)
     # SUPPRESS: without it the default would replace a --json given before the verb
     what = "write the figures there"
-    common.add_argument("--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=what)
+    common.add_argument("--json", type=files.new_file, metavar="FILE", default=argparse.SUPPRESS, help=what)
     about = __doc__.splitlines()[0]
     parser = files.Parser(prog="python -m bench", parents=[common], description=about)
     verbs = parser.add_subparsers(dest="what", metavar="puppet, gpu, plan")

@@ -16,7 +16,7 @@ from torch import Tensor
 from dual_dit import DualDiT
 from kit import devices, puppet, wan, weights
 from kit.body import Body
-from kit.geometry import PUPPET, Geometry, geometry_of
+from kit.geometry import Geometry, geometry_of
 from kit.pictures import Project
 
 
@@ -59,7 +59,6 @@ def open_backbone(
     """
     file = file or (None if folder else SHIPPED)
     trained = weights.read_header(file)[1] if file else {}
-    defaults = as_trained(WAN_DEFAULTS if folder else PUPPET_DEFAULTS, trained)
     own = Body.load(body) if body else puppet.body()
     known = trained.get("body") or (own if folder else puppet.body()).digest
     if known != own.digest:
@@ -68,8 +67,7 @@ def open_backbone(
         given = {"frames": frames, "size": size, "fps": fps, "precision": precision}
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"--{wrong[0]} is for --wan; the puppet has one size and one rate")
-        geometry = geometry_of(None, trained.get("frames"))
-        return puppet_backbone(file, device)._replace(body=own, geometry=geometry, defaults=defaults)
+        return puppet_backbone(file, device)._replace(body=own)
     if file:
         check_weights(file, folder)
     if not body:
@@ -91,7 +89,7 @@ def open_backbone(
 
     return Backbone(
         geometry_of(folder, frames, size, fps),
-        defaults,
+        as_trained(WAN_DEFAULTS, trained),
         False,
         own,
         lambda: wan.TextEncoder(folder, dtype, device),
@@ -104,10 +102,11 @@ def open_backbone(
 def puppet_backbone(file: Path, device: str) -> Backbone:
     """The embedded world with trained weights; its network is small enough to stay in memory."""
     model, extra = weights.load_weights(file, device)
+    _, trained = weights.read_header(file)
     codec = puppet.Codec.from_state(extra)
     return Backbone(
-        PUPPET,
-        PUPPET_DEFAULTS,
+        geometry_of(None, trained.get("frames")),
+        as_trained(PUPPET_DEFAULTS, trained),
         devices.has_bf16_units(torch.device(device)),  # as it was trained and measured
         puppet.body(),
         lambda: puppet.encode_text,

@@ -123,6 +123,13 @@ def finite(text: str) -> float:
     return number
 
 
+def new_file(text: str) -> Path:
+    """An option that names a file to write: its folder must exist, before hours of work."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return Path(text)
+
+
 def device(text: str) -> str:
     """An option that names a device of this machine: cpu, cuda or cuda:N."""
     gpus = [f"cuda:{gpu}" for gpu in range(torch.cuda.device_count())]

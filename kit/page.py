@@ -1,6 +1,7 @@
 """Samples as an offline HTML page: video, a skeleton to turn, and what motion tokens attend to."""
 
 import base64
+import functools
 import io
 import json
 import math
@@ -45,8 +46,9 @@ def write_page(path: Path, samples: list[PageSample], total: int) -> None:
     """
     head = JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
+    drawn = functools.cache(lambda i, rung: described(samples[i], *rung))
     for shown, rung in product(range(len(samples), 0, -1), RUNGS):
-        page["samples"] = [described(sample, *rung) for sample in samples[:shown]]
+        page["samples"] = [drawn(i, rung) for i in range(shown)]
         data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # a prompt may hold </script>
         html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
         if len(html) < LIMIT:

@@ -124,8 +124,8 @@ def options() -> argparse.Namespace:
     what = "generate the video of a joint sample once more, from its motion"
     add("--redraw", action=argparse.BooleanOptionalAction, default=usual.redraw, help=what)
     add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there")
-    add("--attention", type=Path, metavar="FILE.png", help="draw the attention maps there")
+    add("--json", type=files.new_file, metavar="FILE", help="write the numbers there")
+    add("--attention", type=files.new_file, metavar="FILE.png", help="draw the attention maps there")
     return parser.parse_args()
 
 

@@ -40,7 +40,7 @@ TILE = 128  # pixels of a frame
 
 def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor]:
     """Frames (f h w 3) of a sample's video and of its skeleton; its condition, if any, is CONDITION_CLIP."""
-    clip, codec = puppet.clips([CONDITION_CLIP]), backbone.codec()
+    clip, codec = puppet.clips([CONDITION_CLIP], backbone.geometry.frames), backbone.codec()
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
     inputs = backbone.transformer(), task, *text, 0, backbone.geometry.grid, latents, puppet_motion(clip)

@@ -123,7 +123,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--fps", type=files.positive, metavar="F", help="default: as trained")
     add("--steps", type=files.count, metavar="N", help="solver steps; default: 50")
     add("--device", type=files.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there")
+    add("--json", type=files.new_file, metavar="FILE", help="write the numbers there")
     return parser.parse_args(arguments)
 
 

@@ -136,8 +136,7 @@ def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | Non
         made = cache.open_cache(args.out)
     except FileNotFoundError:  # another rank is not done yet
         return None
-    rejected = data.problems + made.rejected
-    print(*rejected, f"{args.out}: {len(made.samples)} samples, {len(rejected)} rejected", sep="\n")
+    print(*made.rejected, f"{args.out}: {len(made.samples)} samples, {len(made.rejected)} rejected", sep="\n")
     return len(made.samples)
 
 

@@ -93,6 +93,8 @@ def prepare(out: Path, settings: dict) -> None:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
     known = read_settings(out)
     changed = sorted(name for name in known.keys() | settings if known.get(name) != settings.get(name))
+    if {"names", "items"} & set(changed) and known["data"] == settings["data"]:
+        raise ValueError(f"{known['data']} lists other items than when {out} was made: choose another --out")
     if changed:
         changes = "; ".join(f"{name} was {known.get(name)}, now {settings.get(name)}" for name in changed)
         raise ValueError(f"{out} was made with other settings ({changes}): use the same, or another --out")
@@ -122,7 +124,8 @@ def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank
             continue
         for left in out.glob(f".{file.stem}.*"):  # files of a killed run
             left.unlink()
-        tensors, samples, rejected = {}, [], []
+        tensors, samples = {}, []
+        rejected = list(data.problems) if file == files[0] else []
         sources = [hashes(data, item) for item in part]  # before they are read
         for item in part:
             for name, captions, encoded in read_item(data, item, made, rejected):

@@ -54,7 +54,9 @@ def open_sources(
     weights = [weight for *_, weight in parsed]
     endless = ("puppet", "") in [(kind, where) for kind, where, _ in parsed]
     if len(specs) > 1 and None in weights and (endless or any(weights)):
-        raise ValueError(f"{', '.join(specs)}: state the weight of every data set, such as {specs[0]}@1")
+        raise ValueError(
+            f"{', '.join(specs)}: state the weight of every data set, such as {specs[weights.index(None)]}@1"
+        )
     sources = []
     for spec, (kind, where, weight) in zip(specs, parsed, strict=True):
         if wan and kind != "cache":

@@ -86,7 +86,7 @@ class Codec:
     def from_state(cls, state: dict[str, Tensor]) -> "Codec":
         if missing := sorted({"encode", "decode", "mean", "scale"} - state.keys()):
             raise ValueError(
-                f"no puppet codec in these weights, {missing} missing: for a real Wan add --wan FOLDER"
+                f"no puppet codec in these weights, {missing} missing: a Wan's need sample.py --wan FOLDER"
             )
         return cls(**state)
 

@@ -232,7 +232,7 @@ class TextEncoder:
 def fingerprint(folder: Path) -> str:
     """Identifies a model without reading all of it: a hash of every file's name, size and last 64 kB."""
     found = hashlib.blake2b(digest_size=16)
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+    for file in sorted(path for path in folder.glob("[!.]*") if path.is_file()):
         size = file.stat().st_size
         with file.open("rb") as content:
             content.seek(max(0, size - 65536))

@@ -49,6 +49,12 @@ def test_evaluate_writes_every_measure_with_its_error_and_draws_the_maps(
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("option", ["--json", "--attention"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(verb, tmp_path, option):
+    ended = verb(evaluate, option, tmp_path / "none" / "a")
+    assert ended.code == 2 and f"{option}: expected a file in a folder that exists" in ended.err
+
+
 def test_real_clips_are_as_good_as_real(few):
     # catches a measure that would not give a perfect network its due
     real = scores.held_out(4)

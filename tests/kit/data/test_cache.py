@@ -198,7 +198,7 @@ def test_a_shard_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_bad_item_leaves_no_sample_and_its_reason(tmp_path):
     write(tmp_path / "a", made_up(bad=(3, 16)))
     made = cache.open_cache(tmp_path / "a")
-    assert made.rejected == ["clip 3 is bad", "clip 16 is bad"]
+    assert made.rejected == ["line 7: empty", "clip 3 is bad", "clip 16 is bad"]
     names = [name for _, _, name, _ in made.samples]
     assert len(names) == COUNT * 3 // 2 - 3 and not {"clip 3", "clip 16"} & set(names)
     for number, (_, _, name, captions) in enumerate(made.samples):
@@ -333,12 +333,17 @@ def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
     ]
     clip_folder.write_metadata(folder, [("0.mp4", "text", "motions/0.npz")])
     assert compared()[0] == f"{spec} lists other items now: cache it again, into another --out"
+    data = open_dataset(spec, FAKE, puppet.body())
+    with pytest.raises(ValueError, match=r"lists other items than when .* was made: choose another --out"):
+        cache.prepare(out, settings(data, data=spec, names=cache.hash_of_names(data)))
     shutil.rmtree(folder)
     assert compared()[0].startswith("not compared with what it was made of: no folder")
 
 
 def test_a_cache_of_other_encoders_is_refused(folder, made, verb, tmp_path):
     # catches features of two text encoders, or latents of two VAEs, in one cache: their files are as large
+    (folder / "vae" / ".DS_Store").touch()  # no part of a Wan
+    assert verb(commands, *arguments(folder, made)).code == 0
     for part in ("vae", "text_encoder"):
         other = shutil.copytree(folder, tmp_path / part)
         file = next((other / part).glob("*.safetensors"))

@@ -202,7 +202,7 @@ def test_bad_files_are_told_of_before_training(tmp_path, capsys):
         (["cache:x"], False, "holds Wan's latents"),
         (["cache:x"], True, "expected what `python -m kit.data cache` wrote"),
         (["puppet", "puppet:3"], False, "state the weight of every data set, such as puppet@1"),
-        (["puppet:9", "puppet:3@2"], False, "state the weight of every data set, such as puppet:9@1"),
+        (["puppet:3@2", "puppet:9"], False, "state the weight of every data set, such as puppet:9@1"),
     ],
 )
 def test_what_cannot_be_trained_on(specs, wan, reason):
