@@ -9,7 +9,8 @@ import clip_folder
 import pytest
 import torch
 from conftest import contents, run_main
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from kit import puppet
 from kit.data import __main__ as commands
@@ -209,6 +210,21 @@ def test_a_bad_item_leaves_no_sample_and_its_reason(tmp_path):
         assert len(sample.texts) == captions == min(item % 3, 1)
         for text in sample.texts:  # four tokens of "words of N" and their end
             assert text.shape == (4, 3) and text.all()
+
+
+@pytest.mark.parametrize("what", ["motion", "latents", "text.0"])
+def test_a_sample_that_holds_nan_is_named(tmp_path, what):
+    # catches a check that looks at one kind of tensor only: one such sample would spoil every step it is in
+    write(tmp_path, made_up())
+    assert cache.damaged_samples(cache.open_cache(tmp_path)) == []
+    file = cache.shard_files(tmp_path, COUNT)[0]
+    tensors = load_file(file)
+    with safe_open(file, "pt") as shard:
+        record = shard.metadata()
+    tensors[f"2.{what}"].flatten()[-1] = torch.nan
+    save_file(tensors, file, record)
+    (damaged,) = cache.damaged_samples(cache.open_cache(tmp_path))
+    assert damaged.startswith(f"{file}: sample 2, clip ") and "holds NaN" in damaged
 
 
 def test_motion_alone_is_cached_without_latents(tmp_path):
