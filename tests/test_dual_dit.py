@@ -224,6 +224,14 @@ def test_motion_of_another_length_than_the_video_is_refused(model):
         model(**inputs() | {"motion": torch.zeros(3, 8, MOTION_DIM)})
 
 
+def test_modulation_divides_by_wans_eps():
+    # catches torch's default, 1e-5, which shows where activations are small
+    x, zero = 1e-3 * torch.randn(1, 2, 48), torch.zeros(1, 1, 48)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    exact = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(dual_dit.modulate(x, zero, zero, TINY.eps).double(), exact, atol=1e-4, rtol=0)
+
+
 def test_a_fresh_model_tells_tokens_and_frames_apart():
     # catches embeddings that start at zero: joints share an MLP, and RoPE knows no f mod 4
     encoder = DualDiT(TINY).motion["encoder"]

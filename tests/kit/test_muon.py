@@ -54,3 +54,4 @@ def test_muon_has_the_matrices_within_blocks_and_both_decay():
     assert of_muon == {n for p, n in names.items() if n.startswith("blocks.") and p.ndim == 2}
     assert of_muon | others == {*names.values()} and not of_muon & others
     assert {g["weight_decay"] for o in (muon, adamw) for g in o.param_groups} == {1e-2}
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.98)  # as the shipped weights were trained
