@@ -73,6 +73,11 @@ def test_three_tasks_end_to_end(folder, motion_file, video_file, tmp_path):
                     np.testing.assert_allclose(motion["poses"], asked["poses"][:FRAMES], atol=1e-4)
 
 
+def test_without_a_task_a_wan_makes_a_joint_sample(folder, tmp_path):
+    # catches the puppet's three tasks, whose conditions a Wan lacks
+    assert {"joint.mp4", "joint.npz"} <= run(folder, tmp_path, "--prompt", "a person walks").keys()
+
+
 def test_prompt_seed_and_weights_reach_the_sample(folder, tmp_path):
     model = wan.load_transformer(folder)
     with torch.no_grad():
