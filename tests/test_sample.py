@@ -301,9 +301,8 @@ def test_latents_that_a_user_has_renamed_or_moved_replace_no_other_sample(made, 
         assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", copy).code == 0
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert a.pop("latents/best.safetensors") == b.pop("best.safetensors")
-    assert a == b and a.keys() == {f"best.{suffix}" for suffix in ("mp4", "npz", "bvh", "gif", "png")} | {
-        "index.html"
-    }
+    files = {f"best.{suffix}" for suffix in ("mp4", "npz", "bvh", "gif", "png")}
+    assert a == b and a.keys() == files | {"index.html"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 

@@ -132,9 +132,8 @@ def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
     stated = read(tmp_path / "b.npz", size=None)
     assert torch.equal(stated.motion.transl, found.motion.transl)
     assert torch.equal(stated.intrinsics, found.intrinsics)
-    del fields[
-        "focal_length"
-    ]  # then 4D-Humans' own: catches the shorter side, which squares do not tell apart
+    # 4D-Humans' own lens: catches the shorter side of the picture, which in a square is as long
+    del fields["focal_length"]
     np.savez(tmp_path / "c.npz", box_size=box, **fields)
     assert read(tmp_path / "c.npz", size=(height, width)).intrinsics[0, 0] == 5000 / 256 * width
 
