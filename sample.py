@@ -23,7 +23,8 @@ from motion_tokens import MOTION_DIM
 from rope import FRAMES_PER_LATENT
 
 
-def options() -> argparse.Namespace:
+def options() -> tuple[argparse.Namespace, set[str]]:
+    """The options, and the names of those that were given."""
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what
@@ -57,7 +58,8 @@ def options() -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="default: samples; with --decode, the latents' own")
     add("--mesh", action="store_true", help="also write the body's vertices and faces, NAME-mesh.npz")
     add("--decode", type=Path, metavar="FILE", help="only decode latents that an earlier call has saved")
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args, {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
 def denoise(
@@ -122,7 +124,7 @@ def make(
 
 
 def main() -> None:
-    args = options()
+    args, given = options()
     backbone = open_backbone(
         args.wan, args.weights, args.body, args.frames, args.size, args.fps, args.precision, args.device
     )
@@ -132,9 +134,9 @@ def main() -> None:
     out = args.out or (output.folder_of(args.decode) if args.decode else Path("samples"))
 
     # the samples to make, and their conditions
-    task = args.task or ("joint" if args.wan else None)  # a Wan has no conditions of its own
-    others = args.motion, args.video, args.start, args.loop, args.redraw, args.mesh
-    wanted = jobs.jobs(task, args.prompt, args.prompts, args.count, args.seed, *others)
+    task = args.task or ("joint" if args.wan or args.prompts else None)  # a Wan has no conditions of its own
+    jobs.check_used(task, given, sampling["redraw"])
+    wanted = jobs.jobs(task, args.prompt, args.prompts, args.count, args.seed, args.motion is not None)
     if args.prompts:
         jobs.check_options(out, vars(args))
     todo, made = ([], [args.decode]) if args.decode else jobs.missing(out, wanted)

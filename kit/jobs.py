@@ -24,32 +24,36 @@ DEFAULT_TASKS = ("joint", "m2v", "v2m")  # what a call without --task makes
 PROMPT = "a person in a red shirt waves the left hand"
 CONDITION_CLIP = 7  # the puppet clip that is the condition if no file is given
 FREE = ("prompts", "count", "out", "mesh", "decode", "device")  # may change when a file of prompts is resumed
+WITH_TEXT, WITH_MOTION = ("joint", "m2v", "video"), ("joint", "m2v", "v2m")
+USED_BY = {  # the tasks that use an option
+    "prompt": WITH_TEXT, "prompts": WITH_TEXT, "guidance_text": WITH_TEXT, "mesh": WITH_MOTION,
+    "motion": ("m2v",), "video": ("v2m",), "redraw": ("joint",), "guidance_condition": WITH_MOTION,
+}  # fmt: skip
 LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
 
 
-def jobs(
-    name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int,
-    motion: Path | None, video: Path | None, start: float, loop: bool, redraw: bool | None, mesh: bool,
-) -> list[Job]:  # fmt: skip
-    """The samples that sample.py's options ask for; ValueError where they contradict each other."""
-    if prompt is not None and prompts:
+def check_used(name: str | None, given: set[str], redraw: bool) -> None:
+    """ValueError for options, `given` by name, that contradict each other or do nothing in this call."""
+    if {"prompt", "prompts"} <= given:
         raise ValueError("--prompt and --prompts both say what is made: give one of the two")
-    if motion and name != "m2v":
-        raise ValueError("--motion is the condition of --task m2v: add that, or leave --motion out")
-    if video and name != "v2m":
-        raise ValueError("--video is the condition of --task v2m: add that, or leave --video out")
-    if start and not (motion or video):
+    for option, tasks in USED_BY.items():
+        if option in given and (name or "joint") not in tasks:
+            what = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{what} is for --task {' or '.join(tasks)}: add that, or leave it out")
+    if "guidance_condition" in given and name == "joint" and not redraw:
+        raise ValueError("a joint sample has no condition: add --redraw, or leave --guidance-condition out")
+    if "start" in given and not given & {"motion", "video"}:
         raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
-    if loop and not motion:
+    if "loop" in given and "motion" not in given:
         raise ValueError("--loop says how --motion is read: add that, with --task m2v, or leave --loop out")
-    if redraw is not None and name not in (None, "joint"):
-        raise ValueError("--redraw is for --task joint: leave it out")
-    if mesh and name == "video":
-        raise ValueError("--mesh needs motion, and --task video makes none: leave --mesh out")
-    if name == "v2m" and (prompt or prompts):
-        raise ValueError("video to motion takes no text (equation 6): leave --prompt and --prompts out")
+
+
+def jobs(
+    name: str | None, prompt: str | None, prompts: Path | None, count: int, seed: int, own_motion: bool
+) -> list[Job]:
+    """The samples that sample.py's options ask for; `own_motion`: the motion of m2v is the user's."""
     if prompts:
-        task, seeds, made = TASKS[name or "joint"], defaultdict(lambda: itertools.count(seed)), []
+        task, seeds, made = TASKS[name], defaultdict(lambda: itertools.count(seed)), []
         for file, text in read_prompts(prompts):  # a repeated prompt gets the next seeds
             for i in range(count):
                 made.append(Job(f"{file}-{i}", task, text, next(seeds[text]), pictures=False))
@@ -60,7 +64,7 @@ def jobs(
         if task is Task.VIDEO_TO_MOTION:
             text = ""
         elif text is None and task is Task.MOTION_TO_VIDEO:  # the caption of the puppet's own condition
-            text = "" if motion else puppet.clips([CONDITION_CLIP]).caption[0]
+            text = "" if own_motion else puppet.clips([CONDITION_CLIP]).caption[0]
         elif text is None:
             text = PROMPT
         for i in range(count):

@@ -135,9 +135,11 @@ def test_options_reach_the_sampler_and_the_rest_is_the_puppets(verb, tiny_weight
     call = ("--device", "cpu", "--weights", tiny_weights, "--out", tmp_path, "--task", "joint")
     call += ("--prompt", "a person jumps")
     changed = [f"--{name.replace('_', '-')}={value}" for name, value in CHANGED.items()]
-    assert verb(sample, *call).code == verb(sample, *call, *changed, "--no-redraw").code == 0
-    usual = DEFAULTS | {"solver": "ab2"}
-    assert asked == [(Task.JOINT, usual), (Task.MOTION_TO_VIDEO, usual), (Task.JOINT, DEFAULTS | CHANGED)]
+    for options in ((), changed, ("--no-redraw",)):
+        assert verb(sample, *call, *options).code == 0
+    usual, joint, redrawn = DEFAULTS | {"solver": "ab2"}, Task.JOINT, Task.MOTION_TO_VIDEO
+    expected = [(task, how) for how in (usual, DEFAULTS | CHANGED) for task in (joint, redrawn)]
+    assert asked == [*expected, (joint, usual)]
     expected = puppet.encode_text(["a person jumps", ""]).split(1)
     assert all(torch.equal(x, y) for found in texts for x, y in zip(found, expected, strict=True))
 
@@ -380,15 +382,18 @@ REFUSED = (  # options, and what the message must say
     ("--task m2v --motion good.npz --start 9", "--start 9 is not in it"),
     ("--task m2v --motion good.npz --start 1 --loop", "has one frame from --start on"),
     ("--out good.npz/a", "good.npz"),
-    ("--motion good.npz", "condition of --task m2v"),
-    ("--video good.mp4", "condition of --task v2m"),
+    ("--motion good.npz", "--motion is for --task m2v"),
+    ("--video good.mp4", "--video is for --task v2m"),
     ("--task v2m --start 1", "--start is where in --video or --motion"),
     ("--task m2v --loop", "--loop says how --motion is read"),
     ("--task v2m --video good.mp4 --loop", "--loop says how --motion is read"),
     ("--task m2v --redraw", "--redraw is for --task joint"),
-    ("--task video --mesh", "--mesh needs motion"),
-    ("--task v2m --prompt walks", "video to motion takes no text"),
-    ("--task v2m --prompts p.txt", "video to motion takes no text"),
+    ("--task video --mesh", "--mesh is for --task joint or m2v or v2m: add that"),
+    ("--task v2m --prompt walks", "--prompt is for --task joint or m2v or video"),
+    ("--task v2m --prompts p.txt", "--prompts is for --task joint or m2v or video"),
+    ("--task v2m --guidance-text 2", "--guidance-text is for --task joint or m2v or video"),
+    ("--task video --guidance-condition 2", "--guidance-condition is for --task joint or m2v or v2m"),
+    ("--task joint --no-redraw --guidance-condition 2", "a joint sample has no condition: add --redraw"),
     ("--prompt '' --prompts p.txt", "give one of the two"),
     (f"--prompt '{'word ' * 17}'", "16 words, got 17"),
     ("--frames 6", "--frames: expected 4n.1, got 6; the nearest is 5"),

@@ -49,7 +49,7 @@ def test_a_file_that_is_none_is_refused_by_its_line(tmp_path, content, message):
 def test_a_repeated_prompt_is_sampled_anew(tmp_path):
     # catches the same noise, and so the same bytes, under another name
     (tmp_path / "p.txt").write_text("a cat\na dog\na cat\n")
-    made = jobs(None, None, tmp_path / "p.txt", 2, 5, None, None, 0.0, False, None, False)
+    made = jobs("joint", None, tmp_path / "p.txt", 2, 5, own_motion=False)
     assert [(job.name, job.seed) for job in made] == [
         ("a cat-0", 5), ("a cat-1", 6), ("a dog-0", 5), ("a dog-1", 6), ("a cat 2-0", 7), ("a cat 2-1", 8),
     ]  # fmt: skip
