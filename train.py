@@ -60,7 +60,7 @@ def options() -> argparse.Namespace:
     add("--batch", type=files.count, metavar="N", help="clips a step; default: 16; puppet on a GPU: 32")
     # how
     add("--lr", type=files.positive, help="peak learning rate; default: puppet 5e-3, Wan 8e-6")
-    add("--shift", type=files.positive, help="of noise levels (flow.shift_time); default: puppet 1, Wan 8")
+    add("--shift", type=files.positive, help="of noise levels; default: that of --init, else puppet 1, Wan 8")
     add("--seed", type=int, default=0)
     # where, and what is kept
     add("--out", type=Path, default=RUN, metavar="RUN", help="default %(default)s")
@@ -157,13 +157,13 @@ def train(args: argparse.Namespace) -> None:
     args.steps = sum(stages.values())  # recorded: a resumed run must have as many
     microbatches = run.microbatches(args.batch, world, args.accumulate)
     chunk = len(microbatches[0])  # clips a forward pass
-    shift = args.shift or SHIFT[kind]
     peak = args.lr or LEARNING_RATE[kind]
 
     # the checkpoint to resume from, data, network
     plan = {name: str(x) if isinstance(x := getattr(args, name), Path) else x for name in PLAN}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
+    shift = args.shift or run.earlier_shift(args.init, found) or SHIFT[kind]
     sources, geometry = run.open_data(args.data, args.wan, args.body, args.frames, stages, rank)
     steps = schedule(stages, geometry.frames if args.wan else args.frames)
     sources, held = validation.hold_out(sources)  # always: training data must not depend on validation

@@ -110,6 +110,12 @@ def resumed(out: Path, resume: str | None, plan: dict[str, object]) -> Checkpoin
     return found
 
 
+def earlier_shift(init: Path | None, found: Checkpoint | None) -> float | None:
+    """The shift of the run that is resumed, else of the weights to start from; None if there are none."""
+    settings = found.record["settings"] if found else weights.read_header(init)[1] if init else {}
+    return settings.get("recipe", {}).get("shift")
+
+
 def open_data(
     specs: list[str] | None,
     wan: Path | None,

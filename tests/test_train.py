@@ -87,9 +87,9 @@ def as_video(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: twin for name, twin in found.items() if twin.shape == state[name].shape}
 
 
-def weights_of(path: Path, stage: int | None) -> Path:
+def weights_of(path: Path, stage: int | None, **recipe: float) -> Path:
     """Tiny weights that say of which stage they are."""
-    settings = {"recipe": {"stage": stage}}
+    settings = {"recipe": {"stage": stage} | recipe}
     weights.save_weights(path, TINY, tiny_model().state_dict(), small_codec().state(), settings=settings)
     return path
 
@@ -357,6 +357,17 @@ def test_watching_a_run_changes_nothing_in_it(whole, tiny_weights, tmp_path):
     }  # fmt: skip
     pictures = sorted(path.name for path in watched.glob("samples/*"))
     assert pictures == [f"step-{step:08}.png" for step in expected]
+
+
+def test_the_shift_of_earlier_training_is_the_next_ones(tmp_path):
+    # catches noise levels that change where a run goes on, from weights or from a checkpoint without --init
+    plan = ("--stage", 2, "--steps", 2, "--frames", 5, "--batch", 1, "--save-every", 1)
+    init = weights_of(tmp_path / "init.safetensors", 1, shift=3.0)
+    (first, _) = run_train(tmp_path / "run", *plan, "--init", init)
+    assert torch.equal(first.draw.t, flow.draw(batches.rng("draw", 0, 0), 2, 1, shift=3.0).t)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    (resumed,) = run_train(tmp_path / "run", *plan, "--resume")
+    assert torch.equal(resumed.draw.t, flow.draw(batches.rng("draw", 0, 1), 2, 1, shift=3.0).t)
 
 
 def test_pictures_are_sampled_with_the_shift_of_training(tmp_path, tiny_weights, monkeypatch):
