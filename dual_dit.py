@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from motion_tokens import MOTION_DIM, MotionDecoder, MotionEncoder, mlp
-from rope import FRAMES_PER_LATENT, apply_rope, motion_positions, rope_table, video_positions
+from rope import apply_rope, frames_of, motion_positions, rope_table, video_positions
 
 TASK_COUNT = 5  # rows of the task hint's embedding, one for each flow.Task
 
@@ -275,9 +275,8 @@ class DualDiT(nn.Module):
         size = (0, 0, 0) if video is None else video.shape[2:]
         T, H, W = (n // patch for n, patch in zip(size, self.config.patch, strict=True))
         f = 0 if motion is None else motion.shape[1]
-        frames = FRAMES_PER_LATENT * (T - 1) + 1
-        if video is not None and motion is not None and f != frames:
-            raise ValueError(f"{T} video latents span {frames} frames, but motion has {f}")
+        if video is not None and motion is not None and f != frames_of(T):
+            raise ValueError(f"{T} video latents span {frames_of(T)} frames, but motion has {f}")
         dtype = self.video.patch_embedding.weight.dtype
         video, motion, text = (None if x is None else x.to(dtype) for x in (video, motion, text))
         rope_video, rope_motion = rope_tables(self.config, (T, H, W), f, text.device)

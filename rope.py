@@ -25,6 +25,11 @@ def latent_of(frame: Tensor) -> Tensor:
     return (frame + FRAMES_PER_LATENT - 1) // FRAMES_PER_LATENT
 
 
+def frames_of(T: int) -> int:
+    """Frames that T latents hold: one, then four each."""
+    return FRAMES_PER_LATENT * (T - 1) + 1
+
+
 def video_positions(T: int, H: int, W: int) -> Tensor:
     """Positions of a T x H x W grid of video tokens, W fastest -> (T·H·W, 3) float64."""
     axes = [torch.arange(n, dtype=torch.float64) for n in (T, H, W)]
@@ -74,7 +79,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 if __name__ == "__main__":
     # attention by position alone: every token has the same content
     T, H, W, head_dim = 5, 8, 8, 64
-    f = FRAMES_PER_LATENT * (T - 1) + 1
+    f = frames_of(T)
 
     def attention_of_frames(synced: bool) -> Tensor:
         """How a motion frame's attention to video is shared out over the latents: (f T)."""

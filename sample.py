@@ -20,7 +20,7 @@ from kit.backbone import Backbone, free_memory, open_backbone
 from kit.data.batch import rng
 from kit.output import Job
 from motion_tokens import MOTION_DIM
-from rope import FRAMES_PER_LATENT
+from rope import frames_of
 
 
 def options() -> tuple[argparse.Namespace, set[str]]:
@@ -85,8 +85,7 @@ def denoise(
     b, device = len(text), model.motion_mean.device
     generator = rng("sample", seed)  # on the CPU: a seed gives the same noise on every device
     noise_video = torch.randn((b, model.config.channels, *grid), generator=generator)
-    frames = FRAMES_PER_LATENT * (grid[0] - 1) + 1
-    noise_motion = torch.randn((b, frames, MOTION_DIM), generator=generator)
+    noise_motion = torch.randn((b, frames_of(grid[0]), MOTION_DIM), generator=generator)
     if task.motion is Role.CLEAN:
         motion = (motion.to(device) - model.motion_mean) / model.motion_std
     x_video = {Role.NOISY: noise_video, Role.CLEAN: latents, Role.ABSENT: None}[task.video]
@@ -128,9 +127,8 @@ def main() -> None:
     backbone = open_backbone(
         args.wan, args.weights, args.body, args.frames, args.size, args.fps, args.precision, args.device
     )
-    sampling = backbone.defaults._asdict()
+    sampling = backbone.sampling() | {"solver": args.solver}
     sampling |= {name: x for name, x in vars(args).items() if name in sampling and x is not None}
-    sampling |= {"solver": args.solver, "bf16": backbone.autocast}
     out = args.out or (output.folder_of(args.decode) if args.decode else Path("samples"))
 
     # the samples to make, and their conditions

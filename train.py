@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import flow
 from dual_dit import DualDiT
-from kit import checkpoints, devices, distributed, files, monitor, run, validation
+from kit import backbone, checkpoints, devices, distributed, files, monitor, run, validation
 from kit.data import batch as batches
 from kit.distributed import local
 from kit.muon import optimizers
@@ -41,7 +41,7 @@ BAD_STEPS = 10  # the run stops after so many skipped steps in a row
 PLAN = (
     "stage", "steps", "batch", "frames", "data", "body", "init", "lr", "shift", "seed", "ablate", "precision",
 )  # fmt: skip
-ABLATIONS = (*run.CHANGES, "one-stage")
+ABLATIONS = (*backbone.CHANGES, "one-stage")
 
 
 def options() -> argparse.Namespace:
@@ -160,7 +160,8 @@ def train(args: argparse.Namespace) -> None:
     peak = args.lr or LEARNING_RATE[kind]
 
     # the checkpoint to resume from, data, network
-    plan = {name: str(x) if isinstance(x := getattr(args, name), Path) else x for name in PLAN}
+    given = files.recorded(vars(args))
+    plan = {name: given[name] for name in PLAN}
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
     shift = args.shift or run.earlier_shift(args.init, found) or SHIFT[kind]

@@ -16,6 +16,7 @@ from kit import devices
 from kit.flops import dual_blocks, tokens_of
 from kit.weights import empty
 from motion_tokens import MOTION_DIM
+from rope import frames_of
 
 
 def parameter_count(config: DualDiTConfig) -> int:
@@ -53,7 +54,7 @@ def saved_bytes(config: DualDiTConfig, grid: tuple[int, int, int], batch: int, t
         mock.patch.object(dual_dit, "rope_tables", dual_dit.rope_tables.__wrapped__),
     ):
         video = torch.randn(batch, config.channels, *grid)
-        motion = torch.randn(batch, 4 * (grid[0] - 1) + 1, MOTION_DIM)
+        motion = torch.randn(batch, frames_of(grid[0]), MOTION_DIM)
         time, features = torch.rand(batch), torch.randn(batch, text, config.text_dim)
         for blocks in ((0,), (0, 1), (0,)):  # a dual block; two; one and a video-only block
             small = dataclasses.replace(config, layers=1 + bool(kept), dual=blocks)

@@ -83,7 +83,7 @@ def guided(setting: Setting) -> list[Row]:
     motion = torch.randn(1, puppet.FRAMES, MOTION_DIM)
     call = functools.partial(
         denoise, backbone.transformer(), Task.MOTION_TO_VIDEO, text, null_text, 0, backbone.geometry.grid,
-        motion=motion, bf16=backbone.autocast, **backbone.defaults._asdict(),
+        motion=motion, **backbone.sampling(),
     )  # fmt: skip
     times = setting.rounds({"sample": call})
     what = f"seconds of a guided sample of {backbone.defaults.steps} steps, motion to video"

@@ -21,7 +21,7 @@ from dual_dit import PRESETS, DualDiTConfig
 from flow import Task
 from kit.flops import Tokens
 from motion_tokens import MOTION_DIM
-from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
+from rope import TOKENS_PER_FRAME, frames_of
 
 STEPS = 3  # of a sample
 GUIDANCE, SHIFT = 5.0, 5.0  # Wan's own
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     @property
     def frames(self) -> int:
-        return FRAMES_PER_LATENT * (self.t - 1) + 1
+        return frames_of(self.t)
 
     def latents(self, config: DualDiTConfig) -> tuple[int, int, int]:
         """(T h w) before patching."""

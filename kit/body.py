@@ -25,6 +25,7 @@ JOINT_NAMES = (
     "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist",
     "left_hand", "right_hand",
 )  # fmt: skip
+SIDES = tuple(name.split("_")[0] if "_" in name else "middle" for name in JOINT_NAMES)  # left, right, middle
 PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 FIELDS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
 NUM_BETAS = 10
@@ -49,9 +50,9 @@ class Body(torch.nn.Module):
                 use_hands=False, use_feet_keypoints=False, create_betas=False, create_global_orient=False,
                 create_body_pose=False, create_transl=False,
             )  # fmt: skip
-        parents = self.smpl.parents
+        parents = self.smpl.parents  # (24,) long: each joint's parent, -1 for the pelvis
         del self.smpl.parents  # a buffer: smplx reads it joint by joint, and a GPU's host would wait
-        self.smpl.parents = parents
+        self.parents = self.smpl.parents = parents  # on the CPU always
         regressor = self.smpl.J_regressor
         # joints are linear in the shape, so the mesh is not needed to place them
         self.register_buffer("joint_template", regressor @ self.smpl.v_template)
@@ -62,16 +63,6 @@ class Body(torch.nn.Module):
         self.digest = hashlib.blake2b(template, digest_size=8).hexdigest()
         self.folder: Path | None = None  # of models of several genders
         self.others: dict[str, Body] = {}  # by gender
-
-    @property
-    def parents(self) -> Tensor:
-        """(24,) long, always on the CPU: each joint's parent, -1 for the pelvis."""
-        return self.smpl.parents
-
-    @property
-    def faces(self) -> Tensor:
-        """(F 3) long: vertex indices of the mesh's triangles."""
-        return self.smpl.faces_tensor
 
     def rest_joints(self, betas: Tensor) -> Tensor:
         """Shape (... 10) -> joint positions in the rest pose (... 24 3), metres."""

@@ -228,8 +228,8 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """A sharded tensor, unsharded on every rank; other tensors are returned as they are."""
+def gathered(tensor: Tensor | None) -> Tensor | None:
+    """A sharded tensor, unsharded on every rank; other tensors, and None, are returned as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
@@ -239,7 +239,7 @@ def gather_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Before a step of Muon, which multiplies whole matrices: gather each once, not for every product."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = p.grad if p.grad is None else gathered(p.grad)
+            p.grad = gathered(p.grad)
 
 
 def mean_over_ranks(value: Tensor, ranks: int) -> Tensor:

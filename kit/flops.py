@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dual_dit import DualDiTConfig
 from motion_tokens import GROUPS
-from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME
+from rope import TOKENS_PER_FRAME, frames_of
 
 
 class Tokens(NamedTuple):
@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
 def tokens_of(config: DualDiTConfig, grid: tuple[int, int, int], text: int = 512) -> Tokens:
     """Tokens of a clip whose latents are (T h w)."""
     T, H, W = (size // patch for size, patch in zip(grid, config.patch, strict=True))
-    return Tokens(T * H * W, TOKENS_PER_FRAME * (FRAMES_PER_LATENT * (T - 1) + 1), text)
+    return Tokens(T * H * W, TOKENS_PER_FRAME * frames_of(T), text)
 
 
 def dual_blocks(config: DualDiTConfig) -> int:

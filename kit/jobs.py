@@ -3,7 +3,6 @@
 import itertools
 import json
 import unicodedata
-from codecs import BOM_UTF8
 from collections import defaultdict
 from pathlib import Path
 
@@ -76,14 +75,12 @@ def read_prompts(file: Path) -> list[tuple[str, str]]:
     """A prompt a line (UTF-8) -> for each, a unique name for its files, and the prompt."""
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: expected a text file with one prompt a line")
-    content = file.read_bytes().removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        lines = content.decode().split("\n")
+        lines = file.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8"
-        ) from error
+        line = len((error.object[: error.start] + b".").splitlines())
+        reason = f"{file} line {line} is not UTF-8 ({error.reason})"
+        raise ValueError(f"{reason}: save the file as UTF-8") from error
     named, taken = [], set()
     for number, prompt in enumerate(map(str.strip, lines), start=1):
         if not prompt:

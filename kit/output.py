@@ -227,6 +227,6 @@ def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
     """
     body = body.of(motion.gender)
     vertices, _ = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
-    arrays = {"vertices": vertices.numpy(), "faces": body.faces.int().numpy()}
+    arrays = {"vertices": vertices.numpy(), "faces": body.smpl.faces_tensor.int().numpy()}
     with whole_file(path) as temporary:
         np.savez(temporary, **arrays, fps=np.array(float(motion.fps)))

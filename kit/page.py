@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from kit.body import JOINT_NAMES, PARENTS
+from kit.body import JOINT_NAMES, PARENTS, SIDES
 from kit.files import whole_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SIDES = [name.split("_")[0] if name.startswith(("left", "right")) else "middle" for name in JOINT_NAMES]
 SHOWN = 12  # samples at most
 LOSSLESS = 128  # pixels: at the best quality, videos of at most this height are embedded as they are
 BEST = 70  # quality of WebP
@@ -44,13 +43,13 @@ def write_page(path: Path, samples: list[PageSample], total: int) -> None:
     there is room, videos of up to 128 pixels are lossless. If that is not enough, the last samples are left
     out.
     """
-    head = JOINT_NAMES.index("head")
+    template, head = TEMPLATE.read_text(encoding="utf-8"), JOINT_NAMES.index("head")
     page = {"total": total, "parents": PARENTS, "sides": SIDES, "head": head}
     drawn = functools.cache(lambda i, rung: described(samples[i], *rung))
     for shown, rung in product(range(len(samples), 0, -1), RUNGS):
         page["samples"] = [drawn(i, rung) for i in range(shown)]
         data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")  # a prompt may hold </script>
-        html = TEMPLATE.read_text(encoding="utf-8").replace("{{page}}", data)
+        html = template.replace("{{page}}", data)
         if len(html) < LIMIT:
             break
     with whole_file(path) as temporary:

@@ -20,7 +20,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kit.body import JOINT_NAMES, PARENTS
+from kit.body import PARENTS, SIDES
 from kit.files import whole_file
 
 PAPER, INK, FAINT = (250, 250, 248), (45, 45, 50), (225, 225, 222)
@@ -123,7 +123,7 @@ def _draw_pose(pixels: list, depth: list[float], background: np.ndarray) -> np.n
     for _, joint, parent in sorted(strokes, key=lambda stroke: -stroke[0]):
         if depth[joint] <= 0 or (parent is not None and depth[parent] <= 0):  # behind the camera
             continue
-        colour = SIDE_COLOURS.get(JOINT_NAMES[joint].split("_")[0], SIDE_COLOURS["middle"])
+        colour = SIDE_COLOURS[SIDES[joint]]
         x, y = pixels[joint]
         if parent is None:
             draw.circle((x, y), 0.75 * bone, fill=colour)

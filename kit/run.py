@@ -11,7 +11,7 @@ import torch
 from dual_dit import PRESETS, DualDiT, DualDiTConfig
 from flow import Task
 from kit import checkpoints, distributed, monitor, plots, puppet, wan, weights
-from kit.backbone import check_weights
+from kit.backbone import CHANGES, check_weights
 from kit.body import Body
 from kit.checkpoints import Checkpoint
 from kit.data import batch as batches
@@ -27,8 +27,6 @@ CLIP_LENGTHS = ((0.0, 5), (0.2, 9), (0.4, 17))  # (from this share of a stage on
 CPU_CLIPS = 8  # clips of a microbatch on a CPU
 LIKE_CLIPS = 64  # of the data, to compare with what --init was trained on
 UNLIKE = 4.0  # mean square of normalised motion, from which on it is other motion
-# what an ablation changes in the network's configuration; the first two change positions, no weights
-CHANGES = {"unsynced": {"synced": False}, "collision": {"apart": False}, "single-stream": {"shared": True}}
 
 # ---------------------------------------------------------------- the schedule
 

@@ -163,10 +163,7 @@ def picture(
     show("held out", one.video, one.motion)
     for task in tasks:
         both = ((one.video, one.seeds, task.video), (one.motion, one.seeds + 1, task.motion))
-        inputs = [
-            None if role is Role.ABSENT else x if role is Role.CLEAN else flow.noise_like(x, seeds)
-            for x, seeds, role in both
-        ]
+        inputs = [flow.by_role(x, torch.ones(1), seeds, role)[0] for x, seeds, role in both]  # noise at t = 1
         with torch.autocast(held.t.device.type, torch.bfloat16, enabled=bf16):
             made = flow.sample(model, *inputs, one.text, one.null_text, task, **how)
         # a condition is returned unchanged: the first rows show it

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 
 import train
-from dual_dit import PRESETS, DualDiT
+from dual_dit import PRESETS
 from flow import Task
-from kit import checkpoints, files, flops, monitor, puppet, validation, weights
+from kit import checkpoints, files, flops, monitor, puppet, validation
 from kit.attention import frame_share, latent_share
+from kit.backbone import puppet_backbone
 from kit.geometry import PUPPET
 from motion_tokens import decode_smpl
 from study import scores
@@ -235,11 +236,6 @@ def read(out: Path) -> dict[str, dict]:
     return json.loads(out.read_text()) if out.is_file() else {}
 
 
-def opened(file: Path, device: str) -> tuple[DualDiT, puppet.Codec]:
-    model, extra = weights.load_weights(file, device)
-    return model, puppet.Codec.from_state(extra)
-
-
 real_clips = cache(scores.held_out)
 
 
@@ -270,7 +266,6 @@ def table(rows: str, plan: Plan, steps: int | None = None) -> None:
     """
     part = f"{rows}-{steps}" if steps else rows
     sampling = {"steps": steps} if steps else {}
-    sampling |= {"shift": plan.shift} if plan.shift else {}
     real = real_clips(plan.clips)
     of = {
         "table1": lambda video, _: scores.of_video(video, real),
@@ -279,12 +274,12 @@ def table(rows: str, plan: Plan, steps: int | None = None) -> None:
     }[rows]
 
     def columns(name: str, task: Task, file: Path) -> Columns:
-        model, codec = opened(file, plan.device)
+        backbone = puppet_backbone(file, plan.device)
         if name == "mean-motion":
             return scores.of_pose(scores.mean_motion(real), real)
         if name == "real":
-            return of(scores.through_codec(codec, real), real.motion)
-        return of(*scores.generate(model, codec, real, task, redraw=name.endswith("redrawn"), **sampling))
+            return of(scores.through_codec(backbone.codec(), real), real.motion)
+        return of(*scores.generate(backbone, real, task, redraw=name.endswith("redrawn"), **sampling))
 
     def measured(name: str, task: Task, paths: list[Path]) -> dict:
         found = [columns(name, task, path) for path in paths]
@@ -298,7 +293,7 @@ def figure8(plan: Plan) -> None:
     """Maps of attention both ways, mean over seeds, and each layer's share on the 4:1 clock."""
 
     def measured(paths: list[Path]) -> dict:
-        found = [scores.maps(*opened(path, plan.device), real_clips(plan.clips)) for path in paths]
+        found = [scores.maps(puppet_backbone(path, plan.device), real_clips(plan.clips)) for path in paths]
         maps, measures = dict(zip(WAYS, zip(*found, strict=True), strict=True)), {}
         for way, share_of in WAYS.items():
             shares = torch.stack([share_of(of_seed) for of_seed in maps[way]])  # (seeds layers)

@@ -21,13 +21,8 @@ from kit import pictures, plots, puppet
 from motion_tokens import GROUPS
 from rope import FRAMES_PER_LATENT, TOKENS_PER_FRAME, latent_of, motion_positions, video_positions
 
-
-def hexadecimal(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-PAPER, INK = (hexadecimal(colour) for colour in (pictures.PAPER, pictures.INK))
-VIDEO, MOTION, GREY = (hexadecimal(pictures.SIDE_COLOURS[side]) for side in ("left", "right", "middle"))
+COLOURS = pictures.PAPER, pictures.INK, *pictures.SIDE_COLOURS.values()
+PAPER, INK, VIDEO, MOTION, GREY = (f"#{bytes(colour).hex()}" for colour in COLOURS)
 CLIP = 9  # the puppet clip that is shown
 SCALE = 8  # pixels of a skeleton to one pixel of its video
 LINE = "#c8c8c4"

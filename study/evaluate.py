@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dual_dit import DualDiT
 from flow import Task
-from kit import files, plots, puppet, weights
+from kit import files, plots, puppet
 from kit.attention import frame_share, latent_share
-from kit.backbone import PUPPET_DEFAULTS, SHIPPED, as_trained
+from kit.backbone import PUPPET_DEFAULTS, SHIPPED, Backbone, puppet_backbone
 from motion_tokens import decode_smpl
 from study import pw3d, scores
 from study.measures import summary
@@ -52,11 +51,11 @@ ROWS = {
 Numbers = dict[str, dict[str, dict]]  # task -> "ours", "baseline", "ceiling" -> measures
 
 
-def measured(model: DualDiT, codec: puppet.Codec, real: Real, **sampling: float) -> Numbers:
+def measured(backbone: Backbone, real: Real, **sampling: float) -> Numbers:
     """All three tasks sampled and measured, each with its baseline and ceiling."""
-    coded = scores.through_codec(codec, real)
+    coded = scores.through_codec(backbone.codec(), real)
     chance = torch.full((len(real.video),), 1 / len(puppet.ACTIONS))
-    make = lambda task: scores.generate(model, codec, real, task, **sampling)
+    make = lambda task: scores.generate(backbone, real, task, **sampling)
     found = {}
     _, motion = make(Task.VIDEO_TO_MOTION)
     found["video to motion"] = {
@@ -136,13 +135,10 @@ def main() -> None:
     args = options()
     if args.clips < 2:
         raise ValueError(f"--clips must be at least 2 (shuffled pairs are the baseline), got {args.clips}")
-    model, extra = weights.load_weights(args.weights, args.device)
-    codec, real = puppet.Codec.from_state(extra), scores.held_out(args.clips)
-    _, trained = weights.read_header(args.weights)
+    backbone, real = puppet_backbone(args.weights, args.device), scores.held_out(args.clips)
     names = "steps", "guidance_text", "guidance_condition", "redraw"
-    asked = {name: getattr(args, name) for name in names}
-    numbers = measured(model, codec, real, **as_trained(PUPPET_DEFAULTS, trained)._replace(**asked)._asdict())
-    to_video, to_motion = scores.maps(model, codec, real)
+    numbers = measured(backbone, real, **{name: getattr(args, name) for name in names})
+    to_video, to_motion = scores.maps(backbone, real)
     there, back, chance = frame_share(to_video), latent_share(to_motion), 1 / to_video.shape[-1]
     print_table(numbers)
     print(f"\nattention on its own latent, or own frames, chance {chance:.2f}")

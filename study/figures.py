@@ -44,7 +44,7 @@ def sampled(backbone: Backbone, task: Task, prompt: str) -> tuple[Tensor, Tensor
     latents = codec.encode(puppet.render(clip.joints, clip.betas, clip.shirt)[0])
     text = puppet.encode_text([prompt]), puppet.encode_text([""])
     inputs = backbone.transformer(), task, *text, 0, backbone.geometry.grid, latents, puppet_motion(clip)
-    made, motion = denoise(*inputs, **backbone.defaults._asdict(), bf16=backbone.autocast)
+    made, motion = denoise(*inputs, **backbone.sampling())
     video = pictures.resized(pictures.to_frames(codec.decode(made)[0]), TILE)
     joints = decode_smpl(motion)["joints"][0]
     return video, pictures.draw_skeleton(joints, puppet.project, TILE)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from kit.puppet.drawing import BACKGROUND, CAPSULES, SHIRTS
+from kit.puppet.drawing import BACKGROUND, COLOURS, SHIRTS
 
 POINTS = tuple(f"{side}_{part}" for side in ("left", "right") for part in ("elbow", "hand", "knee", "ankle"))
 SEGMENTS = tuple(
@@ -25,23 +25,7 @@ SMALLEST = 6  # pixels of a piece; fewer are edges
 NEAR = 0.35  # largest distance from a colour, of channels in [0, 1], at which a pixel has it
 REACH = 8  # pixels from a piece of shin to its foot or thigh; a shin is some 12 long
 FAR = 1e4  # pixels: of what is not there
-
-
-BONES = {  # for each colour, a capsule that has it
-    "hips": ("left_hip", "right_hip"),
-    "skin": ("head", "crown"),
-    "hair": ("nape", "scalp"),
-    "nose": ("nose", "nose"),
-    "left upper": ("left_hip", "left_knee"),
-    "left lower": ("left_knee", "left_ankle"),
-    "left foot": ("left_ankle", "left_toe"),
-    "right upper": ("right_hip", "right_knee"),
-    "right lower": ("right_knee", "right_ankle"),
-    "right foot": ("right_ankle", "right_toe"),
-}
-COLOURS = {(tail, tip): colour for tail, tip, _, colour in CAPSULES}
-PALETTE = {f"shirt {name}": colour for name, colour in SHIRTS.items()} | {"ground": BACKGROUND}
-PALETTE |= {name: COLOURS[bone] for name, bone in BONES.items()}
+PALETTE = {f"shirt {name}": colour for name, colour in SHIRTS.items()} | {"ground": BACKGROUND} | COLOURS
 INDEX = {name: k for k, name in enumerate(PALETTE)}
 
 

@@ -138,8 +138,7 @@ def main(arguments: Sequence[str]) -> None:
     del codec
     free_memory(args.device)
     model = backbone.transformer()
-    sampling = backbone.defaults._asdict() | {"bf16": backbone.autocast}
-    sampling |= {"steps": args.steps} if args.steps else {}
+    sampling = backbone.sampling() | ({"steps": args.steps} if args.steps else {})
     found = [
         errors(to_motion(model, latents[k], null_text, k, sampling), window.joints)
         for k, window in enumerate(tqdm(chosen, desc="motions"))

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dual_dit import DualDiT
 from flow import Task
-from kit import devices, puppet
+from kit import puppet
 from kit.attention import motion_to_video, shared_out, video_to_motion
-from kit.backbone import PUPPET_DEFAULTS
+from kit.backbone import Backbone
 from kit.data.datasets import puppet_motion
 from motion_tokens import decode_smpl
 from sample import denoise
@@ -48,19 +47,20 @@ def held_out(count: int) -> Real:
 
 
 def generate(
-    model: DualDiT, codec: puppet.Codec, real: Real, task: Task, **sampling: float
+    backbone: Backbone, real: Real, task: Task, **sampling: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Samples for the clips' captions, from their video or motion if the task has a condition.
 
     -> video (n 3 f h w), motion (n f 235), None if absent; on the CPU.
     """
-    device, parts = model.motion_mean.device, []
-    sampling = PUPPET_DEFAULTS._asdict() | {"bf16": devices.has_bf16_units(device)} | sampling
+    model, codec, parts = backbone.transformer(), backbone.codec(), []
+    device = model.motion_mean.device
     for part in tqdm(chunks(real), desc=task.name.lower(), leave=False):
         latents, motion = codec.encode(real.video[part].to(device)), real.motion[part].to(device)
         text = puppet.encode_text(real.clips.caption[part])
         inputs = {"latents": latents, "motion": motion, "grid": latents.shape[2:], "seed": part.start}
-        made, moved = denoise(model, task, text, puppet.encode_text([""]), **inputs, **sampling)
+        inputs |= backbone.sampling() | sampling
+        made, moved = denoise(model, task, text, puppet.encode_text([""]), **inputs)
         parts.append((None if made is None else codec.decode(made.float()).cpu(), moved))
     return tuple(None if x[0] is None else torch.cat(x).float().cpu() for x in zip(*parts, strict=True))
 
@@ -74,9 +74,10 @@ def through_codec(codec: puppet.Codec, real: Real) -> Tensor:
     return codec.decode(codec.encode(real.video.to(codec.mean.device))).cpu()
 
 
-def maps(model: DualDiT, codec: puppet.Codec, real: Real) -> tuple[Tensor, Tensor]:
+def maps(backbone: Backbone, real: Real) -> tuple[Tensor, Tensor]:
     """Attention of motion to the video that it is made from (layers f T), and of video to the motion that
     it is made from (layers T f). Rows sum to 1."""
+    model, codec = backbone.transformer(), backbone.codec()
     device, to_video, to_motion = model.motion_mean.device, 0.0, 0.0
     for part in chunks(real):
         motion = (real.motion[part].to(device) - model.motion_mean) / model.motion_std

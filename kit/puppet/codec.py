@@ -57,7 +57,6 @@ class Codec:
 
     def encode(self, video: Tensor) -> Tensor:
         """Video (b 3 f H W) in [-1, 1], f = 4n+1, H and W multiples of 8 -> latents (b c n+1 H/8 W/8)."""
-        self._follow(video)
         latents = (_blocks(video) - self.mean) @ self.weight.T / self.scale
         return rearrange(latents, "b T h w c -> b c T h w")
 
@@ -65,18 +64,12 @@ class Codec:
         """Latents (b c T h w) -> video (b 3 4(T-1)+1 8h 8w), clamped to [-1, 1]."""
         if latents.shape[1] != len(self.weight):
             raise ValueError(f"this codec's latents have {len(self.weight)} channels, got {latents.shape[1]}")
-        self._follow(latents)
         flat = rearrange(latents, "b c T h w -> (b T) c h w")
         blocks = F.conv2d(flat, self.kernel, self.mean, padding=1).unflatten(0, (len(latents), -1))
         video = rearrange(blocks, "b T (c k p q) h w -> b c T k (h p) (w q)", k=4, p=8, q=8)
         first = reduce(video[:, :, 0], "b c k h w -> b c 1 h w", "mean")
         rest = rearrange(video[:, :, 1:], "b c T k h w -> b c (T k) h w")
         return torch.cat((first, rest), dim=2).clamp(-1, 1)
-
-    def _follow(self, like: Tensor) -> None:
-        """Move the codec's tensors to the device and dtype of the data."""
-        for name in ("weight", "kernel", "mean", "scale"):
-            setattr(self, name, getattr(self, name).to(like.device, like.dtype))
 
     def state(self) -> dict[str, Tensor]:
         """The codec as tensors, to travel with the weights."""

@@ -25,26 +25,37 @@ CAMERA_HEIGHT = 1.0
 CAMERA_DISTANCE = 4.5
 FOCAL = 132.0  # pixels: 1.7 m at the origin spans 50
 BACKGROUND = (0.85, 0.87, 0.91)
-SKIN = (0.85, 0.60, 0.42)
 SOFT = 1.5  # width of an edge, pixels
-# (from, to, radius in metres, colour); "shirt" is the clip's; left limbs are blue, right limbs orange
+COLOURS = {  # above elbow and knee, below, and feet; the shirt's is the clip's
+    "hips": (0.46, 0.46, 0.52),
+    "skin": (0.85, 0.60, 0.42),
+    "hair": (0.42, 0.30, 0.24),
+    "nose": (0.75, 0.15, 0.15),
+    "left upper": (0.22, 0.36, 0.78),
+    "left lower": (0.30, 0.62, 0.95),
+    "left foot": (0.26, 0.32, 0.60),
+    "right upper": (0.72, 0.36, 0.15),
+    "right lower": (0.98, 0.62, 0.25),
+    "right foot": (0.54, 0.30, 0.17),
+}
+# (from, to, radius in metres, colour)
 CAPSULES = (
     ("spine1", "spine3", 0.135, "shirt"),
     ("left_collar", "right_collar", 0.115, "shirt"),
-    ("left_hip", "right_hip", 0.110, (0.46, 0.46, 0.52)),
-    ("head", "crown", 0.120, SKIN),
-    ("nape", "scalp", 0.108, (0.42, 0.30, 0.24)),
-    ("nose", "nose", 0.050, (0.75, 0.15, 0.15)),
-    ("left_shoulder", "left_elbow", 0.084, (0.22, 0.36, 0.78)),
-    ("left_elbow", "left_hand", 0.080, (0.30, 0.62, 0.95)),
-    ("right_shoulder", "right_elbow", 0.084, (0.72, 0.36, 0.15)),
-    ("right_elbow", "right_hand", 0.080, (0.98, 0.62, 0.25)),
-    ("left_hip", "left_knee", 0.100, (0.22, 0.36, 0.78)),
-    ("left_knee", "left_ankle", 0.082, (0.30, 0.62, 0.95)),
-    ("right_hip", "right_knee", 0.100, (0.72, 0.36, 0.15)),
-    ("right_knee", "right_ankle", 0.082, (0.98, 0.62, 0.25)),
-    ("left_ankle", "left_toe", 0.065, (0.26, 0.32, 0.60)),
-    ("right_ankle", "right_toe", 0.065, (0.54, 0.30, 0.17)),
+    ("left_hip", "right_hip", 0.110, "hips"),
+    ("head", "crown", 0.120, "skin"),
+    ("nape", "scalp", 0.108, "hair"),
+    ("nose", "nose", 0.050, "nose"),
+    ("left_shoulder", "left_elbow", 0.084, "left upper"),
+    ("left_elbow", "left_hand", 0.080, "left lower"),
+    ("right_shoulder", "right_elbow", 0.084, "right upper"),
+    ("right_elbow", "right_hand", 0.080, "right lower"),
+    ("left_hip", "left_knee", 0.100, "left upper"),
+    ("left_knee", "left_ankle", 0.082, "left lower"),
+    ("right_hip", "right_knee", 0.100, "right upper"),
+    ("right_knee", "right_ankle", 0.082, "right lower"),
+    ("left_ankle", "left_toe", 0.065, "left foot"),
+    ("right_ankle", "right_toe", 0.065, "right foot"),
 )
 EXTRA_POINTS = ("crown", "nape", "scalp", "nose", "left_toe", "right_toe")
 POINT = {name: index for index, name in enumerate(JOINT_NAMES + EXTRA_POINTS)}
@@ -52,7 +63,7 @@ TAILS, TIPS = (tuple(POINT[c[end]] for c in CAPSULES) for end in (0, 1))
 RADII = tuple(c[2] for c in CAPSULES)
 # by shirt, red, green, blue and coverage of each capsule, the background last: (shirts k+1 4)
 LOOKS = tuple(
-    (*((*(shirt if c[3] == "shirt" else c[3]), 1.0) for c in CAPSULES), (*BACKGROUND, 0.0))
+    (*((*(COLOURS | {"shirt": shirt})[c[3]], 1.0) for c in CAPSULES), (*BACKGROUND, 0.0))
     for shirt in SHIRTS.values()
 )
 

@@ -102,7 +102,7 @@ def test_mesh_arrays(tmp_path, body):
     with np.load(tmp_path / "a.npz") as file:
         vertices, faces, fps = file["vertices"], file["faces"], file["fps"]
     assert vertices.dtype == np.float32 and faces.dtype == np.int32 and fps == 29.97
-    np.testing.assert_array_equal(faces, body.faces)
+    np.testing.assert_array_equal(faces, body.smpl.faces_tensor)
     # the body's own smplx, called by its own names
     named = {"global_orient": motion.global_orient, "transl": motion.transl}
     out = body.smpl(**named, body_pose=motion.body_pose.flatten(1), betas=motion.betas.expand(FRAMES, 10))

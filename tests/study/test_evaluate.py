@@ -10,6 +10,7 @@ from conftest import TINY
 from flow import Task
 from kit import puppet, weights
 from kit.attention import motion_to_video, shared_out, video_to_motion
+from kit.backbone import puppet_backbone
 from kit.data.datasets import puppet_motion
 from study import evaluate, measures, scores
 
@@ -108,9 +109,8 @@ def test_each_clip_is_asked_for_its_own_text_against_none_and_with_noise_of_its_
         asked.append((text, null_text, seed)) or (latents, motion)
     )
     monkeypatch.setattr(scores, "denoise", listen)
-    model, extra = weights.load_weights(tiny_weights)
     real = scores.held_out(3)
-    _, motion = scores.generate(model, puppet.Codec.from_state(extra), real, Task.JOINT)
+    _, motion = scores.generate(puppet_backbone(tiny_weights, "cpu"), real, Task.JOINT)
     texts, nulls, seeds = zip(*asked, strict=True)
     assert torch.equal(motion, real.motion) and seeds == (0, 2)
     assert torch.equal(torch.cat(texts), puppet.encode_text(real.clips.caption))
@@ -119,8 +119,8 @@ def test_each_clip_is_asked_for_its_own_text_against_none_and_with_noise_of_its_
 
 def test_maps_are_of_the_networks_own_inputs(few, tiny_weights):
     # catches motion that is not normalised, text where there is none, a short chunk counted as a whole one
-    model, extra = weights.load_weights(tiny_weights)
-    codec, real = puppet.Codec.from_state(extra), scores.held_out(3)
+    backbone, real = puppet_backbone(tiny_weights, "cpu"), scores.held_out(3)
+    model, codec = backbone.transformer(), backbone.codec()
     latents, motion = codec.encode(real.video), (real.motion - model.motion_mean) / model.motion_std
     text, no_text = (puppet.encode_text(words) for words in (real.clips.caption, [""] * 3))
     to_video, to_motion = 0, 0
@@ -128,7 +128,7 @@ def test_maps_are_of_the_networks_own_inputs(few, tiny_weights):
         given = (model, latents[part], motion[part])
         to_video += share * motion_to_video(*given, no_text[part], Task.VIDEO_TO_MOTION, part.start)
         to_motion += share * video_to_motion(*given, text[part], Task.MOTION_TO_VIDEO, part.start)
-    found = scores.maps(model, codec, real)
+    found = scores.maps(backbone, real)
     torch.testing.assert_close(found, (shared_out(to_video), shared_out(to_motion)), atol=1e-6, rtol=1e-4)
 
 
@@ -164,10 +164,9 @@ def test_likeness_is_to_the_clips_own_video(few):
 def test_baseline_and_ceiling_are_not_ours(few, tiny_weights, monkeypatch):
     # a network that makes each clip of another's caption. Catches pairs that are not shuffled, its own motion
     # in the ceiling
-    model, extra = weights.load_weights(tiny_weights)
     real = scores.held_out(4)
     made = real.video.roll(1, 0), real.motion.roll(1, 0)
     monkeypatch.setattr(scores, "generate", lambda *_, **__: made)
-    joint = evaluate.measured(model, puppet.Codec.from_state(extra), real)["joint"]
+    joint = evaluate.measured(puppet_backbone(tiny_weights, "cpu"), real)["joint"]
     iou = {side: found["iou"]["mean"] for side, found in joint.items()}
     assert iou["ours"] > 0.9 and iou["baseline"] < 0.7 and iou["ceiling"] > iou["baseline"] + 0.2
