@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from study.evaluate import ROWS
+
 MISSING = "not yet measured"
 NAMES = {  # in the order of rows
     "real": "real video, through the codec",
@@ -33,30 +35,17 @@ OTHER_NAMES = {
     ("table6", "real"): "other real motions",
 }
 LOSS = {"first_loss": "at the start", "loss": "at the end ↓", "behind": "behind the first row by ↓"}
-TABLE_1 = {
-    "limbs_whole": "limbs whole ↑",
-    "limbs_missing": "missing ↓",
-    "length_variation": "length variation ↓",
-    "odd_bends": "odd bends ↓",
-    "flicker": "flicker",
-    "dynamic_degree": "dynamic degree",
-    "sharpness": "sharpness",
-    "prompt_following": "prompt ↑",
-    "plausible_postures": "posture ↑",
-}
+TITLES = {measure: title for measure, (title, *_) in ROWS.items()} | LOSS
+TABLE_1 = (
+    "limbs_whole", "limbs_missing", "length_variation", "odd_bends", "flicker", "dynamic_degree", "sharpness",
+    "prompt_following", "plausible_postures",
+)  # fmt: skip
 COLUMNS = {
     "table1": TABLE_1,
     "table1-18": TABLE_1,
-    "a81": LOSS,
-    "a82": LOSS,
-    "a83": LOSS,
-    "table5": {"pa_mpjpe_mm": "PA-MPJPE, mm ↓", "mpjpe_mm": "MPJPE, mm ↓"},
-    "table6": {
-        "frechet_cm2": "Fréchet distance, cm² ↓",
-        "usual_poses": "usual poses ↑",
-        "right_action": "right action ↑",
-        "jerk": "jerk, of real",
-    },
+    **dict.fromkeys(("a81", "a82", "a83"), tuple(LOSS)),
+    "table5": ("pa_mpjpe_mm", "mpjpe_mm"),
+    "table6": ("frechet_cm2", "usual_poses", "right_action", "jerk"),
 }
 # of table 1, for README.md
 SHORT = ("limbs_whole", "flicker", "sharpness", "prompt_following")
@@ -90,7 +79,7 @@ def short(results: dict, part: str) -> str:
     """The networks in SHORT_ROWS, and their measures in SHORT."""
     found = {name: of["measures"] for name, of in networks(results, part).items() if name in SHORT_ROWS}
     rows = [[name_of(part, name), *(cell(of[column]) for column in SHORT)] for name, of in found.items()]
-    return markdown(["", *(COLUMNS[part][column] for column in SHORT)], rows)
+    return markdown(["", *(TITLES[column] for column in SHORT)], rows)
 
 
 def table(results: dict, part: str) -> str:
@@ -101,7 +90,8 @@ def table(results: dict, part: str) -> str:
         cells = [cell(found["measures"][column]) for column in COLUMNS[part]]
         rows.append([name_of(part, network), *cells, str(found["seeds"]), trained])
     clips = next(iter(results[part].values()))["clips"]
-    lines = markdown(["", *COLUMNS[part].values(), "seeds", "clips in its last stage"], rows)
+    titles = [TITLES[column] for column in COLUMNS[part]]
+    lines = markdown(["", *titles, "seeds", "clips in its last stage"], rows)
     errors = [x["error"] for found in networks(results, part).values() for x in found["measures"].values()]
     over = "" if any(errors) else " over seeds"
     return f"{lines}\n\nOn {clips} held-out clips{f', ± the standard error{over}' * ('±' in lines)}."
