@@ -125,10 +125,9 @@ def _damaged(folder: Path, why: BaseException) -> ValueError:
 
 
 class Writer:
-    """Writes checkpoints in a background thread, one at a time."""
+    """Writes checkpoints in a background thread, one at a time, and keeps the last `keep`."""
 
     def __init__(self, run: Path, keep: int, world: World):
-        """Keeps the last `keep`."""
         self.run, self.keep, self.world = run, keep, world
         # a separate group: collectives of two threads must not mix
         self.group = dist.new_group(backend="gloo") if world.ranks > 1 else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from kit.backbone import Backbone
 from kit.body import Body
 from kit.data.clips import assumed_camera, cropped, motion_vector
-from kit.data.datasets import NUMBER, read_options
+from kit.data.datasets import NUMBER, split_options
 from kit.data.hmr import read_motion_file, stretches
 from kit.data.motion_files import Motion, at_times, smooth
 from kit.data.plausible import faults
@@ -19,7 +19,6 @@ from kit.geometry import Geometry
 from kit.pictures import from_frames
 from kit.video import images_at
 
-OPTION = re.compile(r"@(axes|track|fps|smooth)=([^@]*)")
 USUAL_FPS = 30.0  # assumed of videos that motion was recovered from
 MIDDLE = 4.0  # metres in front of a camera of unknown lens: where a person out of its view is moved
 IN_VIEW = 0.25  # of the joints: a head and shoulders
@@ -61,10 +60,10 @@ def read_motion(path: Path, backbone: Backbone, start: float = 0.0, loop: bool =
 
 def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
     """Path with options -> the file, and its motion at a constant rate; assumptions are printed."""
-    options = read_options(path.name, OPTION)
+    name, options = split_options(path.name, "axes", "track", "fps", "smooth")
     if "fps" in options and not (re.fullmatch(NUMBER, options["fps"]) and float(options["fps"])):
         raise ValueError(f"{path}: fps is {options['fps']!r}, expected a number above 0")
-    file = path.with_name(OPTION.sub("", path.name))
+    file = path.with_name(name)
     found = read_motion_file(file, body, options.get("track", ""), options.get("axes", ""))
     said, times = list(found.notes), None
     if found.frames is not None:
@@ -80,8 +79,7 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
     said += cut
     if len(parts) > 1:
         said.append("the longest part is used")
-    if seconds := float(options.get("smooth", 0)):
-        motion = smooth(motion, seconds)
+    motion = smooth(motion, float(options.get("smooth", 0)))
     for note in said + faults(motion, body):
         print(f"{file}: {note}")
     return file, motion
@@ -90,8 +88,7 @@ def open_motion(path: Path, body: Body) -> tuple[Path, Motion]:
 def in_view(motion: Motion, backbone: Backbone, path: Path) -> Motion:
     """The motion, moved to the middle of the view if hardly a joint of its first frame is in it."""
     height, width = backbone.geometry.height, backbone.geometry.width
-    first = motion.global_orient[0], motion.body_pose[0], motion.betas, motion.transl[0]
-    joints = backbone.body.of(motion.gender).joints(*first)  # (24 3)
+    joints = backbone.body.of(motion.gender).joints(*motion[:4])[0]  # (24 3)
     pixels, depth = (backbone.project or assumed_camera(height, width))(joints)
     inside = (depth > 0) & ((pixels >= 0) & (pixels <= pixels.new_tensor((width, height)))).all(-1)
     if inside.float().mean() >= IN_VIEW:

@@ -37,7 +37,7 @@ def geometry_of(
 
     size is (height, width). FileNotFoundError or ValueError if there is no such Wan, or it cannot make that.
     """
-    return adjusted(PUPPET if folder is None else _published(Path(folder)), frames, size, fps)
+    return adjusted(PUPPET if folder is None else _published(folder), frames, size, fps)
 
 
 def adjusted(

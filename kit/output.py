@@ -226,7 +226,7 @@ def save_mesh(path: str | Path, motion: Motion, body: Body) -> None:
     The same motion gives the same bytes.
     """
     body = body.of(motion.gender)
-    vertices, _ = body.mesh(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
+    vertices, _ = body.mesh(*motion[:4])
     arrays = {"vertices": vertices.numpy(), "faces": body.smpl.faces_tensor.int().numpy()}
     with whole_file(path) as temporary:
         np.savez(temporary, **arrays, fps=np.array(float(motion.fps)))

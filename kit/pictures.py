@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from av.codec.context import Flags
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from kit.body import PARENTS, SIDES
@@ -99,7 +99,7 @@ def draw_skeleton(
     """Joints (f 24 3) in metres -> frames (f size size 3) uint8: bones and joints, the nearest drawn last.
 
     `project` is the camera; its pixels are those of an image of `image_size` and are scaled to `size`. Left
-    is blue, right orange, spine and head grey. `background` (f size size 3) uint8 replaces the plain ground.
+    is blue, right orange, spine and head grey. `background` (f size w 3) uint8 replaces the plain ground.
     """
     if background is None:
         background = torch.tensor(PAPER, dtype=torch.uint8).expand(len(joints), size, size, 3)
@@ -111,10 +111,9 @@ def draw_skeleton(
 
 def _draw_pose(pixels: list, depth: list[float], background: np.ndarray) -> np.ndarray:
     """One frame of `draw_skeleton`, drawn large and shrunk: pillow's own lines have hard edges."""
-    size = len(background)
-    picture = Image.fromarray(background).resize((size * SUPERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    picture = ImageOps.scale(Image.fromarray(background), SUPERSAMPLING, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
-    bone = max(1, picture.width // 60)
+    bone = max(1, max(picture.size) // 60)
     strokes = []  # (depth, joint, parent), a joint alone is a dot
     for joint, parent in enumerate(PARENTS):
         strokes.append((depth[joint] - 1e-3, joint, None))  # at equal depth a joint lies on its bones

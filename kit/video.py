@@ -10,7 +10,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, ColorTrc
 from PIL import Image
 
 # The container is not guessed from the content: some formats make FFmpeg open further files.
@@ -18,8 +18,8 @@ FORMATS = {
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi",
 }  # fmt: skip
 SAME_TIME = 1e-7  # seconds
-UNSPECIFIED = 2  # of a frame's colour matrix
-HDR = {16: "PQ", 18: "HLG"}  # transfer functions of ITU-R BT.2100
+UNSPECIFIED = 2  # a frame's colour matrix: AVCOL_SPC_UNSPECIFIED
+HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}  # transfer functions of ITU-R BT.2100
 MAX_PIXEL = 8  # largest ratio of a pixel's sides
 ENCODE_AGAIN = "encode it again: ffmpeg -i FILE -vf setpts=N/FRAME_RATE/TB NEW.mp4"
 

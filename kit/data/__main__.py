@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -108,12 +107,7 @@ def overlay(sample: Sample) -> Tensor:
         return pictures.draw_skeleton(joints, pictures.fitted(joints), HEIGHT)
     height, width = sample.video.shape[1:3]
     project = sample.project or assumed_camera(height, width)
-    ground = pictures.resized(sample.video, HEIGHT)
-    rows, columns = ground.shape[1:3]
-    side = max(rows, columns)  # skeletons are drawn on squares
-    ground = F.pad(ground, (0, 0, 0, side - columns, 0, side - rows))
-    drawn = pictures.draw_skeleton(joints, project, side, side * height / rows, ground)
-    return drawn[:, :rows, :columns]
+    return pictures.draw_skeleton(joints, project, HEIGHT, height, pictures.resized(sample.video, HEIGHT))
 
 
 def store(args: argparse.Namespace, geometry: Geometry, body: Body) -> int | None:

@@ -29,7 +29,7 @@ from kit.data.motion_files import Motion
 from kit.data.plausible import Reading, checked
 from kit.geometry import Geometry
 from kit.pictures import Project
-from kit.video import SAME_TIME, images_at, shown_frames
+from kit.video import ENCODE_AGAIN, SAME_TIME, images_at, shown_frames
 from motion_tokens import encode_smpl
 
 COLUMNS = ("video", "prompt", "motion")
@@ -133,8 +133,7 @@ def cropped_camera(intrinsics: Tensor, image: Image.Image, height: int, width: i
 
 def motion_vector(motion: Motion, body: Body) -> Tensor:
     """-> (f 235), not normalised."""
-    fields = (motion.global_orient, motion.body_pose, motion.betas, motion.transl)
-    return encode_smpl(*(field[None] for field in fields), body.of(motion.gender))[0]
+    return encode_smpl(*(field[None] for field in motion[:4]), body.of(motion.gender))[0]
 
 
 def read_clip(folder: Path, clip: Clip, geometry: Geometry, body: Body, reading: Reading) -> Iterator[Sample]:
@@ -186,10 +185,12 @@ def _parts(
     if found.frames is not None:
         times = torch.tensor([shown.time for shown in shown_frames(video)], dtype=torch.float64)
         times -= times[0].clone()
-    try:
-        parts, said = stretches(found, times)
-    except ValueError as error:
-        raise ValueError(f"{clip.motion}: {error}") from error
+        if times[-1] == 0:
+            raise ValueError(f"{clip.video}: all its frames are shown at one time; {ENCODE_AGAIN}")
+        if (last := int(found.frames[-1])) >= len(times):
+            have = f"the video has 0 to {len(times) - 1}"
+            raise ValueError(f"{clip.motion}: it names frame {last}, {have}: is it of another video?")
+    parts, said = stretches(found, times)
     reading.say(clip.video, said)
     reading.say(clip.motion, found.notes)
     # through a long lens, distances from the camera are estimated badly

@@ -37,7 +37,6 @@ from kit.pictures import to_frames
 from motion_tokens import encode_smpl
 
 T = TypeVar("T")
-OPTION = re.compile(r"@(axes|smooth)=([^@]*)")
 NUMBER = r"\d+\.?\d*|\.\d+"
 LONGEST_SMOOTH = 2.0  # seconds
 PUPPET_SEED = 1 << 21  # of the first clip of puppet:COUNT
@@ -57,7 +56,7 @@ class DataSet(NamedTuple):
 
 def parse(spec: str) -> tuple[str, str, float | None]:
     """KIND:WHERE@WEIGHT -> (kind, where, weight); without @WEIGHT the weight is None."""
-    rest = OPTION.sub("", spec)
+    rest, _ = split_options(spec, "axes", "smooth")
     if unknown := re.search(r"@\w+=[^@]*", rest):
         raise ValueError(f"data set {spec!r}: no option {unknown[0]}, expected @axes=, @smooth= or @WEIGHT")
     match = re.fullmatch(rf"(\w+)(?::(.+?))?(?:@({NUMBER}))?", rest)
@@ -71,9 +70,10 @@ def parse(spec: str) -> tuple[str, str, float | None]:
     return kind, where or "", None if weight is None else float(weight)
 
 
-def read_options(name: str, option: re.Pattern) -> dict[str, str]:
-    """The options in the name of a data set or file, such as @axes=opencv@smooth=0.1, each at most once."""
-    found = option.findall(name)
+def split_options(name: str, *known: str) -> tuple[str, dict[str, str]]:
+    """The name of a data set or file without its options, and these, such as @axes=opencv@smooth=0.1."""
+    option = rf"@({'|'.join(known)})=([^@]*)"
+    found = re.findall(option, name)
     options = dict(found)
     if len(options) < len(found):
         raise ValueError(f"{name!r} has an option twice, expected each at most once")
@@ -83,13 +83,7 @@ def read_options(name: str, option: re.Pattern) -> dict[str, str]:
     if not re.fullmatch(NUMBER, smooth) or float(smooth) > LONGEST_SMOOTH:
         expected = f"expected seconds, 0 to {LONGEST_SMOOTH:g}, such as @smooth=0.1"
         raise ValueError(f"{name!r}: smooth is {smooth!r}, {expected}")
-    return options
-
-
-def parse_reading(spec: str, force: bool = False) -> Reading:
-    """How a data set's motion is to be read, by the options in its name."""
-    options = read_options(spec, OPTION)
-    return Reading(options.get("axes", ""), float(options.get("smooth", 0)), force)
+    return re.sub(option, "", name), options
 
 
 def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False) -> DataSet:
@@ -100,7 +94,8 @@ def open_dataset(spec: str, geometry: Geometry, body: Body, force: bool = False)
     kind, where, _ = parse(spec)
     if kind not in KINDS:
         raise ValueError(f"data set {spec!r}: expected one of {', '.join(f'{kind}:...' for kind in KINDS)}")
-    reading = parse_reading(spec, force)
+    _, options = split_options(spec, "axes", "smooth")
+    reading = Reading(options.get("axes", ""), float(options.get("smooth", 0)), force)
     return KINDS[kind](where, geometry, body, reading)._replace(reading=reading)
 
 

@@ -47,7 +47,7 @@ class Recovered(NamedTuple):
 class Stretch(NamedTuple):
     """Part of a clip in which the person is seen without a long gap."""
 
-    motion: Motion  # a row for each frame of the video
+    motion: Motion  # a row for each of `times`
     times: Tensor  # (f,) seconds of the rows
 
 
@@ -87,8 +87,7 @@ def read_motion_file(
 def _tracks(content: object) -> dict[str, dict]:
     """The persons in a file, by name, each with its arrays under the file's own names."""
     if isinstance(content, dict) and "smpl_params_incam" in content:
-        more = {name: content[name] for name in ("smpl_params_incam", "K_fullimg") if name in content}
-        return {"": content["smpl_params_incam"] | more | {"surface_model_type": "smplx"}}
+        return {"": content | content["smpl_params_incam"] | {"surface_model_type": "smplx"}}
     if _has_pose(content):
         return {"": content}
     records = content if isinstance(content, dict) else dict(enumerate(content or []))
@@ -222,15 +221,12 @@ def stretches(found: Recovered, times: Tensor | None) -> tuple[list[Stretch], li
     """The motion on its video's clock, whose frames are shown at `times` (n,), seconds; and what was changed.
 
     Gaps of up to half a second are interpolated; longer ones split the motion. A motion with its own clock is
-    one stretch. ValueError if it names frames that the video does not have.
+    one stretch.
     """
     motion, frames = found.motion, found.frames
     if frames is None:
         clock = torch.arange(len(motion.transl), dtype=torch.float64) / motion.fps
         return [Stretch(motion, clock)], []
-    if frames[-1] >= len(times):
-        have = f"the video has 0 to {len(times) - 1}"
-        raise ValueError(f"it names frame {int(frames[-1])}, {have}: is it of another video?")
     fps = (len(times) - 1) / float(times[-1] - times[0])
     missing = frames.diff() - 1
     long = missing / fps > GAP + 1e-6

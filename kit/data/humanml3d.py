@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kit.body import Body
 from kit.data.hmr import NOT_SMPL, read_motion_file
-from kit.data.motion_files import Motion, at_times, mirror, times_between
+from kit.data.motion_files import Motion, mirror, resample
 from kit.data.plausible import Reading
 
 FPS = 20  # of the frame numbers in index.csv
@@ -47,13 +47,12 @@ class Entry(NamedTuple):
     captions: tuple[str, ...]  # those of mirrored clips are mirrored already
 
 
-def entries(folder: str | Path, amass: str | Path) -> tuple[list[Entry], list[str]]:
+def entries(folder: Path, amass: Path) -> tuple[list[Entry], list[str]]:
     """List the training split -> its entries, and for each clip left out a line that says why.
 
     No motion is opened. A clip with captions for parts of it gives an entry for each part. FileNotFoundError
     or ValueError for a missing or malformed index or split; a clip with a bad span or text is left out.
     """
-    folder, amass = Path(folder), Path(amass)
     index = folder / "index.csv"
     if any(folder.glob("*[0-9].npy")) and not index.is_file():
         raise ValueError(f"{folder}: {NOT_SMPL}")
@@ -106,12 +105,11 @@ def read_entry(entry: Entry, body: Body, fps: float, reading: Reading) -> Motion
     if last > duration + 1e-6:  # a margin for rounding
         ends = f"{entry.name} ends at {last:.2f} s of {entry.source}, which lasts {duration:.2f} s"
         raise ValueError(f"{ends}; is that file of the SMPL+H G release?")
-    times = times_between(start, min(last, duration), fps)
-    cut = at_times(motion, times)._replace(fps=float(fps))
+    cut = resample(motion, fps, start, last)
     return mirror(cut, body) if entry.mirrored else cut
 
 
-def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
+def read_captions(path: Path, frames: int) -> dict[tuple[int, int], tuple[str, ...]]:
     """Captions of a clip of `frames` frames at 20 a second, by the part they describe: (start, end) frames.
 
     `end` is the first frame after the part. ValueError names a malformed line. Parts that end up to a second
@@ -119,7 +117,7 @@ def read_captions(path: str | Path, frames: int) -> dict[tuple[int, int], tuple[
     """
     duration = frames / FPS
     parts: dict[tuple[int, int], tuple[str, ...]] = {}
-    for number, line in enumerate(_read_text(Path(path)).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

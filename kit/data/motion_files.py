@@ -27,10 +27,9 @@ LIMITS = {  # of absolute values; in some captures a spinning person's angle add
 }
 SAME_FRAME = 1e-4  # frames; times nearer to a frame than this mean that frame
 LEFT_HIP, RIGHT_HIP = JOINT_NAMES.index("left_hip"), JOINT_NAMES.index("right_hip")
-# a quarter turn about x, (x, y, z) -> (x, -z, y): a person who faces +z then faces -y, as in AMASS
-Y_UP_TO_Z_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
 AXES = {  # turns to y up, a camera looking along -z
-    "zup": Y_UP_TO_Z_UP.T,  # its camera looks along +y
+    # a quarter turn about x: its camera looks along +y; who faces -y, as in AMASS, then faces +z
+    "zup": torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], dtype=torch.float64),
     "yup": torch.eye(3, dtype=torch.float64),
     "opencv": torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)),  # x right, y down, z ahead
 }
@@ -55,7 +54,7 @@ def save_amass(path: str | Path, motion: Motion, body: Body) -> None:
     The same motion gives the same bytes. ValueError for a malformed motion.
     """
     check_motion(motion, f"motion for {path}")
-    z_up = turn(motion, Y_UP_TO_Z_UP, body)
+    z_up = turn(motion, AXES["zup"].T, body)
     poses = np.zeros((len(z_up.transl), 156), dtype=np.float32)
     poses[:, :66] = rearrange(_pose(z_up)[:, :22], "f j c -> f (j c)").numpy()
     betas = np.zeros(16, dtype=np.float32)
@@ -117,16 +116,12 @@ def at_frames(motion: Motion, position: Tensor) -> Motion:
     return motion._replace(global_orient=pose[:, 0], body_pose=pose[:, 1:], transl=transl)
 
 
-def resample(motion: Motion, fps: float) -> Motion:
-    """The motion at times 0, 1/fps, 2/fps, ... up to its last frame."""
-    times = times_between(0, (len(motion.transl) - 1) / motion.fps, fps)
-    return at_times(motion, times)._replace(fps=float(fps))
-
-
-def times_between(start: float, end: float, fps: float) -> Tensor:
-    """start, start + 1/fps, ... to end, all in seconds -> (n,) float64; rounding does not lose the last."""
+def resample(motion: Motion, fps: float, start: float = 0.0, end: float = math.inf) -> Motion:
+    """The motion at start, start + 1/fps, ... up to `end` or its last frame; rounding does not lose it."""
+    end = min(end, (len(motion.transl) - 1) / motion.fps)
     count = math.floor((end - start) * fps + SAME_FRAME) + 1
-    return (start + torch.arange(count, dtype=torch.float64) / fps).clamp(max=end)
+    times = start + torch.arange(count, dtype=torch.float64) / fps
+    return at_times(motion, times.clamp(max=end))._replace(fps=float(fps))
 
 
 def smooth(motion: Motion, seconds: float) -> Motion:

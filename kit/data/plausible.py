@@ -10,7 +10,7 @@ from kit.data.motion_files import Motion, smooth
 
 RATES = (4.0, 250.0)  # frames a second; AMASS has recordings of 250
 SPEED, JUMP = 12.0, 1.0  # of the pelvis: metres a second, a sprinter's; metres in a frame, at any rate
-TRAIN = 25.0  # metres a second, in most frames: nobody is as fast for long
+FASTEST = 25.0  # metres a second, in most frames: nobody is as fast for long
 LYING = 0.2  # metres: the head of a person who lies is at most this far above the feet
 RISEN = 0.5  # metres: the head of a person who gets up is once at least this far above the feet
 PELVIS = (0.2, 3.0)  # metres above the lowest foot of the whole motion
@@ -66,7 +66,7 @@ def checked(
 def smoothing_effect(before: Motion, after: Motion, body: Body) -> Tensor:
     """(4,): the joints' mean jerk before and after, m/s³; how far they moved, m, on average and at most."""
     body = body.of(before.gender)
-    joints = [body.joints(m.global_orient, m.body_pose, m.betas, m.transl) for m in (before, after)]
+    joints = [body.joints(*m[:4]) for m in (before, after)]
     jerk = [x.diff(n=3, dim=0).norm(dim=-1).mean() * before.fps**3 for x in joints]
     moved = (joints[1] - joints[0]).norm(dim=-1)
     return torch.stack([*jerk, moved.mean(), moved.max()])
@@ -82,12 +82,12 @@ def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) 
         cause = "is it seconds a frame, or a count of frames?"
         return [f"{motion.fps:g} frames a second, expected {RATES[0]:g} to {RATES[1]:g}: {cause}"]
     body = body.of(motion.gender)
-    joints = body.joints(motion.global_orient, motion.body_pose, motion.betas, motion.transl)
+    joints = body.joints(*motion[:4])
     pelvis, feet, found = joints[:, 0], joints[:, FEET], []
     step = (pelvis.diff(dim=0) * pelvis.new_tensor((1, 1, depth))).norm(dim=-1)
     fast = step > max(JUMP, SPEED / motion.fps)
     speed, height = step.median() * motion.fps if len(step) else 0.0, pelvis[:, 1].median().abs()
-    if speed > TRAIN or (floor and height > FAR):
+    if speed > FASTEST or (floor and height > FAR):
         seen = f"the pelvis moves {speed:.0f} m a second, {height:.0f} m from the floor"
         found.append(f"{seen}: is trans in centimetres, inches or millimetres? expected metres")
     elif fast.any():
@@ -100,10 +100,10 @@ def faults(motion: Motion, body: Body, floor: bool = False, depth: float = 1.0) 
         what = "the head is below the feet" if head.median() < -LYING else "the person lies"
         where = f"in {low.float().mean():.0%} of frames, first in {_first(low)}"
         found.append(f"{what} {where}: are the axes right? name them, such as @axes=opencv or @axes=yup")
-    height = pelvis[:, 1] - feet[..., 1].min()
-    outside = (height < PELVIS[0]) | (height > PELVIS[1])
+    above_feet = pelvis[:, 1] - feet[..., 1].min()
+    outside = (above_feet < PELVIS[0]) | (above_feet > PELVIS[1])
     if not found and outside.float().mean() > 0.5:
-        where = f"{height[outside][0]:.1f} m above the lowest foot in frame {_first(outside)}"
+        where = f"{above_feet[outside][0]:.1f} m above the lowest foot in frame {_first(outside)}"
         expected = f"expected {PELVIS[0]:g} to {PELVIS[1]:g}"
         found.append(f"the pelvis is {where}, {expected}: are axes and units right?")
     return found

@@ -86,7 +86,7 @@ def _shortened(lines: list[str], spec: str) -> list[str]:
     return lines[:PRINTED] + more
 
 
-def cached_geometry(spec: str, frames: int | None = None) -> Geometry:
+def cached_geometry(spec: str, frames: int | None) -> Geometry:
     """The geometry of cache:DIR, or of its first `frames` frames; of another data set, the puppet's."""
     kind, where, _ = parse(spec)
     if kind != "cache":

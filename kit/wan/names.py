@@ -43,7 +43,7 @@ for _theirs, _own in (("attn1", "self_attn"), ("attn2", "cross_attn")):
 
 # what torch.compile, activation checkpointing and FSDP put before a name, also in the middle of one
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-FIRST = "patch_embedding.weight"  # in both layouts; a prefix that it has, all names have
+FIRST = "patch_embedding.weight"  # in both layouts; what a file has before it, it has before every name
 SCALES = re.compile(r"(^|\.)(scaled_fp8|(scale|input|weight)_(scale|weight|input)|comfy_quant)(\.|$)")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' words
 
@@ -118,8 +118,6 @@ def read_config(folder: Path) -> dict:
     stated = {ours: raw[theirs] for ours, theirs in FIELDS[kind].items() if theirs in raw}
     if kind == "WanTransformer3DModel":
         stated["width"] = raw.get("num_attention_heads", 0) * raw.get("attention_head_dim", 0)
-    if "patch" in stated:
-        stated["patch"] = tuple(stated["patch"])
     return stated
 
 
@@ -137,7 +135,7 @@ def config_of(shapes: dict[str, tuple[int, ...]], stated: dict) -> DualDiTConfig
         found = {
             "layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
             "width": width, "ffn": shapes["blocks.0.ffn.0.weight"][0], "channels": channels,
-            "patch": tuple(patch),
+            "patch": patch,  # a list, as in config.json
             "text_dim": shapes["text_embedding.0.weight"][1],
             "freq_dim": shapes["time_embedding.0.weight"][1],
         }  # fmt: skip

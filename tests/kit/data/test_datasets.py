@@ -9,7 +9,7 @@ from conftest import small_codec
 from kit import puppet
 from kit.data import __main__ as commands
 from kit.data import batch as batches
-from kit.data.datasets import open_dataset, parse, parse_reading, puppet_motion, read_all
+from kit.data.datasets import open_dataset, parse, puppet_motion, read_all, split_options
 from kit.data.hmr import read_motion_file
 from kit.data.motion_files import save_amass
 from kit.data.sources import open_sources
@@ -57,8 +57,11 @@ def humanml3d(amass):
 )
 def test_a_name_its_weight_and_its_options(spec, expected):
     assert parse(spec) == expected
-    options = parse_reading(spec)
-    assert (options.axes, options.smooth) == (("opencv", 0.2) if "axes" in spec else ("", 0))
+    rest, options = split_options(spec, "axes", "smooth")
+    assert "axes" not in rest
+    assert {name: value.lstrip("0") for name, value in options.items()} == (
+        {"axes": "opencv", "smooth": ".2"} if "axes" in spec else {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hmr_files import FLIP, Person
 from scipy.spatial.transform import Rotation, Slerp
 
 from kit import puppet
+from kit.data import clips
 from kit.data.clips import Sample, read_clip, read_metadata
 from kit.data.hmr import at_video_times, read_motion_file, stretches
 from kit.data.plausible import Reading
@@ -375,13 +376,18 @@ def test_betas_of_any_count(tmp_path, who):
         np.testing.assert_allclose(read(file).motion.betas, expected, atol=1e-6)
 
 
-def test_tracks_that_cannot_be(folder, who):
+def test_tracks_that_cannot_be(folder, who, monkeypatch):
     """Catches: numbers beyond the video clipped to it, a frame that is there twice taken once, scaled or
     mirrored matrices taken for rotations."""
     write_wham(folder / "a.pkl", (0, who, np.arange(FRAMES) + 5))
     paired(folder, "a.pkl")
     with pytest.raises(ValueError, match=r"a\.pkl: it names frame 25, the video has 0 to 20: is it"):
         sample_of(folder)
+    with monkeypatch.context() as patch:
+        frame = next(clips.shown_frames(folder / "0.mp4"))
+        patch.setattr(clips, "shown_frames", lambda _: [frame] * FRAMES)
+        with pytest.raises(ValueError, match="all its frames are shown at one time"):
+            sample_of(folder)
     track = hmr_files.wham_track(who, np.arange(FRAMES))
     for name, value, reason in (
         ("frame_ids", np.r_[3, 0:20], "frame 3 is there twice"),

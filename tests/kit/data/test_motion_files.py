@@ -19,7 +19,6 @@ from kit.data.motion_files import (
     resample,
     save_amass,
     smooth,
-    times_between,
 )
 from kit.puppet.skeleton import _body_data
 from motion_tokens import axis_angle_to_matrix
@@ -134,9 +133,11 @@ def test_between_frames_is_scipys_slerp(fps):
 
 def test_resample_edges():
     assert len(resample(random_motion(frames=1), 50.0).transl) == 1
-    times = times_between(0.3, 0.3 + 7 * 0.1, 10.0)
-    np.testing.assert_allclose(times, 0.3 + np.arange(8) / 10, atol=1e-12)
-    assert times_between(0.0, 0.99, 10.0)[-1] == 0.9 and len(times_between(2.0, 2.0, 10.0)) == 1
+    motion = random_motion(frames=61, fps=20.0)
+    part = resample(motion, 10.0, 0.3, 0.3 + 7 * 0.1)  # rounding does not lose the last
+    assert torch.equal(part.transl, motion.transl[6:21:2])
+    assert torch.equal(resample(motion, 10.0, 0.0, 0.99).transl, motion.transl[:19:2])
+    assert len(resample(motion, 10.0, 2.0, 2.0).transl) == 1
 
 
 @pytest.mark.parametrize("fps", [20.0, 24000 / 1001, 59.9999885559082, 60.00001, 250.0])
