@@ -48,19 +48,19 @@ def read_object(file: Path, what: str, names: Sequence[str] | None = None) -> ob
     names something that could run code.
     """
     try:
-        content = _read(file.read_bytes(), what)
+        content = _read(file.read_bytes())
         if names is not None and isinstance(content, dict):
             content = {name: content[name] for name in names if name in content}
         return _plain(content, {})
     except Exception as error:  # damaged bytes can raise any exception in these formats
-        unknown = re.search(r"GLOBAL (\S+)", str(error))  # in torch's message of many lines
+        unknown = re.search(r"GLOBAL (\S+)", str(error))  # torch's word in a long message, and ours
         reason = f"it names {unknown[1]}, which no {what} needs" if unknown else str(error).split("\n")[0]
         if not reason.startswith("it "):
             reason = f"it is damaged or cut short ({reason or type(error).__name__})"
         raise ValueError(f"{file} cannot be read: {reason}; download or export this {what} again") from error
 
 
-def _read(data: bytes, what: str) -> object:
+def _read(data: bytes) -> object:
     if not data:
         raise ValueError("it is empty")
     data = COMPRESSED.get(data[:2], bytes)(data)
@@ -68,15 +68,15 @@ def _read(data: bytes, what: str) -> object:
     if data.startswith(b"PK"):
         return _read_torch(stream)
     if data.startswith(b"\x93NUMPY"):
-        return _read_npy(stream, what)
-    return _AllowList(stream, what).load()
+        return _read_npy(stream)
+    return _AllowList(stream).load()
 
 
-def _read_npy(stream: io.BytesIO, what: str) -> object:
+def _read_npy(stream: io.BytesIO) -> object:
     read_header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(stream)[0]]
     *_, dtype = read_header(stream)
     if dtype.hasobject:
-        return _AllowList(stream, what).load()
+        return _AllowList(stream).load()
     stream.seek(0)
     return npy.read_array(stream, allow_pickle=False)
 
@@ -156,9 +156,9 @@ for _kind in (object, set, dict, list):  # chumpy notes its changed variables in
 class _AllowList(pickle._Unpickler):  # the Python version: C's reads ahead, into the arrays in between
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: io.BytesIO, what: str):
+    def __init__(self, stream: io.BytesIO):
         super().__init__(stream, encoding="latin1")
-        self.stream, self.what = stream, what
+        self.stream = stream
 
     def find_class(self, module: str, name: str) -> object:
         found = _NUMPY.get(name) if module in _NUMPY_MODULES else _OTHERS.get(f"{module}.{name}")
@@ -166,7 +166,7 @@ class _AllowList(pickle._Unpickler):  # the Python version: C's reads ahead, int
         if sparse or module.split(".")[0] == "chumpy":
             found = _Record
         if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no {self.what} needs")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         # a pickle can set attributes on a class that it names, so it gets a new subclass each time
         return type(name, (found,), {}) if isinstance(found, type) else found
 
@@ -180,7 +180,7 @@ class _AllowList(pickle._Unpickler):  # the Python version: C's reads ahead, int
     def read_joblib_array(self, wrapper: _Wrapper) -> object:
         """joblib/numpy_pickle.py, NumpyArrayWrapper.read_array."""
         if "O" in wrapper.dtype.code:
-            return _AllowList(self.stream, self.what).load()
+            return _AllowList(self.stream).load()
         if getattr(wrapper, "numpy_array_alignment_bytes", None):
             self.stream.read(self.stream.read(1)[0])  # a byte that counts the padding after it
         count = int(np.prod(wrapper.shape, dtype=object))
