@@ -41,7 +41,7 @@ SHARD_ITEMS = 16  # few, so that a killed run loses little
 SETTINGS = "settings.json"
 
 
-def shard_files(folder: Path, items: int) -> list[Path]:
+def shards_of(folder: Path, items: int) -> list[Path]:
     """The files of a finished cache of so many items."""
     return [folder / f"shard-{shard:05d}.safetensors" for shard in range(math.ceil(items / SHARD_ITEMS))]
 
@@ -103,7 +103,7 @@ def prepare(out: Path, settings: dict) -> None:
 def write(data: DataSet, out: Path, encoders: Encoders, dtype: torch.dtype, rank: int, ranks: int) -> None:
     """Make this rank's shards that are missing or whose sources changed."""
     items = range(len(data.names))
-    files = shard_files(out, len(items))
+    files = shards_of(out, len(items))
     parts = [items[start : start + SHARD_ITEMS] for start in items[::SHARD_ITEMS]]
     mine = list(zip(files, parts, strict=True))[rank::ranks]
 
@@ -222,7 +222,7 @@ def open_cache(folder: str | Path) -> Cache:
     FileNotFoundError if it is not finished, ValueError if it is damaged or of another version.
     """
     folder, settings = Path(folder), read_settings(folder)
-    files = shard_files(folder, settings["items"])
+    files = shards_of(folder, settings["items"])
     samples, rejected, sources = [], [], []
     for path in files:
         with _opened(path) as shard:

@@ -36,7 +36,7 @@ from kit.wan.names import (
     opened,
     own_names,
     read_config,
-    read_header,
+    read_shapes,
     shard_files,
     transformer_folder,
 )
@@ -55,7 +55,7 @@ def load_transformer(
     """
     folder = transformer_folder(Path(folder))
     files = shard_files(folder)
-    shapes, own_name, fp8 = read_header(files)
+    shapes, own_name, fp8 = read_shapes(files)
     model = empty(config_of(shapes, read_config(folder)))
     video, state = own_names(model), model.state_dict()
     expected = {own: tuple(state[name].shape) for name, own in video.items()}
@@ -87,7 +87,7 @@ def load_transformer(
 def transformer_config(folder: str | Path) -> DualDiTConfig:
     """The configuration that load_transformer(folder) has, without reading weights."""
     folder = transformer_folder(Path(folder))
-    return config_of(read_header(shard_files(folder))[0], read_config(folder))
+    return config_of(read_shapes(shard_files(folder))[0], read_config(folder))
 
 
 @torch.no_grad()

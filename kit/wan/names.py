@@ -188,7 +188,7 @@ def _only(folder: Path, name: str, pattern: str) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def read_header(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str], bool]:
+def read_shapes(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str], bool]:
     """From headers only: shapes by Wan's own names, Wan's names by the files' names, and if any is fp8."""
     shapes, kinds = {}, set()
     for file in files:

@@ -217,7 +217,7 @@ def test_a_sample_that_holds_nan_is_named(tmp_path, what):
     # catches a check that looks at one kind of tensor only: one such sample would spoil every step it is in
     write(tmp_path, made_up())
     assert cache.damaged_samples(cache.open_cache(tmp_path)) == []
-    file = cache.shard_files(tmp_path, COUNT)[0]
+    file = cache.shards_of(tmp_path, COUNT)[0]
     tensors = load_file(file)
     with safe_open(file, "pt") as shard:
         record = shard.metadata()
