@@ -70,6 +70,7 @@ def settings_of(
         "dtype": dtype,
         "vae": fingerprint(wan / "vae"),
         "text_encoder": fingerprint(wan / "text_encoder"),
+        "tokenizer": fingerprint(wan / "tokenizer"),
         "body": body.digest,
         **{f"{gender} body": body.of(gender).digest for gender in sorted(body.genders())},
         "force": force,

@@ -357,12 +357,13 @@ def test_check_compares_a_cache_with_its_sources(tmp_path, capsys):
 
 
 def test_a_cache_of_other_encoders_is_refused(folder, made, verb, tmp_path):
-    # catches features of two text encoders, or latents of two VAEs, in one cache: their files are as large
+    # catches features of two text encoders or tokenizers, or latents of two VAEs, in one cache: their files
+    # are as large
     (folder / "vae" / ".DS_Store").touch()  # no part of a Wan
     assert verb(commands, *arguments(folder, made)).code == 0
-    for part in ("vae", "text_encoder"):
+    for part in ("vae", "text_encoder", "tokenizer"):
         other = shutil.copytree(folder, tmp_path / part)
-        file = next((other / part).glob("*.safetensors"))
+        file = next((other / part).glob("tokenizer.json" if part == "tokenizer" else "*.safetensors"))
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
