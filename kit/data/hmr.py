@@ -165,7 +165,8 @@ def _recovered(name: str, record: dict, path: Path, body: Body, axes: str, size:
         hint = "if the tool writes a file for each frame, stack them into one .npz"
         raise ValueError(f"its track{name and ' '}{name} has one frame, expected a motion: {hint}")
     rows = np.arange(len(pose)) if frames is None else frames.reshape(-1)
-    transl, betas = (x.astype(np.float64) for x in (transl_of(record, size), _betas(record, len(pose))))
+    parts = transl_of(record, size, notes), _betas(record, len(pose))
+    transl, betas = (x.astype(np.float64) for x in parts)
     for what, part in (("transl", transl), ("betas", betas), ("frame numbers", rows)):
         if len(part) != len(pose):
             raise ValueError(f"{len(part)} {what}, expected {len(pose)} as of the pose")

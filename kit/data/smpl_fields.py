@@ -87,8 +87,11 @@ def _rotations(record: dict, part: str) -> Tensor | None:
     return matrix_to_axis_angle(matrix)
 
 
-def transl_of(record: dict, size: Size | None) -> np.ndarray:
-    """(f 3) in the file's axes, metres: as it is, or from a weak-perspective camera (4D-Humans' rule)."""
+def transl_of(record: dict, size: Size | None, notes: list[str]) -> np.ndarray:
+    """(f 3) in the file's axes, metres: as it is, or from a weak-perspective camera (4D-Humans' rule).
+
+    What is assumed is added to the notes.
+    """
     transl, weak = pick(record, "transl"), pick(record, "weak")
     if transl is not None:
         if transl.shape[-1:] != (3,):
@@ -103,7 +106,9 @@ def transl_of(record: dict, size: Size | None) -> np.ndarray:
         hint = "give the file with its video, or add `size`, an array of its height and width, to it"
         raise ValueError(f"a camera (s, tx, ty) needs the size of the picture: {hint}")
     box = box.reshape(len(weak), -1).max(axis=1)
-    box = box * BOX_UNIT if box.max() < BOX_UNIT / 10 else box
+    if box.max() < BOX_UNIT / 10:
+        box = box * BOX_UNIT
+        notes.append(f"the sizes of its boxes are taken for units of {BOX_UNIT} pixels")
     (s, x, y), (cx, cy) = weak.reshape(-1, 3).T, centre.reshape(-1, 2).T
     (height, width), metre = size, box * s / 2  # a metre at the person's distance, in pixels
     away = _focal(record, size) / metre

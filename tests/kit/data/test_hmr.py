@@ -118,6 +118,7 @@ def test_a_weak_perspective_camera_becomes_a_translation(tmp_path, who):
     for box in (np.full(FRAMES, b), np.full(FRAMES, b / 200)):  # in pixels, or in units of 200
         np.savez(tmp_path / "a.npz", box_size=box, **fields)
         found = read(tmp_path / "a.npz", size=(height, width))
+        assert ("taken for units of 200 pixels" in "".join(found.notes)) == (box[0] < 1)
         pelvis = puppet.body().rest_joints(found.motion.betas)[0].numpy()
         origin = (found.motion.transl.numpy() + pelvis) @ FLIP - pelvis  # where SMPL's origin is, in OpenCV's
         lens = found.intrinsics.numpy()
