@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from kit.puppet.drawing import BACKGROUND, COLOURS, SHIRTS
+from kit.puppet.drawing import BACKGROUND, BODY_COLOURS, SHIRTS
 
 POINTS = tuple(f"{side}_{part}" for side in ("left", "right") for part in ("elbow", "hand", "knee", "ankle"))
 SEGMENTS = tuple(
@@ -25,7 +25,7 @@ SMALLEST = 6  # pixels of a piece; fewer are edges
 NEAR = 0.35  # largest distance from a colour, of channels in [0, 1], at which a pixel has it
 REACH = 8  # pixels from a piece of shin to its foot or thigh; a shin is some 12 long
 FAR = 1e4  # pixels: of what is not there
-PALETTE = {f"shirt {name}": colour for name, colour in SHIRTS.items()} | {"ground": BACKGROUND} | COLOURS
+PALETTE = {f"shirt {name}": colour for name, colour in SHIRTS.items()} | {"ground": BACKGROUND} | BODY_COLOURS
 INDEX = {name: k for k, name in enumerate(PALETTE)}
 
 

@@ -26,7 +26,7 @@ CAMERA_DISTANCE = 4.5
 FOCAL = 132.0  # pixels: 1.7 m at the origin spans 50
 BACKGROUND = (0.85, 0.87, 0.91)
 SOFT = 1.5  # width of an edge, pixels
-COLOURS = {  # above elbow and knee, below, and feet; the shirt's is the clip's
+BODY_COLOURS = {  # above elbow and knee, below, and feet; the shirt's is the clip's
     "hips": (0.46, 0.46, 0.52),
     "skin": (0.85, 0.60, 0.42),
     "hair": (0.42, 0.30, 0.24),
@@ -63,7 +63,7 @@ TAILS, TIPS = (tuple(POINT[c[end]] for c in CAPSULES) for end in (0, 1))
 RADII = tuple(c[2] for c in CAPSULES)
 # by shirt, red, green, blue and coverage of each capsule, the background last: (shirts k+1 4)
 LOOKS = tuple(
-    (*((*(COLOURS | {"shirt": shirt})[c[3]], 1.0) for c in CAPSULES), (*BACKGROUND, 0.0))
+    (*((*(BODY_COLOURS | {"shirt": shirt})[c[3]], 1.0) for c in CAPSULES), (*BACKGROUND, 0.0))
     for shirt in SHIRTS.values()
 )
 
