@@ -24,7 +24,7 @@ from rope import frames_of
 
 
 def options() -> tuple[argparse.Namespace, set[str]]:
-    """The options, and the names of those that were given."""
+    """The options, and the names of those that are not at their defaults."""
     parser = files.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     # what

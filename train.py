@@ -160,8 +160,7 @@ def train(args: argparse.Namespace) -> None:
     peak = args.lr or LEARNING_RATE[kind]
 
     # the checkpoint to resume from, data, network
-    given = files.recorded(vars(args))
-    plan = {name: given[name] for name in PLAN}
+    plan = files.recorded({name: getattr(args, name) for name in PLAN})
     found = run.resumed(args.out, args.resume, plan)
     first = found.record["step"] if found else 0
     shift = args.shift or run.earlier_shift(args.init, found) or SHIFT[kind]

@@ -32,7 +32,10 @@ LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may 
 
 
 def check_used(name: str | None, given: set[str], redraw: bool) -> None:
-    """ValueError for options, `given` by name, that contradict each other or do nothing in this call."""
+    """ValueError for options, `given` by name, that contradict each other or do nothing in this call.
+
+    `name` is the task's; `redraw`: whether the video of a joint sample is made once more.
+    """
     if {"prompt", "prompts"} <= given:
         raise ValueError("--prompt and --prompts both say what is made: give one of the two")
     for option, tasks in USED_BY.items():

@@ -96,10 +96,10 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 def draw_skeleton(
     joints: Tensor, project: Project, size: int, image_size: int = 64, background: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """Joints (f 24 3) in metres -> frames (f size size 3) uint8: bones and joints, the nearest drawn last.
+    """Joints (f 24 3) in metres -> frames (f size w 3) uint8: bones and joints, the nearest drawn last.
 
     `project` is the camera; its pixels are those of an image of `image_size` and are scaled to `size`. Left
-    is blue, right orange, spine and head grey. `background` (f size w 3) uint8 replaces the plain ground.
+    is blue, right orange, spine and head grey. `background` (f size w 3) uint8 replaces the plain square.
     """
     if background is None:
         background = torch.tensor(PAPER, dtype=torch.uint8).expand(len(joints), size, size, 3)

@@ -26,7 +26,8 @@ CAMERA_DISTANCE = 4.5
 FOCAL = 132.0  # pixels: 1.7 m at the origin spans 50
 BACKGROUND = (0.85, 0.87, 0.91)
 SOFT = 1.5  # width of an edge, pixels
-BODY_COLOURS = {  # above elbow and knee, below, and feet; the shirt's is the clip's
+# left limbs are blue, right ones orange; upper: above elbow and knee, lower: below; a shirt's is the clip's
+BODY_COLOURS = {
     "hips": (0.46, 0.46, 0.52),
     "skin": (0.85, 0.60, 0.42),
     "hair": (0.42, 0.30, 0.24),

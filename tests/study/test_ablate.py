@@ -9,15 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 import train
 from dual_dit import PRESETS
 from flow import Task
-from kit import backbone, flops, puppet
+from kit import backbone, flops, puppet, weights
 from kit.checkpoints import folder_of
 from kit.files import write_record
 from study import ablate, scores
 from study.ablate import NETWORKS
+
+
+@pytest.fixture
+def tiny_weights(tiny_weights, tmp_path) -> Path:
+    """Tiny weights that say with which shift they were trained."""
+    model, codec = weights.load_weights(tiny_weights)
+    settings = {"recipe": {"stage": 2, "shift": 2.0, "ablate": None}}
+    weights.save_weights(tmp_path / "tiny", TINY, model.state_dict(), codec, settings=settings)
+    return tmp_path / "tiny"
 
 
 @pytest.fixture
@@ -145,13 +155,15 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
     for name, number in (("BANK_CLIPS", 24), ("READ_CLIPS", 2)):  # little work that shows everything
         monkeypatch.setattr(scores, name, number)
     monkeypatch.setattr(backbone, "PUPPET_DEFAULTS", backbone.PUPPET_DEFAULTS._replace(steps=1))
-    asked, generate = [], scores.generate
+    asked, shifts, generate, denoise = [], set(), scores.generate, scores.denoise
 
     def listen(*given, **sampling):
         asked.append((given[2], sampling["redraw"], sampling.get("steps")))
         return generate(*given, **sampling)
 
+    note = lambda *given, **how: shifts.add(how["shift"]) or denoise(*given, **how)
     monkeypatch.setattr(scores, "generate", listen)
+    monkeypatch.setattr(scores, "denoise", note)
     call = ("all", "--from", plan.start, "--seeds", 2, "--clips", 2, "--runs", plan.runs, "--out", plan.out)
     ended = verb(ablate, *call, "--device", "cpu")
     assert ended.code == 0, ended.err
@@ -183,7 +195,7 @@ def test_all_parts_are_written_and_measured_once(trainings, plan, verb, monkeypa
         joint, redrawn, video = ((*way, steps) for way in ways)
         echomotion = [joint] * 2 + [redrawn] * 2
         table1 += [video, *echomotion, *[video] * 4, *echomotion, *[video] * 2]
-    assert asked[-30:] == table1
+    assert asked[-30:] == table1 and shifts == {2.0}  # of training
     # catches work done again, and old numbers kept beside new weights
     measured = []
     for _ in range(2):
