@@ -28,14 +28,20 @@ USED_BY = {  # the tasks that use an option
     "prompt": WITH_TEXT, "prompts": WITH_TEXT, "guidance_text": WITH_TEXT, "mesh": WITH_MOTION,
     "motion": ("m2v",), "video": ("v2m",), "redraw": ("joint",), "guidance_condition": WITH_MOTION,
 }  # fmt: skip
+DECODING = {"decode", "out", "mesh", "weights", "wan", "body", "device"}  # what --decode uses
 LONGEST = 200  # bytes of a prompt that names files, of the 255 that a name may have
 
 
 def check_used(name: str | None, given: set[str], redraw: bool) -> None:
     """ValueError for options, `given` by name, that contradict each other or do nothing in this call.
 
-    `name` is the task's; `redraw`: whether the video of a joint sample is made once more.
+    `name` is the task's; `redraw`: whether the video of a joint sample is made once more. --decode may
+    be added to the call that failed: what it does not use is printed.
     """
+    if "decode" in given:
+        if unused := sorted(f"--{option.replace('_', '-')}" for option in given - DECODING):
+            print(f"--decode only decodes, without {', '.join(unused)}: the latents are as they were sampled")
+        return
     if {"prompt", "prompts"} <= given:
         raise ValueError("--prompt and --prompts both say what is made: give one of the two")
     for option, tasks in USED_BY.items():

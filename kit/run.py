@@ -163,31 +163,18 @@ def build(
         config = weights.read_header(init)[0] if init else wan.transformer_config(folder)
         model, extra = weights.empty(dataclasses.replace(config, **CHANGES.get(ablate, {}))), {}
     else:
+        recipe = weights.read_header(init)[1].get("recipe", {}) if init else {}
         if init:
-            if folder:
-                check_weights(init, folder)
+            check_init(init, recipe, folder, ablate, stages)
             model, extra = weights.load_weights(init)
-            recipe = weights.read_header(init)[1].get("recipe", {})
         elif folder:
-            model, extra, recipe = wan.load_transformer(folder), {}, {}  # motion starts as video's copy
+            model, extra = wan.load_transformer(folder), {}  # motion starts as video's copy
         else:
-            model, extra, recipe = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state(), {}
-        other = recipe.get("ablate")
-        if other in CHANGES and other != ablate:
-            raise ValueError(
-                f"{init} was trained with --ablate {other}: add that, or start from other weights"
-            )
-        if init and ablate == "single-stream" != other and recipe.get("stage") != 0:
-            raise ValueError(f"--ablate {ablate} has one set of weights: start from stage 0's, not {init}")
+            model, extra = DualDiT(PRESETS["puppet"]), puppet.Codec.fit().state()
         if ablate in CHANGES:
             state = model.state_dict()
             model = DualDiT(dataclasses.replace(model.config, **CHANGES[ablate]))
             model.load_state_dict({name: state[name] for name in model.state_dict()})
-        if recipe.get("stage") in (1, 2) and 0 in stages and (1 in stages or 2 in stages):
-            raise ValueError(
-                f"{init} has a trained motion expert, which would be overwritten after stage 0: "
-                "go on with --stage 2 (or 1), or tune its video with --stage 0"
-            )
         if recipe.get("stage") == 0 and 0 not in stages:
             wan.copy_video_to_motion(model)
         for p in model.parameters():  # copies: with a file's alignment sums would differ in the last bits
@@ -206,6 +193,24 @@ def build(
                 raise ValueError(f"{has}: cache the data with this Wan")
     codec = None if folder else puppet.Codec.from_state({k: v.to(world.device) for k, v in extra.items()})
     return model, codec
+
+
+def check_init(
+    init: Path, recipe: dict, folder: Path | None, ablate: str | None, stages: Container[int]
+) -> None:
+    """ValueError unless training can go on from the weights in `init`, which were trained by `recipe`."""
+    if folder:
+        check_weights(init, folder)
+    before, stage = recipe.get("ablate"), recipe.get("stage")
+    if before in CHANGES and before != ablate:
+        raise ValueError(f"{init} was trained with --ablate {before}: add that, or start from other weights")
+    if ablate == "single-stream" != before and stage != 0:
+        raise ValueError(f"--ablate {ablate} has one set of weights: start from stage 0's, not {init}")
+    if stage in (1, 2) and 0 in stages and (1 in stages or 2 in stages):
+        raise ValueError(
+            f"{init} has a trained motion expert, which would be overwritten after stage 0: "
+            "go on with --stage 2 (or 1), or tune its video with --stage 0"
+        )
 
 
 def compare_motion(init: Path, model: DualDiT, sources: Sequence[Source], seed: int) -> None:

@@ -290,8 +290,10 @@ def test_latents_are_decoded_to_where_they_came_from(verb, tiny_weights, tmp_pat
     for name in ("joint.mp4", "index.html"):  # the page shows attention again
         (out / name).unlink()
     monkeypatch.chdir(out / "latents")
-    assert verb(sample, *PLAIN, "--weights", tiny_weights, "--decode", "joint.safetensors").code == 0
-    assert contents(out) == before
+    failed = ("--task", "joint", "--seed", 3, "--guidance-text", 2.0)  # of the call that --decode is added to
+    ended = verb(sample, *PLAIN, *failed, "--weights", tiny_weights, "--decode", "joint.safetensors")
+    assert ended.code == 0 and contents(out) == before
+    assert "without --guidance-text, --seed, --steps, --task:" in ended.out
 
 
 def test_latents_that_a_user_has_renamed_or_moved_replace_no_other_sample(made, verb, tiny_weights, tmp_path):
