@@ -38,10 +38,6 @@ def check_used(name: str | None, given: set[str], redraw: bool) -> None:
     `name` is the task's; `redraw`: whether the video of a joint sample is made once more. --decode may
     be added to the call that failed: what it does not use is printed.
     """
-    if "decode" in given:
-        if unused := sorted(f"--{option.replace('_', '-')}" for option in given - DECODING):
-            print(f"--decode only decodes, without {', '.join(unused)}: the latents are as they were sampled")
-        return
     if {"prompt", "prompts"} <= given:
         raise ValueError("--prompt and --prompts both say what is made: give one of the two")
     for option, tasks in USED_BY.items():
@@ -54,6 +50,9 @@ def check_used(name: str | None, given: set[str], redraw: bool) -> None:
         raise ValueError("--start is where in --video or --motion to begin: add one of them, with its --task")
     if "loop" in given and "motion" not in given:
         raise ValueError("--loop says how --motion is read: add that, with --task m2v, or leave --loop out")
+    unused = sorted(f"--{option.replace('_', '-')}" for option in given - DECODING)
+    if "decode" in given and unused:
+        print(f"--decode only decodes, without {', '.join(unused)}: the latents are as they were sampled")
 
 
 def jobs(
