@@ -49,7 +49,7 @@ COLUMNS = {
 }
 # of table 1, for README.md
 SHORT = ("limbs_whole", "flicker", "sharpness", "prompt_following")
-SHORT_ROWS = ("real", "backbone", "video-tuning", "echomotion", "echomotion-redrawn")
+SHORT_ROWS = ("real", "backbone", "video-tuning", "video-tuning-flops", "echomotion", "echomotion-redrawn")
 
 
 def name_of(part: str, network: str) -> str:
