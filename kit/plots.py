@@ -4,16 +4,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from kit.files import whole_file
 
+DOTS = 2000  # of a task's steps in a picture: more would hide its line
+
 
 def loss_picture(path: str | Path, lines: Sequence[dict]) -> None:
     """Write a .png of each task's loss over steps, a panel per stage: dots raw, lines smoothed.
 
-    `lines` are those of a run's metrics.jsonl: step, stage, task and loss.
+    `lines` are those of a run's metrics.jsonl: step, stage, task and loss. Long runs have dots for some
+    of their steps only.
     """
     stages: dict = defaultdict(lambda: defaultdict(dict))  # stage -> task -> step -> loss
     for record in lines:
@@ -25,7 +29,10 @@ def loss_picture(path: str | Path, lines: Sequence[dict]) -> None:
         for index, (task, losses) in enumerate(sorted(tasks.items())):
             steps = sorted(losses)
             values = [losses[step] for step in steps]
-            panel.plot(steps, values, ".", color=f"C{index}", markersize=3, alpha=0.35, markeredgewidth=0)
+            some = slice(None, None, 1 + len(steps) // DOTS)
+            panel.plot(
+                steps[some], values[some], ".", color=f"C{index}", markersize=3, alpha=0.35, markeredgewidth=0
+            )
             panel.plot(steps, _smooth(values), color=f"C{index}", linewidth=1.5, label=task)
         panel.set(title=f"stage {stage}", xlabel="step", ylabel="loss", yscale="log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -36,11 +43,12 @@ def loss_picture(path: str | Path, lines: Sequence[dict]) -> None:
     save_figure(figure, path)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def _smooth(values: Sequence[float]) -> np.ndarray:
     """Mean over a centred window of about a twentieth of the run."""
-    half = len(values) // 40
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    half, index = len(values) // 40, np.arange(len(values))
+    first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    sums = np.cumsum([0.0, *values])
+    return (sums[end] - sums[first]) / (end - first)
 
 
 def blank_figure(width: float, height: float) -> Figure:
